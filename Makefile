@@ -1,0 +1,36 @@
+# `make demo` and `make test` each work alone on a fresh machine with Python >= 3.10 and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo science test test-slow test-gpu check bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)  ## train the tiny lab model with PGPO and with SDPO, and draw both
+	$(BIN)/pgpo demo
+
+science: $(STAMP)  ## the real Science-QA questions with a small model made on the spot
+	$(BIN)/pgpo train --task science_qa --domain physics
+
+test: $(STAMP)  ## the default suite: < 10 minutes on 2 cores, no GPU, no network
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+check: $(STAMP)  ## what pre-commit runs
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/lab_step.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
