@@ -1,0 +1,25 @@
+"""The method without a trainer: torch and the standard library, no I/O, no logging, no torch.distributed.
+
+entropies   -> information I_k      information.py
+I_k         -> multiplier rho_k     viscosity.py
+rho_k       -> optimizer step       stepping.py
+the loss                            divergence.py
+"""
+
+from .divergence import divergence, sampled_token_divergence
+from .information import Information, InformationMeter, token_entropy
+from .stepping import modulate, modulate_reference
+from .viscosity import ExponentialLaw, SmoothExponentialLaw, linear_schedule
+
+__all__ = [
+    "ExponentialLaw",
+    "Information",
+    "InformationMeter",
+    "SmoothExponentialLaw",
+    "divergence",
+    "linear_schedule",
+    "modulate",
+    "modulate_reference",
+    "sampled_token_divergence",
+    "token_entropy",
+]

@@ -1,0 +1,237 @@
+"""Scale one optimizer step by rho (PGPO, arXiv 2606.03620, Eq. 9 and its Adam form).
+
+    SGD:   theta <- theta - eta * rho_k * g_k
+    Adam:  theta <- theta - eta * rho_k * h_k       h_k the update direction; the moments never see rho
+
+For every optimizer whose update is linear in its learning rate this is the same as multiplying the learning rate for
+that one step. (Scaling the loss or the gradient is NOT the method: Adam normalises it away.)
+
+    modulate            the fast twin: lr * rho inside `step()`, restored right after, so no scheduler sees it
+    modulate_reference  the slow twin: the plain step, then theta_old + rho * (theta_new - theta_old)
+
+Decoupled weight decay is part of the update that lr multiplies. "scaled" (default) lets it scale too, which makes
+PGPO exactly a learning-rate schedule; "fixed" divides it by rho, so that only the data term is modulated.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# Measured: one step at rho * lr equals rho times the step at lr to 1e-12 relative, state untouched by lr.
+_LINEAR = {
+    "SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adamax", "Adadelta", "Adafactor", "SparseAdam",
+    "Muon",
+}  # fmt: skip
+# ASGD averages with an lr-dependent weight, Rprop keeps its own step sizes, LBFGS searches along lr, and
+# schedule-free optimizers weight their average by lr.
+_NOT_LINEAR = {"ASGD", "Rprop", "LBFGS", "AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"}
+
+
+def modulate(optimizer: Optimizer, weight_decay: str = "scaled") -> Modulation:
+    """Let `handle.arm(rho)` scale the optimizer's next step by rho.
+
+        handle = modulate(optimizer)
+        loss.backward()
+        handle.arm(rho)
+        optimizer.step()
+
+    Args:
+        optimizer: a torch optimizer whose update is linear in lr: SGD (momentum, Nesterov), Adam, AdamW (for-loop,
+            foreach, fused), NAdam, RAdam, RMSprop, Adagrad, Adamax, Adadelta, Adafactor, Muon, SparseAdam. An
+            unknown class is accepted with a warning.
+        weight_decay: "scaled" or "fixed" (module docstring); "fixed" acts on groups with decoupled decay. Coupled
+            L2 decay enters the gradient and cannot be compensated.
+
+    Returns:
+        A handle: `arm(rho)` before every `step()`, `remove()` to undo, `state_dict()` / `load_state_dict()`.
+
+    Raises:
+        ValueError: the optimizer's update is not linear in lr, it is modulated already, or weight_decay is unknown.
+    """
+    return Modulation(optimizer, weight_decay)
+
+
+def modulate_reference(optimizer: Optimizer) -> ReferenceModulation:
+    """The slow twin of `modulate`: plain step, then theta_old + rho * (theta_new - theta_old).
+
+    Holds a copy of every parameter during the step and loses small updates in half precision. It is the definition
+    that `modulate` is tested against, and the one to use where the update is not linear in lr.
+
+    Raises:
+        ValueError: the optimizer is modulated already.
+    """
+    return ReferenceModulation(optimizer)
+
+
+class _Handle:
+    """arm(rho) -> step() protocol shared by the twins: a step without a fresh rho is an error, before any update."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        if getattr(optimizer, "_pgpo_handle", None) is not None:
+            raise ValueError(
+                f"this {type(optimizer).__name__} is modulated already; call remove() on its handle first."
+            )
+        self.optimizer = optimizer
+        self.steps = 0
+        self.last_rho: float | None = None
+        self._armed: float | None = None
+        optimizer._pgpo_handle = self  # type: ignore[attr-defined]
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def arm(self, rho: float) -> None:
+        """Set the multiplier of the next step.
+
+        Arming again before a step replaces the value (a gradient scaler may have skipped the step).
+
+        Raises:
+            ValueError: rho is not a finite number >= 0; nothing is changed.
+        """
+        self._undo()  # a step that raised half-way left its scaling behind
+        value = float(rho)
+        if not (math.isfinite(value) and value >= 0):
+            self._armed = None
+            raise ValueError(f"rho is {value!r}; a step multiplier must be a finite number >= 0.")
+        self._armed = value
+
+    def remove(self) -> None:
+        """Give back a plain optimizer: learning rates as they were, hooks gone. Idempotent."""
+        self._undo()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if getattr(self.optimizer, "_pgpo_handle", None) is self:
+            del self.optimizer._pgpo_handle
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"steps", "last_rho"}: kept apart from the optimizer's own state."""
+        return {"steps": self.steps, "last_rho": self.last_rho}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`. An armed rho never survives. Raises ValueError if a key is missing."""
+        missing = {"steps", "last_rho"} - state.keys()
+        if missing:
+            raise ValueError(f"modulation state lacks {sorted(missing)}; it was not written by state_dict().")
+        self.steps, self.last_rho = int(state["steps"]), state["last_rho"]
+        self._armed = None
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._armed is None:
+            raise RuntimeError(
+                "optimizer.step() without a fresh rho: call handle.arm(rho) before every step "
+                "(a rho is used up by the step it was armed for), or handle.remove() to step plainly."
+            )
+        self._apply(self._armed)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        assert self._armed is not None
+        self._finish(self._armed)
+        self.steps, self.last_rho, self._armed = self.steps + 1, self._armed, None
+
+    def _apply(self, rho: float) -> None:
+        raise NotImplementedError
+
+    def _finish(self, rho: float) -> None:
+        raise NotImplementedError
+
+    def _undo(self) -> None:
+        raise NotImplementedError
+
+
+class Modulation(_Handle):
+    """Fast twin; make one with `modulate(optimizer)`."""
+
+    def __init__(self, optimizer: Optimizer, weight_decay: str = "scaled") -> None:
+        if weight_decay not in ("scaled", "fixed"):
+            raise ValueError(f"weight_decay is {weight_decay!r}; choose 'scaled' (with lr) or 'fixed' (over rho).")
+        names = [cls.__name__ for cls in type(optimizer).__mro__]
+        refused = next((name for name in names if name in _NOT_LINEAR), None)
+        if refused is not None:
+            raise ValueError(
+                f"{refused} cannot be modulated: its update is not linear in the learning rate; use SGD, AdamW or "
+                "another optimizer that is, or modulate_reference(optimizer)."
+            )
+        if not any(name in _LINEAR for name in names):
+            warnings.warn(
+                f"{names[0]} is not known to pgpo: modulation is exact only if its update is linear in lr.",
+                stacklevel=3,
+            )
+        if any(group["lr"] is None for group in optimizer.param_groups):
+            raise ValueError(f"{names[0]} runs without a learning rate, so there is nothing to scale; set lr.")
+        self.weight_decay = weight_decay
+        self._saved: list[tuple[dict[str, Any], Any, Any]] | None = None  # group, lr, weight decay
+        super().__init__(optimizer)
+
+    def _apply(self, rho: float) -> None:
+        self._undo()
+        fixed = self.weight_decay == "fixed"
+        decoupled = [fixed and _is_decoupled(self.optimizer, group) for group in self.optimizer.param_groups]
+        if rho == 0 and any(decoupled):
+            raise ValueError("rho is 0 and weight_decay='fixed': decay / rho is undefined; set rho_min > 0.")
+        for group in self.optimizer.param_groups:
+            _check_adafactor(self.optimizer, group, rho)
+        self._saved = [(group, group["lr"], group.get("weight_decay")) for group in self.optimizer.param_groups]
+        for group, compensate in zip(self.optimizer.param_groups, decoupled, strict=True):
+            group["lr"] = group["lr"] * rho  # out of place: a tensor lr must come back as the same object
+            if compensate:
+                group["weight_decay"] = group["weight_decay"] / rho
+
+    def _finish(self, rho: float) -> None:
+        self._undo()
+
+    def _undo(self) -> None:
+        for group, lr, decay in self._saved or ():
+            group["lr"] = lr
+            if decay is not None:
+                group["weight_decay"] = decay
+        self._saved = None
+
+
+class ReferenceModulation(_Handle):
+    """Slow twin; make one with `modulate_reference(optimizer)`."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._snapshot: list[tuple[Tensor, Tensor]] = []
+        super().__init__(optimizer)
+
+    def _apply(self, rho: float) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._snapshot = [(p, p.detach().clone()) for p in parameters]
+
+    @torch.no_grad()
+    def _finish(self, rho: float) -> None:
+        for parameter, old in self._snapshot:
+            parameter.copy_(old + rho * (parameter - old) if rho != 1.0 else parameter)
+        self._snapshot = []
+
+    def _undo(self) -> None:
+        self._snapshot = []
+
+
+def _is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Does weight decay act as theta * (1 - lr * decay), apart from the gradient?"""
+    if "decoupled_weight_decay" in group:  # Adam family: a flag per group (True for AdamW)
+        return bool(group["decoupled_weight_decay"])
+    return any(cls.__name__ in ("AdamW", "Adafactor", "Muon") for cls in type(optimizer).__mro__)
+
+
+def _check_adafactor(optimizer: Optimizer, group: dict[str, Any], rho: float) -> None:
+    """torch's Adafactor steps by min(lr, 1/sqrt(t)): past t = 1/lr^2 the learning rate, hence rho, has no effect."""
+    if not isinstance(optimizer, torch.optim.Adafactor) or rho == 1.0:
+        return
+    steps = [float(state["step"]) for p in group["params"] if "step" in (state := optimizer.state.get(p, {}))]
+    limit = 1 / math.sqrt(max(steps, default=0.0) + 1)
+    lr = float(group["lr"])
+    if max(lr, lr * rho) > limit:
+        raise ValueError(
+            f"Adafactor caps its step size at 1/sqrt(t) = {limit:.3g}, below lr * rho = {lr * rho:.3g}, so rho would "
+            "not act in full; lower lr, or use modulate_reference(optimizer)."
+        )
