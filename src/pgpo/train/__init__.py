@@ -1,0 +1,1 @@
+"""The drop-in trainer: the only folder that imports trl and transformers."""

@@ -1,0 +1,231 @@
+"""`PGPOConfig`: trl.GRPOConfig plus the method's numbers. Defaults = the paper's setting.
+
+Sources: PGPO = arXiv 2606.03620; SDPO = arXiv 2601.20802 and the settings of its public code, which PGPO follows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from pgpo.core.divergence import KINDS, check_divergence
+from pgpo.core.viscosity import ExponentialLaw, linear_schedule
+from pgpo.errors import UserError
+
+OBJECTIVES = ("pgpo", "sdpo", "grpo")
+TEACHERS = ("ema", "live", "frozen", "trust_region")
+DIVERGENCES = (*KINDS, "sampled_token")
+# Their update is not linear in lr (averages weighted by lr), or has no step() of its own to scale.
+_UNSCALABLE_OPTIMIZERS = ("schedule_free", "lomo", "adalomo", "rprop", "asgd", "greedy")
+# Objective GRPO: losses that are sums or row means, hence exact when a batch is split into micro-batches.
+ROW_MEAN_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
+SPLITTABLE_LOSSES = ("dapo", "cispo", "vespo", *ROW_MEAN_LOSSES)
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class PGPOConfig(GRPOConfig):
+    """Configuration of `PGPOTrainer`; every field of trl.GRPOConfig works as in TRL.
+
+    Raises:
+        UserError: a value outside its range or a combination that cannot work, with the remedy.
+
+    One Trainer step is one optimizer step over `prompts_per_step * num_generations` completions on all ranks;
+    the trainer splits it into micro-batches itself. `gradient_accumulation_steps = n` is accepted for compatibility
+    and folded: the step gets n times the rows, in micro-batches of `per_device_train_batch_size` rows.
+    """
+
+    # The method -----------------------------------------------------------------------------------------------
+    objective: str = _option("pgpo", "'pgpo', or a baseline: 'sdpo' (rho = 1), 'grpo' (TRL's own loss).")
+    alpha: float = _option(1.0, "Sensitivity of Eq. 9, per nat; the paper runs 0.5, 1.0, 1.5. 0 is SDPO.")
+    rho_max: float = _option(2.0, "Cap of Eq. 9, >= 1. Not given in the paper; 2.0 is ours.")
+    rho_min: float = _option(0.0, "Floor of rho in [0, 1]. 0 is the paper's formula, 1 its text (rho >= 1).")
+    alpha_end: float | None = _option(None, "Linear schedule of alpha from `alpha` to this value (ours).")
+    alpha_steps: int | None = _option(None, "Steps of that schedule; default: the whole run.")
+    information_denominator: str = _option("all", "Average I over 'all' samples (Eq. 8) or the 'hinted' ones.")
+    modulated_weight_decay: str = _option(
+        "scaled", "Decoupled weight decay is 'scaled' by rho with lr, or 'fixed' (divided by rho)."
+    )
+
+    # Self-distillation ----------------------------------------------------------------------------------------
+    divergence: str = _option("jsd", "'jsd', 'forward_kl' (teacher||student), 'reverse_kl' or 'sampled_token'.")
+    divergence_beta: float = _option(0.5, "Weight of the teacher in the JSD mixture. SDPO: 0.5.")
+    divergence_top_k: int = _option(100, "Student's top-k tokens; 0 = full vocabulary. SDPO: 100.")
+    divergence_tail: bool = _option(True, "With top-k, one bucket for the remaining mass. SDPO: yes.")
+    importance_clip: float | None = _option(
+        2.0, "Upper clip of exp(logp_now - logp_rollout) on off-policy tokens. SDPO: 2.0; None = no ratio."
+    )
+    teacher: str = _option("ema", "'ema', 'live' (the student), 'frozen' (the initial model) or 'trust_region'.")
+    teacher_rate: float = _option(0.05, "EMA rate per step, or the trust region's share of student. SDPO: 0.05.")
+    success_threshold: float = _option(1.0, "Reward from which a completion counts as a right solution.")
+    demonstration: str = _option("first", "Which right sibling is shown: 'first' (SDPO) or 'random' (seeded).")
+    allow_own_success: bool = _option(False, "May a right completion be its own demonstration? SDPO: no.")
+    feedback_mode: str = _option(
+        "without_demonstration", "Use feedback_funcs 'without_demonstration' (only then), 'always' or 'never'."
+    )
+    remove_thinking: bool = _option(True, "Strip <think>..</think> from demonstrations. SDPO: yes.")
+    reprompt_template: str | None = _option(None, "Teacher prompt with {prompt}{solution}{feedback}; None = SDPO's.")
+    solution_template: str | None = _option(None, "Section around {demonstration}; None = SDPO's.")
+    feedback_template: str | None = _option(None, "Section around {feedback}; None = SDPO's.")
+
+    # Batch and lengths ----------------------------------------------------------------------------------------
+    prompts_per_step: int = _option(32, "Questions per optimizer step, over all ranks. Paper: 32.")
+    per_device_train_batch_size: int | None = _option(
+        None, "Completions of one step on one rank; None = prompts_per_step * num_generations / ranks."
+    )
+    micro_batch_size: int | None = _option(None, "At most this many completions per forward; None = no limit.")
+    max_tokens_per_microbatch: int | None = _option(
+        16384, "At most rows * longest row tokens per forward (one row may exceed it). Ours; None = no limit."
+    )
+    num_generations: int | None = _option(8, "Completions per question. Paper: 8.")
+    max_completion_length: int | None = _option(8192, "Tokens. Paper: 8192.")
+    max_prompt_length: int | None = _option(2048, "Tokens; a longer prompt is an error. Paper: 2048.")
+    max_teacher_prompt_length: int | None = _option(
+        10240, "Tokens; demonstration and feedback are shortened to fit, question and instruction never. SDPO: 10240."
+    )
+
+    # Held-out evaluation, apart from the training sampling ------------------------------------------------------
+    eval_k: int = _option(16, "Completions per held-out question. Paper: 16.")
+    eval_temperature: float = _option(0.6, "Paper: 0.6.")
+    eval_top_p: float = _option(0.95, "Paper: 0.95.")
+    eval_batch_size: int = _option(256, "Sequences generated at once.")
+
+    # Fields of TRL and transformers whose default is the paper's ----------------------------------------------
+    learning_rate: float = _option(1e-5, "Paper: AdamW 1e-5, constant.")
+    lr_scheduler_type: str = _option("constant_with_warmup", "Paper: constant after 10 warm-up steps.")
+    warmup_steps: float = _option(10, "Paper: 10.")
+    weight_decay: float = _option(0.01, "Paper: 0.01.")
+    logging_steps: float = _option(1, "One log per optimizer step.")
+    vllm_importance_sampling_mode: str = _option("token_truncate", "SDPO: token-level rollout correction,")
+    vllm_importance_sampling_clip_max: float | None = _option(2.0, "with threshold 2.0.")
+
+    def __post_init__(self) -> None:
+        self._check()
+        self._fold_batch()
+        if self.chat_template_kwargs is None:  # type: ignore[has-type]
+            self.chat_template_kwargs = {"enable_thinking": False}  # paper: thinking off; other templates ignore it
+        # TRL wants eval batches in multiples of the group; evaluation does not go through its loop.
+        self.per_device_eval_batch_size = self.num_generations or 8
+        try:
+            super().__post_init__()
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from error
+        rows = self.per_device_train_batch_size * self.world_size
+        self.prompts_per_step = rows // (self.num_generations or 1)
+
+    def _check(self) -> None:
+        _choice("objective", self.objective, OBJECTIVES)
+        _choice("teacher", self.teacher, TEACHERS)
+        _choice("divergence", self.divergence, DIVERGENCES)
+        _choice("demonstration", self.demonstration, ("first", "random"))
+        _choice("feedback_mode", self.feedback_mode, ("without_demonstration", "always", "never"))
+        _choice("information_denominator", self.information_denominator, ("all", "hinted"))
+        _choice("modulated_weight_decay", self.modulated_weight_decay, ("scaled", "fixed"))
+        try:
+            self.law(0)
+            if self.divergence != "sampled_token":
+                check_divergence(self.divergence, self.divergence_beta, self.divergence_top_k or None)
+            if self.alpha_end is not None:
+                ExponentialLaw(self.alpha_end, self.rho_max, self.rho_min)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if self.alpha_steps is not None and (self.alpha_end is None or self.alpha_steps < 1):
+            raise UserError(f"alpha_steps is {self.alpha_steps}; set it >= 1 and together with alpha_end.")
+        if not 0 <= self.teacher_rate <= 1:
+            raise UserError(f"teacher_rate is {self.teacher_rate}; a share of the student must lie in [0, 1].")
+        if self.num_generations is None or self.num_generations < 2:
+            raise UserError(
+                f"num_generations is {self.num_generations}; with fewer than 2 completions per question no sibling can "
+                "be a demonstration (and no group has an advantage); use 2 or more, the paper takes 8."
+            )
+        if self.importance_clip is not None and not self.importance_clip >= 1:
+            raise UserError(f"importance_clip is {self.importance_clip}; a ratio's upper clip must be >= 1, or None.")
+        if not math.isfinite(self.success_threshold):
+            raise UserError(f"success_threshold is {self.success_threshold}; it must be a finite reward.")
+        for name in ("prompts_per_step", "eval_k", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in (
+            "micro_batch_size",
+            "max_tokens_per_microbatch",
+            "max_prompt_length",
+            "max_teacher_prompt_length",
+            "max_completion_length",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1 token or row, or None for no limit.")
+        if not self.temperature > 0:
+            raise UserError(f"temperature is {self.temperature}; student and teacher logits are divided by it, so > 0.")
+        if self.objective == "pgpo" and any(name in str(self.optim).lower() for name in _UNSCALABLE_OPTIMIZERS):
+            raise UserError(
+                f"optim is {str(self.optim)!r}, whose update is not linear in the learning rate, so rho cannot act; "
+                "use adamw_torch, or objective='sdpo'."
+            )
+        if self.objective == "grpo" and self.loss_type not in SPLITTABLE_LOSSES:
+            raise UserError(
+                f"loss_type is {self.loss_type!r}, which changes when a batch is split into micro-batches; use one of "
+                f"{', '.join(SPLITTABLE_LOSSES)}."
+            )
+        if self.objective != "grpo":
+            for name, off in (("beta", 0.0), ("entropy_coef", 0.0), ("use_adaptive_entropy", False)):
+                if getattr(self, name) != off:
+                    raise UserError(
+                        f"{name} is {getattr(self, name)}, which self-distillation does not have; "
+                        f"leave it at {off}, or use objective='grpo'."
+                    )
+            if self.cast_lm_head_to_fp32:
+                raise UserError(
+                    "cast_lm_head_to_fp32 is True, but self-distillation computes divergence and entropy in fp32 from "
+                    "the model's own logits; leave it False."
+                )
+
+    def _fold_batch(self) -> None:
+        """Make one Trainer step one optimizer step, whichever way the batch was given."""
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        accumulation = self.gradient_accumulation_steps  # type: ignore[has-type]
+        if self.per_device_train_batch_size is None:
+            if accumulation != 1:
+                raise UserError(
+                    f"gradient_accumulation_steps is {accumulation} without per_device_train_batch_size; give both, or "
+                    "give prompts_per_step and micro_batch_size."
+                )
+            rows = self.prompts_per_step * (self.num_generations or 1)
+            if rows % ranks:
+                raise UserError(
+                    f"prompts_per_step * num_generations = {rows} completions do not divide evenly by {ranks} ranks; "
+                    "change prompts_per_step."
+                )
+            self.per_device_train_batch_size = rows // ranks
+        elif accumulation > 1:
+            if self.micro_batch_size is None:
+                self.micro_batch_size = self.per_device_train_batch_size
+            self.per_device_train_batch_size *= accumulation
+            self.gradient_accumulation_steps = 1
+        rows = self.per_device_train_batch_size * ranks
+        if rows % (self.num_generations or 1):
+            raise UserError(
+                f"{rows} completions per step are no multiple of num_generations = {self.num_generations}; every "
+                "question needs its whole group in the step."
+            )
+
+    def law(self, step: int, total_steps: int | None = None) -> ExponentialLaw:
+        """The multiplier law at a 0-based optimizer step. Raises ValueError for numbers outside their range."""
+        alpha = self.alpha
+        if self.alpha_end is not None and (steps := self.alpha_steps or total_steps):
+            alpha = linear_schedule(self.alpha, self.alpha_end, steps)(step)
+        return ExponentialLaw(alpha, self.rho_max, self.rho_min)
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name} is {value!r}; choose one of {', '.join(allowed)}.")

@@ -1,0 +1,641 @@
+"""`PGPOTrainer`: trl.GRPOTrainer with self-distillation and a step scaled by its own information.
+
+One optimizer step, top-down:
+
+    rollouts, rewards                        TRL (trl_seam.py)
+    annotate    teacher contexts             demonstration = a right sibling, and/or feedback on the own attempt
+    optimize    micro-batches                active samples only, sorted by length, within the token budget
+                student and teacher logits on the same completion tokens
+                divergence / GLOBAL number of active tokens -> backward;   entropies -> InformationMeter
+                I_k over all micro-batches and ranks -> rho_k -> armed for the optimizer's step
+    on_optimizer_step                        the teacher follows
+
+Departures from lasgroup/SDPO and from TRL's SDPOTrainer are listed in docs/METHOD.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from pgpo.core import (
+    Information,
+    InformationMeter,
+    divergence,
+    modulate,
+    sampled_token_divergence,
+    token_entropy,
+)
+from pgpo.core.stepping import Modulation
+from pgpo.errors import UserError
+from pgpo.evaluate.avg_at_k import Record, summarize
+from pgpo.evaluate.run import evaluate
+from pgpo.evaluate.runners import TransformersRunner
+from pgpo.teacher import ContextTemplates, Teacher, build_contexts
+from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
+from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, torch_optimizer
+
+TEACHER_FILE = "pgpo_teacher.safetensors"
+STATE_FILE = "pgpo_state.json"
+_TRL_METRICS = {"completion_length": "completions/mean_length", "clipped_share": "completions/clipped_ratio"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One active completion, without padding. weight [T] multiplies its tokens' loss (importance ratios)."""
+
+    prompt: list[int]
+    teacher_prompt: list[int]
+    completion: list[int]
+    rollout_logprobs: Tensor | None = None  # [T] log-probs at rollout time, where the tokens are off-policy
+    weight: Tensor | None = None  # [T] or [1] vLLM / trainer mismatch correction
+
+    def __len__(self) -> int:
+        return max(len(self.prompt), len(self.teacher_prompt)) + len(self.completion)
+
+
+class PGPOTrainer(SeamTrainer):
+    """Train a causal language model with PGPO, or with its baselines SDPO and GRPO (`args.objective`).
+
+    A drop-in for trl.GRPOTrainer: the same arguments, plus
+
+    Args:
+        feedback_funcs: called like reward functions; each returns one text or None per completion, on the sample's
+            own attempt. The teacher reads the first text found (`args.feedback_mode`).
+        grade: (completion text, dataset row) -> pgpo.tasks.graders.Grade, for held-out evaluation; by default the
+            weighted sum of the reward functions, one completion at a time.
+
+    Held-out evaluation (`eval_strategy`, `trainer.evaluate()`) samples `eval_k` completions per row of
+    `eval_dataset` at `eval_temperature` and reports avg@k with an interval clustered by question.
+
+    Raises:
+        UserError: what cannot work, in one sentence with the remedy.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: PGPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        feedback_funcs: Callable[..., Any] | list[Callable[..., Any]] | None = None,
+        grade: Callable[[str, Mapping[str, Any]], Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = PGPOConfig(f"{name.split('/')[-1]}-PGPO")
+        if not isinstance(args, PGPOConfig):
+            raise UserError(f"args is a {type(args).__name__}; PGPOTrainer needs a PGPOConfig (same fields and more).")
+        _check_inputs(args, train_dataset, reward_funcs, kwargs)
+        if feedback_funcs is None:
+            feedback_funcs = []
+        elif not isinstance(feedback_funcs, list):
+            feedback_funcs = [feedback_funcs]
+        self.grade = grade
+        self.meter = InformationMeter(args.information_denominator)
+        self.teacher: Teacher | None = None
+        self.templates = _templates(args)
+        self._modulation: Modulation | None = None
+        self._modulation_state: dict[str, Any] | None = None
+        self._negative_steps = 0
+        self._signal_steps = 0
+        self._stepped = False
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            feedback_funcs=feedback_funcs,
+            **kwargs,
+        )
+        self._check_model(train_dataset)
+        if self.distills:
+            # TRL has patched model.forward by now; Teacher strips such closures from its copy and checks the rest.
+            try:
+                self.teacher = Teacher(self.model, args.teacher, args.teacher_rate)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            self._forward_keys = _accepted(self.model, ("position_ids", "logits_to_keep"))
+            self.add_callback(_TeacherFollows(self))
+
+    @property
+    def distills(self) -> bool:
+        """PGPO and SDPO learn from the teacher; GRPO does not."""
+        return self.args.objective != "grpo"
+
+    # Teacher contexts -----------------------------------------------------------------------------------------------
+
+    def annotate(self, batch: Batch, rollout: Rollout) -> Batch:
+        mine = range(len(rollout.prompts))[rollout.local]
+        self._log_rollout(rollout)
+        if not self.distills:
+            return batch
+        a = self.args
+        rendered: dict[int, list[int]] = {}
+
+        def length(prompt: Prompt) -> int:
+            return len(self.render(prompt))
+
+        # Contexts are drawn on the whole group, which may stretch over ranks; only local prompts are tokenised.
+        try:
+            contexts = build_contexts(
+                rollout.prompts,
+                rollout.completions,
+                rollout.rewards,
+                a.num_generations,
+                feedback=rollout.feedback,
+                success_threshold=a.success_threshold,
+                choice=a.demonstration,
+                seed=a.seed,
+                step=self.state.global_step,
+                allow_own_success=a.allow_own_success,
+                feedback_mode=a.feedback_mode,
+                remove_thinking=a.remove_thinking,
+                templates=self.templates,
+                max_length=a.max_teacher_prompt_length,
+                length=None if a.max_teacher_prompt_length is None else length,
+            )
+        except ValueError as error:
+            raise UserError(f"at step {self.state.global_step + 1}: {error}") from error
+        for i in mine:
+            prompt = contexts[i].prompt
+            if prompt is not None:
+                rendered[i] = self.render(prompt)
+        batch["teacher_prompt_ids"] = [rendered.get(i) for i in mine]
+        self.record("truncated_contexts", sum(c.truncated for c in contexts) / len(contexts))
+        self.record("feedback_share", sum(c.feedback_used for c in contexts) / len(contexts))
+        return batch
+
+    def _log_rollout(self, rollout: Rollout) -> None:
+        rewards = [r for r in rollout.rewards if not math.isnan(r)]
+        self.record("success_share", sum(r >= self.args.success_threshold for r in rewards) / max(len(rewards), 1))
+        for ours, trl in _TRL_METRICS.items():
+            if (value := self.recorded(trl)) is not None:
+                self.record(ours, value)
+        self.last_rollout = rollout
+
+    # One optimizer step ---------------------------------------------------------------------------------------------
+
+    def optimize(self, model: nn.Module, batch: Batch) -> Tensor:
+        if not self.distills:
+            return self._optimize_grpo(model, batch)
+        rows, total = self._active_rows(batch), len(batch["teacher_prompt_ids"])
+        tokens = self._sum(sum(len(r.completion) for r in rows))
+        self.meter.reset()
+        self.meter.add_unhinted(total - len(rows))
+        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)  # weighted loss, divergence
+        micro_batches = [[rows[i] for i in part] for part in self._micro_batches([len(r) for r in rows])]
+        # Every rank runs the same number of forwards and backwards: collectives hide in them.
+        rounds = int(self._max(len(micro_batches)))
+        for i in range(rounds):
+            part = micro_batches[i] if i < len(micro_batches) else None
+            with self.exchange(model, last=i == rounds - 1):
+                loss, stats = self._distill(model, part or [self._idle_row(batch)], tokens, idle=part is None)
+                # Ranks average their gradients; the loss is a sum over ranks divided by the global token count.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            sums += stats
+        information = self._summary()
+        self._stepped = tokens > 0
+        rho = self._arm(information)
+        loss_sum, divergence_sum = self._reduce(sums).tolist()
+        self._log_step(information, rho, divergence_sum / max(tokens, 1), tokens)
+        return torch.tensor(loss_sum / max(tokens, 1), device=self.accelerator.device)
+
+    def _active_rows(self, batch: Batch) -> list[Row]:
+        """This rank's completions that have a teacher and at least one token, padding removed."""
+        rows = []
+        loss_mask = batch["completion_mask"].bool()
+        for i, teacher_prompt in enumerate(batch["teacher_prompt_ids"]):
+            keep = loss_mask[i]
+            if teacher_prompt is None or not keep.any():
+                continue
+            ratio = batch.get("importance_sampling_ratio")  # [B, T] per token or [B, 1] per sequence
+            if ratio is not None:
+                ratio = ratio[i][keep] if ratio.shape[1] > 1 else ratio[i]
+            old = batch.get("old_per_token_logps")
+            rows.append(
+                Row(
+                    prompt=batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist(),
+                    teacher_prompt=teacher_prompt,
+                    completion=batch["completion_ids"][i][keep].tolist(),
+                    rollout_logprobs=None if old is None else old[i][keep],
+                    weight=ratio,
+                )
+            )
+        return rows
+
+    def _idle_row(self, batch: Batch) -> Row:
+        """Any row, for a rank that has run out of micro-batches: its loss is multiplied by zero."""
+        prompt = batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist()
+        return Row(prompt=prompt, teacher_prompt=prompt, completion=batch["completion_ids"][0][:1].tolist())
+
+    def _micro_batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Indices of rows that go through the model together, longest first: little is padded, and memory runs out
+        at once if ever. A part holds at most micro_batch_size rows and rows * longest row <= the token budget."""
+        size = self.args.micro_batch_size or len(lengths)
+        budget = self.args.max_tokens_per_microbatch or math.inf
+        part: list[int] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            if part and (len(part) == size or (len(part) + 1) * lengths[part[0]] > budget):
+                yield part
+                part = []
+            part.append(i)
+        if part:
+            yield part
+
+    def _distill(self, model: nn.Module, rows: list[Row], tokens: float, idle: bool) -> tuple[Tensor, Tensor]:
+        """Loss of a micro-batch (its share of the global mean) and [weighted loss, divergence] sums."""
+        a = self.args
+        completions = [r.completion for r in rows]
+        assert self.teacher is not None
+        with self.accelerator.autocast():  # the student's forward autocasts by itself once prepared
+            teacher_logits = self.teacher.logits(
+                lambda module: self._completion_logits(module, [r.teacher_prompt for r in rows], completions)
+            )
+        student_logits = self._completion_logits(model, [r.prompt for r in rows], completions)
+        labels = _pad(completions, self.tokenizer.pad_token_id, "right").to(student_logits.device)
+        mask = _pad([[1] * len(c) for c in completions], 0, "right").bool().to(student_logits.device)
+
+        if a.divergence == "sampled_token":
+            per_token = sampled_token_divergence(student_logits, teacher_logits, labels, a.temperature)
+        else:
+            per_token = divergence(
+                student_logits,
+                teacher_logits,
+                kind=a.divergence,
+                beta=a.divergence_beta,
+                top_k=a.divergence_top_k or None,
+                tail=a.divergence_tail,
+                temperature=a.temperature,
+            )
+        per_token = torch.where(mask, per_token, 0.0)
+        weighted = per_token * self._importance(rows, student_logits, labels)
+        if idle:
+            return weighted.sum() * 0.0, torch.zeros(2, dtype=torch.float64, device=weighted.device)
+        with torch.no_grad():
+            self.meter.add(
+                token_entropy(student_logits, a.temperature), token_entropy(teacher_logits, a.temperature), mask
+            )
+        stats = torch.stack([weighted.detach().double().sum(), per_token.detach().double().sum()])
+        return weighted.sum() / tokens, stats
+
+    def _importance(self, rows: list[Row], student_logits: Tensor, labels: Tensor) -> Tensor | float:
+        """Detached token weights: clipped ratio to the rollout policy (SDPO) times vLLM's correction."""
+        weight: Tensor | float = 1.0
+        if self.args.importance_clip is not None and rows[0].rollout_logprobs is not None:
+            with torch.no_grad():
+                logits = student_logits.float() / self.args.temperature
+                logprobs = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+                old = _pad_rows([r.rollout_logprobs for r in rows], logprobs)
+                weight = (logprobs - old).exp().clamp_max(self.args.importance_clip)
+        if rows[0].weight is not None:
+            length = labels.shape[1]
+            ratios = [r.weight if len(r.weight) > 1 else r.weight.expand(length) for r in rows]  # type: ignore[union-attr, arg-type]
+            weight = weight * _pad_rows(ratios, student_logits[..., 0])
+        return weight
+
+    def _completion_logits(self, model: nn.Module, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+        """Logits that predict each completion token: [B, T, V]; prompts padded left, completions right."""
+        device = self.accelerator.device
+        pad = self.tokenizer.pad_token_id
+        ids = torch.cat([_pad(prompts, pad, "left"), _pad(completions, pad, "right")], dim=1).to(device)
+        mask = torch.cat(
+            [_pad([[1] * len(p) for p in prompts], 0, "left"), _pad([[1] * len(c) for c in completions], 0, "right")],
+            dim=1,
+        ).to(device)
+        keep = max(map(len, completions)) + 1
+        extra: dict[str, Any] = {"use_cache": False}
+        if "position_ids" in self._forward_keys:
+            extra["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+        if "logits_to_keep" in self._forward_keys:
+            extra["logits_to_keep"] = keep
+        logits = model(input_ids=ids, attention_mask=mask, **extra).logits
+        return logits[:, -keep:-1]
+
+    def _optimize_grpo(self, model: nn.Module, batch: Batch) -> Tensor:
+        """TRL's own loss, in micro-batches: token sums add up, means over rows are weighted by rows."""
+        count = len(batch["completion_ids"])
+        lengths = (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).tolist()
+        # Image tensors are not indexed by row, so such a batch stays whole.
+        parts = [list(range(count))] if "num_images" in batch else list(self._micro_batches(lengths))
+        rounds = int(self._max(len(parts)))
+        by_rows = self.args.loss_type in ROW_MEAN_LOSSES
+        total = torch.zeros((), device=self.accelerator.device)
+        for k in range(rounds):
+            index = parts[min(k, len(parts) - 1)]
+            share = 0.0 if k >= len(parts) else len(index) / count if by_rows else 1.0
+            with self.exchange(model, last=k == rounds - 1):
+                part = batch if len(index) == count else _select(batch, index, count)
+                loss = self.grpo_loss(model, part) * share
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return self.accelerator.reduce(total, "mean")
+
+    # The signal -----------------------------------------------------------------------------------------------------
+
+    def _summary(self) -> Information:
+        try:
+            return self.meter.summary(self._reduce)
+        except ValueError as error:
+            raise UserError(f"at step {self.state.global_step + 1}: {error}") from error
+
+    def _arm(self, information: Information) -> float:
+        """rho_k for the step that follows; 1.0 where nothing modulates."""
+        self._signal_steps += 1
+        self._negative_steps += information.information < 0
+        if self.args.objective != "pgpo":
+            return 1.0
+        if self._modulation is None:
+            try:
+                self._modulation = modulate(torch_optimizer(self.optimizer), self.args.modulated_weight_decay)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            if self._modulation_state is not None:
+                self._modulation.load_state_dict(self._modulation_state)
+        rho = self.args.law(self.state.global_step, self.state.max_steps)(information.information)
+        self._modulation.arm(rho)
+        return rho
+
+    def _log_step(self, information: Information, rho: float, mean_divergence: float, tokens: float) -> None:
+        lr = self.base_learning_rate()
+        for name, value in {
+            "information": information.information,
+            "rho": rho,
+            "alpha": self.args.law(self.state.global_step, self.state.max_steps).alpha
+            if self.args.objective == "pgpo"
+            else 0.0,
+            "student_entropy": information.student_entropy,
+            "teacher_entropy": information.teacher_entropy,
+            "divergence": mean_divergence,
+            "active_share": information.hinted_samples / information.samples,
+            "active_tokens": tokens,
+            "effective_lr": lr * rho,
+            "negative_information_share": self._negative_steps / self._signal_steps,
+        }.items():
+            self.record(name, value)
+
+    def teacher_follows(self) -> None:
+        """After an optimizer step that moved the student. A batch without any teacher moves nothing."""
+        if self.teacher is not None and self._stepped and not self.accelerator.optimizer_step_was_skipped:
+            self.teacher.update()
+
+    # Ranks ----------------------------------------------------------------------------------------------------------
+
+    def _reduce(self, values: Tensor) -> Tensor:
+        device = self.accelerator.device
+        dtype = torch.float32 if device.type == "mps" else values.dtype  # MPS has no fp64
+        return self.accelerator.reduce(values.to(device, dtype), "sum").cpu()
+
+    def _sum(self, value: float) -> float:
+        return self._reduce(torch.tensor([float(value)], dtype=torch.float64)).item()
+
+    def _max(self, value: float) -> float:
+        local = torch.tensor([float(value)], device=self.accelerator.device)
+        return self.accelerator.gather(local).max().item()
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def save_extra(self, directory: Path) -> None:
+        from safetensors.torch import save_file
+
+        state = {
+            "negative_steps": self._negative_steps,
+            "signal_steps": self._signal_steps,
+            "modulation": self._modulation.state_dict() if self._modulation is not None else None,
+        }
+        tensors: dict[str, Tensor] = {}
+        if self.teacher is not None:
+            saved = self.teacher.state_dict()
+            state["teacher"] = {"kind": saved["kind"], "rate": saved["rate"]}
+            for part in ("parameters", "buffers"):
+                tensors |= {f"{part}/{name}": t.contiguous() for name, t in saved[part].items()}
+        if self.args.should_save:
+            if tensors:
+                save_file(tensors, directory / TEACHER_FILE)
+            (directory / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+
+    def load_extra(self, directory: Path) -> None:
+        from safetensors.torch import load_file
+
+        try:
+            state = json.loads((directory / STATE_FILE).read_text())
+            self._negative_steps, self._signal_steps = state["negative_steps"], state["signal_steps"]
+            self._modulation_state = state["modulation"]
+            if self.teacher is not None:
+                if state.get("teacher") is None:
+                    raise ValueError("it was written by a run without a teacher")
+                saved: dict[str, Any] = {**state["teacher"], "parameters": {}, "buffers": {}}
+                if (directory / TEACHER_FILE).exists():
+                    for key, tensor in load_file(directory / TEACHER_FILE).items():
+                        part, name = key.split("/", 1)
+                        saved[part][name] = tensor
+                self.teacher.load_state_dict(saved)
+        except Exception as error:
+            raise UserError(
+                f"the checkpoint {directory.name} cannot be continued ({error}); resume from an earlier one."
+            ) from error
+
+    # Held-out evaluation --------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """avg@k, pass@k and maj@k on held-out rows, with the evaluation's own sampling; logged like any metric."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, dict):
+            results: dict[str, float] = {}
+            for name, part in data.items():
+                results |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return results
+        if data is None:
+            raise UserError("there is no eval_dataset to evaluate on; pass one to the trainer or to evaluate().")
+        self.last_records = self.held_out_records(list(data))
+        summary = summarize(self.last_records, self.args.eval_k).as_dict()
+        metrics = {
+            f"{metric_key_prefix}_{name}": value for name, value in summary.items() if isinstance(value, (int, float))
+        }
+        self.model.eval()  # TRL files a log under train or eval by the model's mode; the next step trains again
+        self.log(dict(metrics))
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def held_out_records(self, rows: list[dict[str, Any]], seed: int | None = None) -> list[Record]:
+        """`eval_k` graded completions for every row, gathered from all ranks."""
+        rows = [{"id": str(i), "domain": "", **row} for i, row in enumerate(rows)]
+        seed = self.args.seed if seed is None else seed
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        mine = rows[rank::ranks]
+        if self.args.use_vllm:
+            records = evaluate(mine, self._vllm_generate(-(-len(rows) // ranks)), self._grade, self.args.eval_k, seed)
+        else:
+            with self.generation_model() as model:
+                runner = TransformersRunner(
+                    model,
+                    self.tokenizer,
+                    temperature=self.args.eval_temperature,
+                    top_p=self.args.eval_top_p,
+                    max_new_tokens=self.args.max_completion_length,
+                    batch_size=self.args.eval_batch_size,
+                    chat_template_kwargs=self.args.chat_template_kwargs,
+                )
+                records = evaluate(mine, runner, self._grade, self.args.eval_k, seed) if mine else []
+        return self.gather_objects(records)
+
+    def _vllm_generate(self, rows_per_rank: int) -> Callable[[list[Any], int, int], list[list[str]]]:
+        """TRL's engine as a `generate` callable. Every rank sends equally many prompts: the server slices evenly."""
+
+        def generate(prompts: list[Any], k: int, seed: int) -> list[list[str]]:
+            ids = [self.render(p) for p in prompts]
+            padded = ids + [ids[-1]] * (rows_per_rank - len(ids))
+            repeated = [p for p in padded for _ in range(k)]
+            with self.vllm_sampling(self.args.eval_temperature, self.args.eval_top_p) as engine:
+                _, completions, _, _ = engine.generate(prompts=repeated, images=None, num_generations=k)
+            texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+            return [texts[i * k : (i + 1) * k] for i in range(len(prompts))]
+
+        return generate
+
+    def _grade(self, text: str, row: Mapping[str, Any]) -> Any:
+        if self.grade is not None:
+            return self.grade(text, row)
+        from pgpo.tasks.graders import Grade
+
+        prompt = row["prompt"]
+        completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        columns = {k: [v] for k, v in row.items() if k not in ("prompt", "completion")}
+        reward = 0.0
+        for function, weight in zip(self.reward_funcs, self.reward_weights.tolist()):
+            if isinstance(function, nn.Module) or inspect.iscoroutinefunction(function):
+                raise UserError("a reward model or async reward cannot grade held-out completions; pass grade=.")
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            value = function(  # type: ignore[operator]
+                prompts=[prompt],
+                completions=[completion],
+                completion_ids=[ids],
+                trainer_state=self.state,
+                log_extra=lambda *_: None,
+                log_metric=lambda *_: None,
+                **columns,
+            )[0]
+            reward += weight * (value or 0.0)
+        return Grade(reward=reward, answer=None, well_formed=True, feedback=None)
+
+    # Checks ---------------------------------------------------------------------------------------------------------
+
+    def _check_model(self, train_dataset: Any) -> None:
+        if self.tokenizer.pad_token_id is None:
+            raise UserError("the tokenizer has no pad token and no eos token; set tokenizer.pad_token.")
+        first = next(iter(train_dataset), None) if train_dataset is not None else None
+        if first is not None and not isinstance(first["prompt"], str) and not self.tokenizer.chat_template:
+            raise UserError(
+                "the prompts are chat messages but the tokenizer has no chat template; set "
+                "tokenizer.chat_template, use an instruction-tuned model, or give prompts as plain strings."
+            )
+        if not self.distills:
+            return
+        if self.is_multimodal:
+            raise UserError("self-distillation of vision-language models is not supported; use objective='grpo'.")
+        separate = self.args.teacher != "live" and not hasattr(self.model, "peft_config")
+        zero3 = self.is_deepspeed_enabled and self.args.deepspeed_plugin.zero_stage == 3
+        if separate and (self.is_fsdp_enabled or zero3):
+            raise UserError(
+                f"teacher={self.args.teacher!r} keeps a second full model, which is not sharded under FSDP or ZeRO-3; "
+                "use DDP or ZeRO-2, train LoRA (peft_config), or teacher='live'."
+            )
+
+
+class _TeacherFollows(TrainerCallback):
+    def __init__(self, trainer: PGPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.teacher_follows()
+
+
+def _check_inputs(args: PGPOConfig, train_dataset: Any, reward_funcs: Any, kwargs: Mapping[str, Any]) -> None:
+    if not reward_funcs:
+        raise UserError("reward_funcs is empty; pass a function that grades completions (1.0 = right).")
+    if args.objective != "grpo":
+        for name in ("tools", "environment_factory"):
+            if kwargs.get(name):
+                raise UserError(f"{name} is not supported with self-distillation; use objective='grpo'.")
+    if isinstance(train_dataset, Dataset):
+        if len(train_dataset) == 0:
+            raise UserError("train_dataset is empty; check its filters and its path.")
+        if "prompt" not in train_dataset.column_names:
+            raise UserError(
+                f"train_dataset has the columns {', '.join(train_dataset.column_names)} but no 'prompt'; rename "
+                "the one that holds the chat messages or the text."
+            )
+        if len(train_dataset) < args.prompts_per_step:
+            raise UserError(
+                f"train_dataset has {len(train_dataset)} rows, fewer than prompts_per_step = {args.prompts_per_step}; "
+                "lower prompts_per_step."
+            )
+
+
+def _templates(args: PGPOConfig) -> ContextTemplates:
+    given = {
+        name: text
+        for name in ("reprompt", "solution", "feedback")
+        if (text := getattr(args, f"{name}_template")) is not None
+    }
+    try:
+        return replace(ContextTemplates(), **given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _accepted(model: nn.Module, names: tuple[str, ...]) -> set[str]:
+    """Which keyword arguments the causal language model's own forward takes."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    return {name for name in names if name in inspect.signature(type(base).forward).parameters}
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:
+    """Rows of unequal length -> [B, longest]."""
+    width = max(map(len, rows))
+    fill = [[value] * (width - len(row)) for row in rows]
+    left = side == "left"
+    return torch.tensor([f + list(row) if left else list(row) + f for f, row in zip(fill, rows)])
+
+
+def _pad_rows(rows: Sequence[Any], like: Tensor) -> Tensor:
+    """Rows [T_i] into the right-padded shape of `like` [B, T]."""
+    out = torch.zeros_like(like, dtype=torch.float32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row[: like.shape[1]]
+    return out
+
+
+def _select(batch: Batch, index: list[int], count: int) -> Batch:
+    """Rows of a TRL batch, trimmed to their longest prompt (padded left) and completion (padded right)."""
+    prompt = int(batch["prompt_mask"][index].sum(1).max())
+    completion = max(int(batch["completion_mask"][index].sum(1).max()), 1)
+    width = batch["completion_ids"].shape[1]
+    picked: Batch = {}
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.dim() > 0 and len(value) == count:
+            value = value[index]
+            if key in ("prompt_ids", "prompt_mask"):
+                value = value[:, value.shape[1] - prompt :]
+            elif value.dim() == 2 and value.shape[1] == width:
+                value = value[:, :completion]
+        picked[key] = value
+    return picked

@@ -1,0 +1,369 @@
+"""The seam to TRL: the ONLY file that names private members of trl.GRPOTrainer (1.16).
+
+It turns them into a handful of public hooks, so that `trainer.py` reads as the method and an upgrade of TRL is a
+change of this file. `tests/contract/test_trl_seam.py` checks every name used here against the installed TRL.
+
+Flow of one Trainer step, which is one optimizer step:
+
+    TRL: prompts -> completions -> rewards     (`_generate_and_score_completions`)
+      -> annotate(batch, rollout)              hook: teacher contexts join the batch
+    TRL: shuffle, split, buffer                (`_prepare_inputs`)
+      -> optimize(model, batch) -> loss        hook: micro-batches, backward, rho
+    transformers: clip, optimizer.step(), scheduler, log, save
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from pgpo.errors import UserError
+
+Batch = dict[str, Any]
+Prompt = Any  # a list of chat messages, or a plain string
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the ranks generated together, in rank order; rows of one question are consecutive.
+
+    Attributes:
+        prompts: N prompts as given in the dataset.
+        completions: N texts.
+        rewards: [N] weighted sum over the reward functions.
+        feedback: N texts or None, or None if there are no feedback functions.
+        local: this rank's rows.
+    """
+
+    prompts: list[Prompt]
+    completions: list[str]
+    rewards: list[float]
+    feedback: list[str | None] | None
+    local: slice
+
+
+class SeamTrainer(GRPOTrainer):
+    """GRPOTrainer with public hooks in place of private members. Subclass it; do not use it alone."""
+
+    _tag_names: ClassVar = ["trl", "pgpo"]
+    _name = "PGPO"
+    _paper: ClassVar = {"title": "Physics-Guided Policy Optimization with Self-Distillation", "id": "2606.03620"}
+
+    def __init__(self, *args: Any, feedback_funcs: list[Callable[..., Any]], **kwargs: Any) -> None:
+        self.feedback_funcs = feedback_funcs
+        reward_funcs = kwargs.get("reward_funcs") or []
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        kwargs["reward_funcs"] = [self._guarded(f) for f in reward_funcs]
+        self._captured: tuple[list[Prompt], list[str], Tensor, list[str | None] | None] | None = None
+        super().__init__(*args, **kwargs)
+
+    # Hooks ----------------------------------------------------------------------------------------------------
+
+    def annotate(self, batch: Batch, rollout: Rollout) -> Batch:
+        """Add what the loss needs to this rank's batch; lists and tensors must have one entry per row."""
+        raise NotImplementedError
+
+    def optimize(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Run forward and backward over the whole optimizer batch of this rank; return the loss to log."""
+        raise NotImplementedError
+
+    def save_extra(self, directory: Path) -> None:
+        """Write what a checkpoint needs beyond the Trainer's own state (called on every rank)."""
+
+    def load_extra(self, directory: Path) -> None:
+        """Read what `save_extra` wrote."""
+
+    # Services for the subclass ----------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    @property
+    def is_multimodal(self) -> bool:
+        return bool(self._is_vlm)
+
+    def record(self, name: str, value: float) -> None:
+        """Add a scalar to the log of this training step; call it on every rank with the same value."""
+        self._metrics["train"][name].append(value)
+
+    def recorded(self, name: str) -> float | None:
+        """The latest scalar TRL recorded in this step, e.g. 'completions/mean_length'."""
+        values = self._metrics["train"].get(name)
+        return values[-1] if values else None
+
+    def grpo_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """TRL's GRPO loss on a micro-batch of padded tensors."""
+        return self._compute_loss(model, batch)
+
+    def gather_objects(self, local: list[Any]) -> list[Any]:
+        """The ranks' lists, one after the other in rank order."""
+        if self.accelerator.num_processes == 1:
+            return local
+        from accelerate.utils import gather_object
+
+        return gather_object(local)
+
+    def base_learning_rate(self) -> float:
+        """The scheduler's learning rate of this step, before any modulation."""
+        return float(self._get_learning_rate())
+
+    def exchange(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Context of forward and backward of a micro-batch: ranks exchange gradients in the last one only."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+
+    def render(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, ready for generation, by the same template as the student's prompts."""
+        if isinstance(prompt, str):
+            return self.processing_class(text=prompt)["input_ids"]
+        return self.processing_class.apply_chat_template(
+            conversation=prompt,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **self.chat_template_kwargs,
+        )["input_ids"]
+
+    @contextlib.contextmanager
+    def generation_model(self) -> Iterator[nn.Module]:
+        """The student, gathered and unwrapped for `generate`."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            yield model
+
+    @contextlib.contextmanager
+    def vllm_sampling(self, temperature: float, top_p: float) -> Iterator[Any]:
+        """TRL's vLLM engine with other sampling parameters and the current weights."""
+        engine = self.vllm_generation
+        before = engine.temperature, engine.top_p
+        if self.state.global_step != self._last_loaded_step:
+            engine.sync_weights()
+            self._last_loaded_step: int = self.state.global_step
+        engine.temperature, engine.top_p = temperature, top_p
+        try:
+            yield engine
+        finally:
+            engine.temperature, engine.top_p = before
+
+    # TRL's members ----------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        start = time.perf_counter()
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        batch = self._prepare_inputs(inputs)
+        generated = time.perf_counter()
+        with self.compute_loss_context_manager():
+            loss = self.optimize(model, batch)
+        self._step += 1
+        end = time.perf_counter()
+        self.record("generation_seconds", generated - start)
+        self.record("update_seconds", end - generated)
+        self.record("step_time", end - start)
+        return loss.detach()
+
+    def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
+        batch = super()._generate_and_score_completions(inputs)
+        assert self._captured is not None
+        prompts, completions, rewards, feedback = self._captured
+        self._captured = None
+        rows = len(prompts)
+        gathered_prompts, gathered_texts = self.gather_objects(prompts), self.gather_objects(completions)
+        start = self.accelerator.process_index * rows
+        rollout = Rollout(
+            prompts=gathered_prompts,
+            completions=gathered_texts,
+            rewards=rewards.tolist(),
+            feedback=None if feedback is None else self.gather_objects(feedback),
+            local=slice(start, start + rows),
+        )
+        return self.annotate(batch, rollout)
+
+    def _calculate_rewards(
+        self, inputs: list[Batch], prompts: list[Prompt], completions: list[Any], completion_ids_list: list[list[int]]
+    ) -> Tensor:
+        per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # all ranks
+        weights = self.reward_weights.to(per_function.device)
+        rewards = (per_function * weights).nansum(dim=1)
+        rewards[per_function.isnan().all(dim=1)] = math.nan
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        columns = {k: [row[k] for row in inputs] for k in inputs[0] if k not in ("prompt", "completion")}
+        feedback = self._feedback(
+            prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
+        )
+        self._captured = (prompts, texts, rewards, feedback)
+        return per_function
+
+    def _feedback(self, **kwargs: Any) -> list[str | None] | None:
+        """First text that a feedback function gives for each completion of this rank."""
+        if not self.feedback_funcs:
+            return None
+        found: list[str | None] = [None] * len(kwargs["prompts"])
+        for function in self.feedback_funcs:
+            name, step = _name(function), self.state.global_step + 1
+            try:
+                texts = list(function(trainer_state=self.state, **kwargs))
+            except Exception as error:
+                raise UserError(
+                    f"feedback function {name!r} raised {type(error).__name__} at step {step}: {error}."
+                ) from error
+            if len(texts) != len(found):
+                raise UserError(
+                    f"feedback function {name!r} returned {len(texts)} texts for {len(found)} completions at step "
+                    f"{step}; return one text or None per completion."
+                )
+            for i, text in enumerate(texts):
+                if text is not None and not isinstance(text, str):
+                    raise UserError(
+                        f"feedback function {name!r} returned {text!r} for sample {i} at step {step}; return a text "
+                        "or None."
+                    )
+                found[i] = found[i] or text
+        return found
+
+    def _guarded(self, function: Any) -> Any:
+        """Check what a reward function returns, naming function, step and sample."""
+        if isinstance(function, (str, nn.Module)):
+            return function
+
+        def check(rewards: Any, count: int) -> list[Any]:
+            name, step = _name(function), self.state.global_step + 1
+            try:
+                rewards = list(rewards)
+            except TypeError:
+                raise UserError(
+                    f"reward function {name!r} returned {rewards!r} at step {step}; return a list with one number per "
+                    "completion."
+                ) from None
+            if len(rewards) != count:
+                raise UserError(
+                    f"reward function {name!r} returned {len(rewards)} rewards for {count} completions at step {step}; "
+                    "return one number (or None) per completion."
+                )
+            for i, reward in enumerate(rewards):
+                if reward is None:  # TRL: this function does not apply to this sample
+                    continue
+                try:
+                    finite = math.isfinite(reward)
+                except TypeError:
+                    finite = False
+                if not finite:
+                    raise UserError(
+                        f"reward function {name!r} returned {reward!r} for sample {i} at step {step}; a reward must be "
+                        "a finite number, or None where the function does not apply."
+                    )
+            return rewards
+
+        def explain(error: Exception, kwargs: Batch) -> UserError:
+            sample = _first_failing_sample(function, kwargs)
+            where = f"sample {sample}" if sample is not None else f"the batch of {len(kwargs['prompts'])} samples"
+            return UserError(
+                f"reward function {_name(function)!r} raised {type(error).__name__} at step "
+                f"{self.state.global_step + 1} on {where}: {error}."
+            )
+
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def guarded_async(**kwargs: Any) -> list[Any]:
+                try:
+                    rewards = await function(**kwargs)
+                except Exception as error:
+                    raise explain(error, kwargs) from error
+                return check(rewards, len(kwargs["prompts"]))
+
+            return guarded_async
+
+        @functools.wraps(function, assigned=("__doc__",), updated=())
+        def guarded(**kwargs: Any) -> list[Any]:
+            try:
+                rewards = function(**kwargs)
+            except Exception as error:
+                raise explain(error, kwargs) from error
+            return check(rewards, len(kwargs["prompts"]))
+
+        guarded.__name__ = _name(function)  # TRL names the metric after it
+        return guarded
+
+    def _tokenize_prompts(self, prompts: list[Prompt]) -> Any:
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        limit = self.args.max_prompt_length
+        for prompt, ids in zip(prompts, prompt_ids, strict=True):
+            if limit is not None and len(ids) > limit:
+                raise UserError(
+                    f"a prompt has {len(ids)} tokens, more than max_prompt_length = {limit}: {_start(prompt)!r}; raise "
+                    "the limit or drop the row."
+                )
+        return prompt_ids, images, fields
+
+    def _get_per_token_logps_and_entropies(self, model: nn.Module, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # TRL passes the whole optimizer batch as one forward; keep to the micro-batch limits.
+        rows = input_ids.shape[0]
+        limits = [self.args.micro_batch_size or rows]
+        if self.args.max_tokens_per_microbatch:
+            limits.append(max(1, self.args.max_tokens_per_microbatch // input_ids.shape[1]))
+        kwargs["batch_size"] = min(kwargs.get("batch_size") or rows, rows, *limits)
+        return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        directory = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        self.save_extra(directory)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_extra(Path(checkpoint))
+
+
+def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    inner = optimizer
+    while hasattr(inner, "accelerator_state"):
+        inner = inner.optimizer
+    return inner
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _start(prompt: Prompt, characters: int = 60) -> str:
+    text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    return text if len(text) <= characters else text[:characters] + "…"
+
+
+def _first_failing_sample(function: Any, kwargs: Batch) -> int | None:
+    """Index of the first sample on which the function raises alone (None if it only fails on the batch)."""
+    count = len(kwargs["prompts"])
+    if inspect.iscoroutinefunction(function):
+        return None
+    for i in range(count):
+        alone = {k: [v[i]] if isinstance(v, list) and len(v) == count else v for k, v in kwargs.items()}
+        try:
+            function(**alone)
+        except Exception:
+            return i
+    return None

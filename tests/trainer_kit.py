@@ -1,0 +1,127 @@
+"""A tiny training set-up with rollouts that are a pure function of prompt, place in the group and step."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import random
+import warnings
+
+import torch
+from conftest import build_model, build_tokenizer
+from datasets import Dataset
+from torch import nn
+
+from pgpo import PGPOConfig, PGPOTrainer
+
+GROUP = 4
+PROMPTS = 36
+
+
+def dataset(rows: int = PROMPTS) -> Dataset:
+    questions = [f"w{i} " + "w7 " * (i % 5) + f"w{(i * 7) % 36}" for i in range(rows)]  # unequal lengths
+    return Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": q}], "index": i} for i, q in enumerate(questions)]
+    )
+
+
+def fake_completion(question: str, place: int, step: int, tokenizer) -> list[int]:
+    rng = random.Random(f"{question}|{place}|{step}")
+    words = [f"w{rng.randrange(36)}" for _ in range(rng.randrange(1, 7))]
+    return [*tokenizer(" ".join(words))["input_ids"], tokenizer.eos_token_id]
+
+
+def fake_rollout(prompts, trainer):
+    """TRL's rollout_func: no sampling, hence the same completions however the batch is split over ranks."""
+    tokenizer = trainer.tokenizer
+    first = trainer.accelerator.process_index * len(prompts)
+    completions = [
+        fake_completion(p[0]["content"], (first + i) % GROUP, trainer.state.global_step, tokenizer)
+        for i, p in enumerate(prompts)
+    ]
+    return {
+        "prompt_ids": [trainer.render(p) for p in prompts],
+        "completion_ids": completions,
+        "logprobs": [[0.0] * len(c) for c in completions],
+    }
+
+
+def parity_reward(prompts, completions, **kwargs):
+    """Right if the number of words is even; question w0 is never solved, so its group has no teacher."""
+    return [
+        float(len(c[0]["content"].split()) % 2 == 0 and not p[0]["content"].startswith("w0 "))
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+
+
+def config(path, **options) -> PGPOConfig:
+    defaults = dict(
+        output_dir=str(path),
+        prompts_per_step=4,
+        num_generations=GROUP,
+        max_completion_length=8,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_steps=1,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        shuffle_dataset=False,
+        report_to="none",
+        eval_k=4,
+    )
+    return PGPOConfig(**(defaults | options))
+
+
+def trainer(path, model: nn.Module | None = None, reward=parity_reward, rollout=fake_rollout, rows=PROMPTS, **options):
+    trainer_options = {
+        k: options.pop(k) for k in ("feedback_funcs", "grade", "eval_dataset", "peft_config") if k in options
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PGPOTrainer(
+            build_model() if model is None else model,
+            reward,
+            config(path, **options),
+            dataset(rows),
+            processing_class=build_tokenizer(),
+            rollout_func=rollout,
+            **trainer_options,
+        )
+
+
+def train(t, **kwargs) -> list[dict]:
+    """Train quietly; the log records of the steps."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        t.train(**kwargs)
+    return [r for r in t.state.log_history if "grad_norm" in r]
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[n].double() - b[n].double()).abs().max().item() for n in a)
+
+
+def bitwise_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+class Spy:
+    """Keeps a copy of what `optimize` got."""
+
+    def __init__(self, t: PGPOTrainer) -> None:
+        self.batches: list[dict] = []
+        plain = t.optimize
+
+        def optimize(model, batch):
+            self.batches.append(copy.deepcopy(batch))
+            return plain(model, batch)
+
+        t.optimize = optimize
