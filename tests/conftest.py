@@ -23,6 +23,8 @@ WORDS = [
     "</answer>",
     *["Correct", "solution:", "Correctly", "solve", "the", "original", "question."],
     *(f"w{i}" for i in range(36)),
+    "feedback:",
+    "end.",
 ]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"

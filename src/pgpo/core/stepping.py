@@ -81,11 +81,17 @@ class _Handle:
         self.steps = 0
         self.last_rho: float | None = None
         self._armed: float | None = None
+        try:
+            self._hooks = [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
+        except AttributeError:  # a wrapper that never ran torch's constructor, as accelerate's and DeepSpeed's
+            raise ValueError(
+                f"this {type(optimizer).__name__} has no step hooks; modulate the torch optimizer inside the wrapper "
+                "(usually wrapper.optimizer)."
+            ) from None
         optimizer._pgpo_handle = self  # type: ignore[attr-defined]
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
 
     def arm(self, rho: float) -> None:
         """Set the multiplier of the next step.
@@ -93,8 +99,11 @@ class _Handle:
         Arming again before a step replaces the value (a gradient scaler may have skipped the step).
 
         Raises:
-            ValueError: rho is not a finite number >= 0; nothing is changed.
+            ValueError: rho is not a finite number >= 0; no rho is armed then.
+            RuntimeError: the handle was removed, so that rho would have no effect.
         """
+        if not self._hooks:
+            raise RuntimeError("this handle was removed from its optimizer; call modulate(optimizer) for a new one.")
         self._undo()  # a step that raised half-way left its scaling behind
         value = float(rho)
         if not (math.isfinite(value) and value >= 0):

@@ -92,7 +92,7 @@ class PGPOTrainer(SeamTrainer):
         processing_class: Any = None,
         *,
         feedback_funcs: Callable[..., Any] | list[Callable[..., Any]] | None = None,
-        grade: Callable[[str, Mapping[str, Any]], Any] | None = None,
+        grade: Callable[[str, Any], Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -520,11 +520,12 @@ class PGPOTrainer(SeamTrainer):
         completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         columns = {k: [v] for k, v in row.items() if k not in ("prompt", "completion")}
         reward = 0.0
-        for function, weight in zip(self.reward_funcs, self.reward_weights.tolist()):
+        functions: list[Any] = self.reward_funcs
+        for function, weight in zip(functions, self.reward_weights.tolist()):
             if isinstance(function, nn.Module) or inspect.iscoroutinefunction(function):
                 raise UserError("a reward model or async reward cannot grade held-out completions; pass grade=.")
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            value = function(  # type: ignore[operator]
+            value = function(
                 prompts=[prompt],
                 completions=[completion],
                 completion_ids=[ids],

@@ -1,0 +1,126 @@
+"""The `pgpo` command. Each subcommand imports its part when called, so that `pgpo --help` imports no torch.
+
+Exit status: 0 ok; 2 a mistake of the user, told in one sentence; 130 stopped by Ctrl-C; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pgpo import __version__
+from pgpo.errors import UserError
+
+HELP = f"""pgpo {__version__}: Physics-Guided Policy Optimization with Self-Distillation
+
+usage: pgpo COMMAND [arguments]
+
+  demo        train the tiny lab model with PGPO and with SDPO, and draw both (about 3 minutes on a laptop)
+  train       train a model: the lab by default; --task science_qa --domain physics; --config recipe.yaml
+  eval        avg@k, pass@k, maj@k of a model, as a student and reading a right solution
+  sde         check the order of weak approximation of the real step
+  lab-base    rebuild the lab's base checkpoint from a seed
+
+`pgpo COMMAND --help` lists the arguments of a command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        if words[0] not in COMMANDS:
+            raise UserError(f"there is no command {words[0]!r}; choose one of {', '.join(COMMANDS)}.")
+        return COMMANDS[words[0]](words[1:])
+    except UserError as error:
+        print(f"pgpo: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pgpo: stopped.", file=sys.stderr)
+        return 130
+
+
+def _demo(argv: list[str]) -> int:
+    """Two runs in one folder, the same seed, and one picture of both."""
+    if argv:
+        raise UserError(f"demo takes no arguments, got {' '.join(argv)!r}; `pgpo train` has them all.")
+    number = 1
+    while (folder := Path("runs") / f"demo-{number}").exists():
+        number += 1
+    runs = []
+    for objective in ("pgpo", "sdpo"):
+        from pgpo.train.run import main as train
+
+        print(f"\n{objective.upper()} on the lab world, seed 42", file=sys.stderr)
+        status, run = train(["--objective", objective, "--output_dir", str(folder / objective)])
+        if status:
+            return status
+        _draw([run], run)
+        runs.append(run)
+    _draw(runs, folder)
+    return 0
+
+
+def _train(argv: list[str]) -> int:
+    from pgpo.train.run import main as train
+
+    status, run = train(argv)
+    _draw([run], run)
+    return status
+
+
+def _draw(runs: Sequence[Path], folder: Path) -> None:
+    from pgpo.report.figures import plot_runs
+    from pgpo.runlog import FIGURE_FILE, read_run
+
+    try:
+        plot_runs([read_run(run) for run in runs], folder / FIGURE_FILE)
+        print(f"figure: {folder / FIGURE_FILE}", file=sys.stderr)
+    except UserError as error:  # without matplotlib, or stopped before the first step, the run itself is whole
+        print(f"no figure: {error}", file=sys.stderr)
+
+
+def _eval(argv: list[str]) -> int:
+    from pgpo.train.evaluation import main as evaluate
+
+    return evaluate(argv)
+
+
+def _lab_base(argv: list[str]) -> int:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"{message}; see `{self.prog} --help`.")
+
+    parser = Parser(prog="pgpo lab-base", description="Rebuild the lab's base checkpoint.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variant", default="plain", help="plain or style")
+    parser.add_argument("--out", type=Path, default=None, help="default: lab-base-VARIANT-SEED")
+    parser.add_argument("--overwrite", action="store_true")
+    args = parser.parse_args(argv)
+    from pgpo.lab.base_model import main as build
+
+    build(
+        variant=args.variant,
+        seed=args.seed,
+        out=args.out or Path(f"lab-base-{args.variant}-{args.seed}"),
+        overwrite=args.overwrite,
+    )
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "demo": _demo,
+    "train": _train,
+    "eval": _eval,
+    "lab-base": _lab_base,
+}

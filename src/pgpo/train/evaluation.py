@@ -1,0 +1,135 @@
+"""`pgpo eval`: avg@k of a model as a student, and of the same model reading a right solution (the self-teacher)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgpo import runlog
+from pgpo.errors import UserError
+from pgpo.evaluate.avg_at_k import Record, summarize
+from pgpo.evaluate.run import Generate, evaluate, write_records
+from pgpo.evaluate.runners import TEMPERATURE, TOP_P, TransformersRunner, VLLMRunner
+from pgpo.tasks import Row
+from pgpo.teacher import build_contexts
+from pgpo.train.arguments import Parser, TaskArguments, make
+from pgpo.train.run import check_prompts, last_checkpoint, load_model, quiet, say
+
+
+@dataclass
+class EvalArguments(TaskArguments):
+    """Which questions, and how to sample; the defaults are the paper's validation settings."""
+
+    split: str = field(default="test", metadata={"help": "'test', 'validation' or 'train'."})
+    k: int = field(default=16, metadata={"help": "Completions per question."})
+    temperature: float = field(default=TEMPERATURE, metadata={"help": "Sampling temperature; 0 is greedy."})
+    top_p: float = field(default=TOP_P, metadata={"help": "Nucleus sampling."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Default: 24 for lab_world, else 8192."})
+    max_prompt_length: int = field(default=10240, metadata={"help": "Tokens; a longer prompt is an error."})
+    batch_size: int = field(default=256, metadata={"help": "Sequences generated at once."})
+    rows: int | None = field(default=None, metadata={"help": "Questions; default all."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    hint: bool = field(default=True, metadata={"help": "Also evaluate the hinted self-teacher."})
+    use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM."})
+    dtype: str | None = field(default=None, metadata={"help": "Weights in this torch dtype; default float32."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    records: str | None = field(default=None, metadata={"help": "Write the graded completions to this JSONL file."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split not in ("test", "validation", "train"):
+            raise UserError(f"split is {self.split!r}; choose test, validation or train.")
+        if self.rows is not None and self.rows < 1:
+            raise UserError(f"rows is {self.rows}; it must be at least 1, or left out for all questions.")
+        if self.k < 1:
+            raise UserError(f"k is {self.k}; it must be at least 1 completion per question.")
+        if self.records and not Path(self.records).parent.is_dir():
+            raise UserError(f"the folder of {self.records} does not exist; make it, or choose another --records.")
+        if self.max_new_tokens is None:
+            self.max_new_tokens = 24 if self.task == "lab_world" else 8192  # the lab's and the paper's limits
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `pgpo eval MODEL ...`; prints one line per reader of the questions."""
+    parser = Parser([EvalArguments], prog="pgpo eval")
+    parser.add_argument("model", help="a folder, a hub id, or a run directory (its newest checkpoint)")
+    values = vars(parser.parse_args(list(argv)))
+    name = values.pop("model")
+    args = make(EvalArguments, values)
+    quiet()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1) if args.task == "lab_world" else None
+    task = args.load()
+    rows = getattr(task, args.split)[: args.rows]
+    generate = _generator(model_folder(name), args, rows)
+
+    student = evaluate(rows, generate, task.grade, args.k, args.seed)
+    _report("student", student, args.k)
+    written = [{**r, "reader": "student"} for r in student]
+    if args.hint:
+        solutions = right_solutions(rows, student)
+        prompts = {row["id"]: hinted_prompt(row, solutions[row["id"]]) for row in rows if row["id"] in solutions}
+        hinted = [row for row in rows if prompts.get(row["id"])]
+        if hinted:
+            teacher = evaluate(hinted, generate, task.grade, args.k, args.seed, lambda row: prompts[row["id"]])
+            _report("hinted", teacher, args.k)
+            written += [{**r, "reader": "hinted"} for r in teacher]
+        if len(hinted) < len(rows):
+            say(
+                f"no right solution is known for {len(rows) - len(hinted)} of {len(rows)} questions; they have no hint."
+            )
+    if args.records:
+        write_records(args.records, written)  # type: ignore[arg-type]
+    return 0
+
+
+def model_folder(name: str) -> str:
+    """A run directory stands for its newest checkpoint; anything else is taken as it is."""
+    if (Path(name) / runlog.CONFIG_FILE).exists() and (Path(name) / runlog.CHECKPOINTS_FOLDER).is_dir():
+        return str(last_checkpoint(Path(name))[1])
+    return name
+
+
+def right_solutions(rows: Sequence[Row], records: Sequence[Record]) -> dict[str, str]:
+    """Per question the task's own solution, else the model's first right completion (as in training)."""
+    found: dict[str, str] = {}
+    for record in records:
+        if record["reward"] >= 1.0:
+            found.setdefault(record["question_id"], record["completion"])
+    return found | {row["id"]: row["solution"] for row in rows if row.get("solution")}
+
+
+def hinted_prompt(row: Row, solution: str) -> Any:
+    """What the self-teacher reads: the question with a right solution; None if that is nothing but thinking."""
+    return build_contexts([row["prompt"]] * 2, [solution, ""], [1.0, 0.0], 2)[1].prompt
+
+
+def _generator(model: str, args: EvalArguments, rows: Sequence[Row]) -> Generate:
+    sampling: dict[str, Any] = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+        "chat_template_kwargs": {"enable_thinking": False},  # paper: thinking off; other templates ignore it
+    }
+    if args.use_vllm:
+        return VLLMRunner(model, **sampling)
+    loaded, tokenizer = load_model(model, args.dtype, trust_remote_code=args.trust_remote_code)
+    check_prompts(tokenizer, rows, args.max_prompt_length)
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    return TransformersRunner(loaded, tokenizer, batch_size=args.batch_size, **sampling)
+
+
+def _report(reader: str, records: Sequence[Record], k: int) -> None:
+    s = summarize(records, k)
+    cells = [
+        f"{name}@{k} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
+        for name, e in (("avg", s.avg_at_k), ("pass", s.pass_at_k), ("maj", s.maj_at_k))
+    ]
+    print(
+        f"{reader:8s} {'  '.join(cells)}  well-formed {s.well_formed_share:.3f}  {s.questions} questions "
+        "(95 % intervals clustered by question)"
+    )

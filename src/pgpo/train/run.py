@@ -1,0 +1,467 @@
+"""`pgpo train`: task + model + trainer + run directory, from arguments to the last picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from trl import get_peft_config, get_quantization_config
+
+from pgpo import runlog
+from pgpo.errors import UserError
+from pgpo.evaluate.avg_at_k import summarize
+from pgpo.evaluate.run import write_records
+from pgpo.runlog import RunLog
+from pgpo.tasks import Row, Task, lab_world
+from pgpo.train.arguments import Parsed, RunArguments, parse
+from pgpo.train.trainer import STATE_FILE, TEACHER_FILE, PGPOTrainer
+
+console = Console(stderr=True)
+INTERRUPTED = 130  # the shell's status for Ctrl-C
+BASE_FOLDER = "base"  # the model made on the spot
+TEST_RECORDS_FILE = "test_records.jsonl"
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+def main(argv: Sequence[str]) -> tuple[int, Path]:
+    """Run `pgpo train` with these flags; exit status (0, or 130 after Ctrl-C) and run directory."""
+    # TRL sets this field of transformers 5 by its old name; nothing a user could change.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    argv, resume = _take_resume(list(argv))
+    if resume is None:
+        parsed = parse(argv)
+        directory = Path(parsed.config.output_dir or "")
+        if "output_dir" not in parsed.given:
+            directory = _new_name(parsed)
+        return train(parsed, directory)
+    config = runlog.read_run(resume).config
+    if "arguments" not in config:
+        raise UserError(f"{resume} was not written by `pgpo train`, so it cannot be resumed.")
+    return train(parse(argv, stored=config["arguments"]), resume, resume=True)
+
+
+def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, Path]:
+    """Train, evaluate and log in `directory`; see `main`.
+
+    Raises:
+        UserError: anything a user can mend. A new directory without a finished step is removed again.
+    """
+    run, args = parsed.run, parsed.config
+    quiet()
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # models that fit a CPU gain nothing from more, and spinning threads lose a lot
+    main = args.process_index == 0  # the other ranks write no run log
+    task = run.load()
+    if len(task.train) < args.prompts_per_step:
+        raise UserError(
+            f"the task has {len(task.train)} training questions, fewer than prompts_per_step = "
+            f"{args.prompts_per_step}; lower --prompts_per_step or give more questions."
+        )
+    checkpoint = last_checkpoint(directory) if resume else None
+    existing = next(p for p in (directory, *directory.parents) if p.exists())
+    if not resume and main:
+        _require_free(directory, existing, run.overwrite)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = model_source(parsed, task, Path(scratch), directory if resume else None)
+        m = parsed.model
+        model, tokenizer = load_model(
+            source,
+            m.dtype,
+            revision=m.model_revision,
+            trust_remote_code=args.trust_remote_code,
+            attn_implementation=m.attn_implementation,
+            quantization_config=get_quantization_config(m),
+        )
+        check_prompts(tokenizer, [*task.train, *task.validation, *task.test], args.max_prompt_length)
+        if source == Path(scratch) / BASE_FOLDER:
+            model.name_or_path = str(directory / BASE_FOLDER)  # where it will lie; adapters note it as their base
+        args.disable_tqdm = True
+        args.output_dir = scratch  # nothing is written in the run directory before all parts fit together
+        trainer = _trainer(parsed, task, model, tokenizer)
+        args.output_dir = str(directory / runlog.CHECKPOINTS_FOLDER)
+        if not main:
+            log = RunLog(directory)
+        elif checkpoint is None:
+            log = _create(parsed, directory, Path(scratch) / BASE_FOLDER)
+        else:
+            log = RunLog.resume(directory, checkpoint[0])
+        try:
+            with log:
+                status = _Session(trainer, log, run, task).go(checkpoint)
+        except BaseException:
+            if main and checkpoint is None and not (directory / runlog.METRICS_FILE).exists():
+                _discard(directory, existing)
+            raise
+    if status == INTERRUPTED:
+        say(f"stopped after step {trainer.state.global_step}; continue with: pgpo train --resume {directory}")
+    else:
+        say(f"run directory: {directory}")
+    return status, directory
+
+
+def model_source(parsed: Parsed, task: Task, scratch: Path, resumed: Path | None) -> Path | str:
+    """Where the model lies: as named, the lab's base, or one made on the spot."""
+    if parsed.model.model_name_or_path:
+        return parsed.model.model_name_or_path
+    if parsed.run.task == "lab_world":
+        return lab_world.checkpoint_path(parsed.run.variant)
+    if resumed is not None:
+        return resumed / BASE_FOLDER
+    from pgpo.train.warm_start import warm_start
+
+    with _progress("warm start") as (bar, line):
+        return warm_start(
+            task.train,
+            parsed.run.prompt_style,
+            scratch / BASE_FOLDER,
+            seed=parsed.config.seed,
+            progress=lambda step, steps, loss: bar.update(
+                line, total=steps, completed=step, shown=f"loss {loss:.2f} nats per token"
+            ),
+        )
+
+
+def load_model(source: Path | str, dtype: str | None = None, **options: Any) -> tuple[Any, Any]:
+    """Model (fp32 unless dtype says otherwise) and tokenizer; UserError with the reason if they cannot be read."""
+    if not Path(source).exists() and not _HUB_ID.fullmatch(str(source)):
+        raise UserError(f"there is no model folder {source}; give one with config, weights and tokenizer, or a hub id.")
+    shared = {k: options[k] for k in ("revision", "trust_remote_code") if k in options}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **shared)
+        precision = "auto" if dtype == "auto" else getattr(torch, dtype or "float32")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=precision, **options)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the model {str(source)!r} cannot be loaded ({type(error).__name__}: {reason}); give a folder or hub id "
+            "with config, weights and tokenizer."
+        ) from error
+    return model, tokenizer
+
+
+def check_prompts(tokenizer: Any, rows: Sequence[Row], limit: int | None) -> None:
+    """Before anything is written: a chat template, a pad token, and every prompt within the limit (tokens)."""
+    if not tokenizer.chat_template:
+        raise UserError("the model's tokenizer has no chat template; use an instruction-tuned model or set one.")
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError("the model's tokenizer has no pad token and no eos token; set tokenizer.pad_token.")
+    prompts = [row["prompt"] for row in rows]
+    encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    for row, ids in zip(rows, encoded, strict=True):
+        if limit is not None and len(ids) > limit:
+            raise UserError(
+                f"question {row['id']} has {len(ids)} prompt tokens, more than max_prompt_length = {limit}; raise it."
+            )
+
+
+def last_checkpoint(directory: Path) -> tuple[int, Path]:
+    """Step and path of the newest readable checkpoint; unreadable ones are named and skipped."""
+    folder = directory / runlog.CHECKPOINTS_FOLDER
+    steps = [p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*")]
+    for step in sorted((int(s) for s in steps if s.isdecimal()), reverse=True):
+        path = folder / f"checkpoint-{step}"
+        problem = checkpoint_problem(path)
+        if problem is None:
+            return step, path
+        say(f"checkpoint {path.name} cannot be read ({problem}); trying the one before.")
+    raise UserError(f"{directory} has no readable checkpoint in {runlog.CHECKPOINTS_FOLDER}/; start a new run.")
+
+
+def checkpoint_problem(path: Path) -> str | None:
+    """Why a checkpoint cannot be continued, or None."""
+    from safetensors import safe_open
+
+    for name in ("trainer_state.json", STATE_FILE):
+        try:
+            json.loads((path / name).read_text())
+        except (OSError, ValueError) as error:
+            return f"{name}: {type(error).__name__}"
+    weights = [*path.glob("*.safetensors")]
+    if not [w for w in weights if w.name != TEACHER_FILE]:
+        return "no model weights"
+    for file in weights:
+        try:
+            with safe_open(str(file), "pt") as opened:  # checks header and size
+                opened.keys()
+        except Exception as error:
+            return f"{file.name}: {error}"
+    for file in (*path.glob("*.pt"), *path.glob("*.pth")):  # torch.save writes a zip file, whose end holds its index
+        if not zipfile.is_zipfile(file):
+            return f"{file.name}: incomplete"
+    return None
+
+
+def rewards_of(task: Task) -> Any:
+    """The task's grader as a TRL reward function."""
+
+    def grade(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        rows = [{k: v[i] for k, v in columns.items() if isinstance(v, list)} for i in range(len(prompts))]
+        return [task.grade(c[-1]["content"], row).reward for c, row in zip(completions, rows)]
+
+    grade.__name__ = f"{task.name}_grade"
+    return grade
+
+
+def _trainer(parsed: Parsed, task: Task, model: Any, tokenizer: Any) -> PGPOTrainer:
+    validation = task.validation[: parsed.run.eval_rows]
+    if not validation:
+        validation = task.test[: parsed.run.eval_rows]
+    try:
+        trainer = PGPOTrainer(
+            model,
+            rewards_of(task),
+            parsed.config,
+            Dataset.from_list(task.train),
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            grade=task.grade,
+            peft_config=get_peft_config(parsed.model),
+        )
+    except UserError:
+        raise
+    except (ImportError, RuntimeError, ValueError) as error:  # vLLM, PEFT or a logger, missing or with a wrong value
+        raise UserError(f"these arguments cannot be used: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class _Session(TrainerCallback):
+    """One call of `train`: writes the run log, shows progress, stops cleanly on Ctrl-C."""
+
+    def __init__(self, trainer: PGPOTrainer, log: RunLog, run: RunArguments, task: Task) -> None:
+        self.trainer, self.log, self.run, self.task = trainer, log, run, task
+        self.main = trainer.accelerator.is_main_process
+        self.accuracy = float("nan")
+        self.interrupted = False
+        self.bar: Progress | None = None
+        trainer.add_callback(self)
+
+    def go(self, checkpoint: tuple[int, Path] | None) -> int:
+        test = self.task.test[: self.run.test_rows]
+        if checkpoint is None:
+            self._evaluate(test, "test", 0)
+            self._evaluate(self.trainer.eval_dataset, "validation", 0)
+        args = self.trainer.args
+        if checkpoint is not None and 0 < args.max_steps <= checkpoint[0]:
+            # All steps are done. The Trainer would do one more; with no epochs to do it only loads the checkpoint.
+            say(f"all {args.max_steps} steps are done; raise --max_steps to go on.")
+            args.max_steps, args.num_train_epochs = -1, 0
+        before = signal.signal(signal.SIGINT, self._interrupt) if _in_main_thread() else None
+        try:
+            with _progress(args.objective) as (self.bar, self.line):
+                self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint[1]))
+        finally:
+            self.bar = None
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
+        if self.interrupted:
+            return INTERRUPTED
+        step = self.trainer.state.global_step
+        if checkpoint is None or step > checkpoint[0] or not self._evaluated("test", step):
+            records = self._evaluate(test, "test", step)
+            if self.main:
+                write_records(self.log.directory / TEST_RECORDS_FILE, records)
+        return 0
+
+    def _evaluated(self, split: str, step: int) -> bool:
+        """Whether a run that is resumed has this evaluation already."""
+        lines = runlog.read_run(self.log.directory).evaluations
+        return any(line[runlog.SPLIT] == split and line[runlog.STEP] == step for line in lines)
+
+    def _evaluate(self, rows: list[Row], split: str, step: int) -> list[Any]:
+        records = self.trainer.held_out_records(rows)
+        self._write_evaluation(step, {"split": split, **summarize(records, self.trainer.args.eval_k).as_dict()})
+        return records
+
+    def _write_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        self.log.evaluation(step, values)
+        k, low, high = values["k"], values["avg_at_k_low"], values["avg_at_k_high"]
+        self.accuracy = values["avg_at_k"]
+        say(
+            f"step {step:4d}  {values['split']:10s} avg@{k} {self.accuracy:.3f}  95 % [{low:.3f}, {high:.3f}]  "
+            f"{values['questions']} questions"
+        )
+
+    # Trainer callbacks ----------------------------------------------------------------------------------------------
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "grad_norm" not in logs or not self.main:
+            return
+        names = {"step_time": runlog.STEP_SECONDS}
+        values = {names.get(k, k): v for k, v in logs.items()}
+        self.log.metrics(state.global_step, {k: values[k] for k in (*runlog.METRICS, "success_share") if k in values})
+        self.log.samples(state.global_step, self._samples())
+        if self.bar is not None:
+            information, rho = values.get("information", 0.0), values.get("rho", 1.0)
+            shown = f"acc {self.accuracy:.3f}  reward {values['reward']:.2f}  I {information:+.3f}  rho {rho:.3f}"
+            self.bar.update(self.line, total=state.max_steps, completed=state.global_step, shown=shown)
+
+    def _samples(self) -> list[dict[str, Any]]:
+        rollout = self.trainer.last_rollout
+        rows = range(0, len(rollout.completions), max(1, len(rollout.completions) // max(self.run.samples_per_step, 1)))
+        return [
+            {
+                "prompt": rollout.prompts[i][-1]["content"],
+                "completion": rollout.completions[i],
+                "reward": rollout.rewards[i],
+            }
+            for i in list(rows)[: self.run.samples_per_step]
+        ]
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
+        values = {k.removeprefix("eval_"): v for k, v in metrics.items()}
+        self._write_evaluation(state.global_step, {"split": "validation", **values})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_training_stop = True
+            control.should_save = True
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        say("stopping after this step and saving; press Ctrl-C again to stop at once.")
+
+
+def _config(parsed: Parsed) -> dict[str, Any]:
+    """Everything that shaped the run; `arguments` alone repeats it."""
+    resolved = {k: v for k, v in parsed.config.to_dict().items() if not k.startswith("_")}
+    return {
+        **resolved,
+        **vars(parsed.run),
+        "model_name_or_path": parsed.model.model_name_or_path,
+        "arguments": {
+            k: v
+            for k, v in parsed.given.items()
+            if k not in ("output_dir", "overwrite") and not k.endswith(runlog.SECRET_SUFFIXES)
+        },
+    }
+
+
+def _create(parsed: Parsed, directory: Path, base: Path) -> RunLog:
+    """The run directory of a new run, with the model that was made on the spot, if any."""
+    log = RunLog.create(directory, _config(parsed), {"device": _device(parsed.config)}, overwrite=parsed.run.overwrite)
+    _remove_parts(directory, (BASE_FOLDER, TEST_RECORDS_FILE))  # of a run that is replaced
+    if base.exists():
+        shutil.copytree(base, directory / BASE_FOLDER)
+    return log
+
+
+def _discard(directory: Path, existing: Path) -> None:
+    """Remove what a run without a finished step wrote, and the folders made for it; nothing else that lies there."""
+    files = (runlog.CONFIG_FILE, runlog.ENVIRONMENT_FILE, runlog.EVALUATIONS_FILE, runlog.SAMPLES_FILE)
+    _remove_parts(directory, (*files, runlog.CHECKPOINTS_FOLDER, BASE_FOLDER))
+    for folder in (directory, *directory.parents):
+        if folder == existing or not folder.is_dir() or any(folder.iterdir()):
+            break
+        folder.rmdir()
+
+
+def _remove_parts(directory: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if (directory / name).is_dir():
+            shutil.rmtree(directory / name)
+        else:
+            (directory / name).unlink(missing_ok=True)
+
+
+def _require_free(directory: Path, existing: Path, overwrite: bool) -> None:
+    """Refuse an existing run, or a place that cannot hold one, before minutes are spent."""
+    if not existing.is_dir():
+        raise UserError(
+            f"the run directory {directory} cannot be made: {existing} is a file; choose another --output_dir."
+        )
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise UserError(
+            f"the run directory {directory} already exists; continue it with `pgpo train --resume {directory}`, or "
+            "choose another --output_dir, or replace it with --overwrite."
+        )
+
+
+def _new_name(parsed: Parsed) -> Path:
+    """runs/<task>-<domain>-<objective>-<n>, the first n that is free."""
+    parts = [parsed.run.task, parsed.run.domain, parsed.config.objective]
+    stem = "-".join(p for p in parts if p)
+    number = 1
+    while (Path("runs") / f"{stem}-{number}").exists():
+        number += 1
+    return Path("runs") / f"{stem}-{number}"
+
+
+def _take_resume(argv: list[str]) -> tuple[list[str], Path | None]:
+    for i, word in enumerate(argv):
+        if word == "--resume":
+            if i + 1 >= len(argv):
+                raise UserError("--resume needs the run directory to continue.")
+            return argv[:i] + argv[i + 2 :], Path(argv[i + 1])
+        if word.startswith("--resume="):
+            return argv[:i] + argv[i + 1 :], Path(word.split("=", 1)[1])
+    return argv, None
+
+
+def _device(args: Any) -> str:
+    return torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else str(args.device.type)
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+class _progress:
+    """A progress bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.line = self.bar.add_task(title, total=None, shown="")
+
+    def __enter__(self) -> tuple[Progress, Any]:
+        self.bar.start()
+        return self.bar, self.line
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.stop()
+
+
+def quiet() -> None:
+    """Only our own lines: no warnings and no loading bars of transformers."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def say(text: str) -> None:
+    """One line to stderr, whole (rich would wrap and colour it when piped)."""
+    if console.is_terminal:
+        console.print(text, highlight=False, markup=False)
+    else:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,111 @@
+"""Every private member of TRL and transformers that trl_seam.py leans on exists and has the form it expects."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import trl
+from trl import GRPOTrainer
+
+import pgpo
+
+SOURCE = Path(pgpo.__file__).parent
+SEAM = SOURCE / "train" / "trl_seam.py"
+
+
+def methods(cls_source: str) -> dict[str, ast.FunctionDef]:
+    (cls,) = [n for n in ast.parse(cls_source).body if isinstance(n, ast.ClassDef) and n.name == "SeamTrainer"]
+    return {n.name: n for n in cls.body if isinstance(n, ast.FunctionDef)}
+
+
+OVERRIDES = {
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_tokenize_prompts": ["self", "prompts"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+}
+
+
+def test_trl_is_the_version_the_seam_was_written_for():
+    assert re.match(r"1\.16\.", trl.__version__)
+
+
+@pytest.mark.parametrize(("name", "parameters"), OVERRIDES.items())
+def test_overridden_methods_have_the_expected_signature(name, parameters):
+    assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == parameters
+
+
+def test_log_prob_helper_takes_a_batch_size():
+    parameters = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert parameters[:3] == ["self", "model", "input_ids"] and "batch_size" in parameters
+
+
+@pytest.mark.parametrize("name", ["_compute_loss", "_prepare_inputs", "_get_learning_rate", "_get_output_dir"])
+def test_called_methods_exist(name):
+    assert callable(getattr(GRPOTrainer, name))
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    ["_metrics", "_step", "_tokenizer", "_is_vlm", "_dist", "_last_loaded_step", "chat_template", "reward_weights"],
+)
+def test_attributes_are_set_by_trl(attribute):
+    assert re.search(rf"self\.{attribute}\b[^\n]*=", inspect.getsource(GRPOTrainer))
+
+
+def test_every_private_name_of_the_seam_is_listed_here():
+    """A new private member in the seam must come with its check."""
+    own = set(methods(SEAM.read_text())) | {"_captured", "_feedback", "_guarded"}
+    listed = set(OVERRIDES) | {
+        "_compute_loss",
+        "_prepare_inputs",
+        "_get_learning_rate",
+        "_get_output_dir",
+        "_metrics",
+        "_step",
+        "_tokenizer",
+        "_is_vlm",
+        "_dist",
+        "_last_loaded_step",
+        "_get_per_token_logps_and_entropies",
+    }
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(SEAM.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and isinstance(node.value, ast.Name | ast.Call)
+    }
+    assert used - own - listed == set()
+
+
+def private_uses(path: Path) -> set[str]:
+    """Underscored attributes of self or super() that the file's own classes do not define."""
+    tree = ast.parse(path.read_text())
+    defined: set[str] = set()
+    used: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            defined.add(node.name)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            owner = node.value
+            if isinstance(owner, ast.Name) and owner.id in ("self", "trainer"):
+                (defined if isinstance(node.ctx, ast.Store) else used).add(node.attr)
+            elif isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super":
+                used.add(node.attr)
+    return used - defined
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "train").glob("*.py")), ids=lambda p: p.name)
+def test_no_other_file_names_private_members(path):
+    if path == SEAM:
+        assert private_uses(path)  # the check sees them where they are
+    else:
+        assert private_uses(path) == set()

@@ -1,0 +1,238 @@
+"""Feedback, checkpoints, LoRA, evaluation, plain-text prompts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import WORDS, build_model, build_tokenizer
+from datasets import Dataset
+from trainer_kit import (
+    GROUP,
+    Spy,
+    bitwise_equal,
+    config,
+    dataset,
+    fake_rollout,
+    largest_difference,
+    parity_reward,
+    train,
+    trainer,
+    weights,
+)
+
+from pgpo import PGPOTrainer, UserError
+from pgpo.tasks.graders import Grade
+
+
+def nobody(prompts, completions, **kwargs):
+    return [0.0] * len(prompts)
+
+
+def parity_feedback(prompts, completions, index, **kwargs):
+    """Feedback on the own attempt, in words of the tokenizer; nothing to say to question 2."""
+    return [None if i == 2 else f"w{i} w3" for i in index]
+
+
+def texts(batch) -> list[str | None]:
+    tokenizer = build_tokenizer()
+    return [None if ids is None else tokenizer.decode(ids) for ids in batch["teacher_prompt_ids"]]
+
+
+FEEDBACK_TEMPLATE = "\nfeedback: {feedback} end.\n"  # the default's words are not in the tiny vocabulary
+
+
+@pytest.mark.parametrize("mode", ["without_demonstration", "always", "never"])
+def test_feedback_reaches_the_teacher(tmp_path, mode):
+    t = trainer(tmp_path, feedback_funcs=parity_feedback, feedback_mode=mode, feedback_template=FEEDBACK_TEMPLATE)
+    spy = Spy(t)
+    (log,) = train(t)
+    batch = spy.batches[0]
+    shown = texts(batch)
+    with_feedback = [s is not None and "feedback:" in s for s in shown]
+    with_solution = [s is not None and "solution:" in s for s in shown]
+    asked = [batch["prompt_ids"][i][batch["prompt_mask"][i].bool()][1].item() for i in range(len(shown))]
+    question = [WORDS[i] for i in asked]
+    for i in range(len(shown)):
+        has_text = question[i] != "w2"
+        if mode == "never":
+            assert not with_feedback[i]
+        elif mode == "always":
+            assert with_feedback[i] == has_text
+        else:
+            assert with_feedback[i] == (has_text and not with_solution[i])
+        if with_feedback[i]:
+            assert f"feedback: {question[i]} w3 end." in shown[i]  # its own, not a sibling's
+    assert log["feedback_share"] == pytest.approx(sum(with_feedback) / len(shown))
+    assert any(with_solution)
+
+
+def test_feedback_alone_trains_where_nobody_succeeds(tmp_path):
+    t = trainer(tmp_path, reward=nobody, feedback_funcs=[parity_feedback], feedback_template=FEEDBACK_TEMPLATE)
+    (log,) = train(t)
+    assert log["active_share"] == pytest.approx(0.75)  # three of four questions
+    assert largest_difference(weights(t.model), weights(build_model())) > 0
+
+
+@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
+def test_resume_continues_bit_for_bit(tmp_path, objective):
+    options = dict(objective=objective, max_steps=4, save_strategy="steps", save_steps=2, shuffle_dataset=True)
+    whole = trainer(tmp_path / "whole", **options)
+    logs = train(whole)
+    first = trainer(tmp_path / "parts", **(options | dict(max_steps=2)))
+    train(first)
+    resumed = trainer(tmp_path / "parts", **options)
+    tail = train(resumed, resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))[2:]
+    assert bitwise_equal(weights(whole.model), weights(resumed.model))
+    if whole.teacher:
+        assert bitwise_equal(weights(whole.teacher.module), weights(resumed.teacher.module))
+        assert not bitwise_equal(weights(whole.teacher.module), weights(whole.model))
+        state = json.loads((tmp_path / "whole" / "checkpoint-4" / "pgpo_state.json").read_text())
+        assert state["modulation"]["steps"] == 4 and state["signal_steps"] == 4
+    timing = ("seconds", "step_time", "num_tokens")
+    for a, b in zip(logs[2:], tail, strict=True):
+        assert {k: v for k, v in a.items() if not k.endswith(timing)} == {
+            k: v for k, v in b.items() if not k.endswith(timing)
+        }
+
+
+def test_resume_with_another_teacher_is_refused(tmp_path):
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1)
+    train(trainer(tmp_path, **options))
+    other = trainer(tmp_path, teacher="frozen", **options)
+    with pytest.raises(UserError, match="checkpoint-1 cannot be continued"):
+        train(other, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def lora(**options):
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+
+
+@pytest.mark.parametrize("kind", ["ema", "frozen", "live", "trust_region"])
+def test_lora_student_and_teacher_adapter(tmp_path, kind):
+    t = trainer(tmp_path, peft_config=lora(), teacher=kind, teacher_rate=0.25, max_steps=3, learning_rate=5e-2)
+    ids = [[2, 10, 11, 3]], [[12, 13]]
+    assert torch.equal(
+        t._completion_logits(t.model, *ids).detach(), t.teacher.logits(lambda m: t._completion_logits(m, *ids))
+    )
+    before = weights(t.model)
+    logs = train(t)
+    after = weights(t.model)
+    moved = {n for n in after if not torch.equal(before[n], after[n])}
+    student = {n for n in after if "lora_" in n and ".default." in n}
+    teacher = {n for n in after if "lora_" in n and ".teacher." in n}
+    assert student <= moved
+    assert moved <= student | teacher  # the base stands still
+    assert bool(moved & teacher) == (kind == "ema")
+    assert bool(teacher) == (kind != "live")
+    assert all(r["active_share"] > 0 and r["rho"] != 1 for r in logs)
+    if kind == "ema":
+        gap = lambda n: (after[n] - before[n]).abs().max()  # noqa: E731
+        assert all(gap(n) < gap(n.replace(".teacher.", ".default.")) for n in teacher)
+
+
+def test_lora_resumes_bit_for_bit(tmp_path):
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2, learning_rate=5e-2)
+    whole = trainer(tmp_path / "whole", peft_config=lora(), **options)
+    train(whole)
+    train(trainer(tmp_path / "parts", peft_config=lora(), **(options | dict(max_steps=2))))
+    resumed = trainer(tmp_path / "parts", peft_config=lora(), **options)
+    train(resumed, resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    assert bitwise_equal(weights(whole.model), weights(resumed.model))
+
+
+def test_bf16_student_keeps_its_average_in_fp32(tmp_path):
+    t = trainer(tmp_path, model=build_model(dtype=torch.bfloat16), max_steps=2, learning_rate=1e-2)
+    train(t)
+    assert t.model.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in t.teacher.state_dict()["parameters"].values())
+
+
+def test_plain_text_prompts(tmp_path):
+    rows = Dataset.from_list([{"prompt": f"w{i} w{(i * 7) % 36}"} for i in range(8)])
+
+    def rollout(prompts, t):
+        as_chat = [[{"role": "user", "content": p}] for p in prompts]
+        out = fake_rollout(as_chat, t)
+        return {**out, "prompt_ids": [t.render(p) for p in prompts]}
+
+    def reward(prompts, completions, **kwargs):
+        assert all(isinstance(c, str) for c in completions)
+        return [float(len(c.split()) % 2 == 0) for c in completions]
+
+    t = PGPOTrainer(
+        build_model(), reward, config(tmp_path), rows, processing_class=build_tokenizer(), rollout_func=rollout
+    )
+    spy = Spy(t)
+    (log,) = train(t)
+    assert log["active_share"] > 0
+    assert any(s is not None and "solution:" in s and "<user>" not in s for s in texts(spy.batches[0]))
+
+
+def test_too_long_contexts_are_shortened_and_counted(tmp_path):
+    free = trainer(tmp_path / "a")
+    spy = Spy(free)
+    train(free)
+    lengths = [len(ids) for ids in spy.batches[0]["teacher_prompt_ids"] if ids is not None]
+    limit = max(lengths) - 1
+    t = trainer(tmp_path / "b", max_teacher_prompt_length=limit)
+    spy = Spy(t)
+    (log,) = train(t)
+    cut = [ids for ids in spy.batches[0]["teacher_prompt_ids"] if ids is not None]
+    assert max(len(ids) for ids in cut) <= limit
+    assert log["truncated_contexts"] > 0
+    for text in texts(spy.batches[0]):
+        assert text is None or text.endswith("Correctly solve the original question. <assistant>")
+
+
+def test_evaluation_uses_its_own_sampling_and_leaves_training_alone(tmp_path):
+    """With eval every step, training is bit-identical to training without; greedy evaluation is deterministic."""
+    grade = lambda text, row: Grade(float(len(text.split()) % 2), text, True, None)  # noqa: E731
+    held_out = [dict(r, id=f"q{i}") for i, r in enumerate(dataset(6))]
+    plain = trainer(tmp_path, max_steps=3)
+    train(plain)
+    t = trainer(
+        tmp_path,
+        max_steps=3,
+        eval_dataset=held_out,
+        grade=grade,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_temperature=0.0,
+        eval_k=2,
+    )
+    train(t)
+    assert bitwise_equal(weights(plain.model), weights(t.model))
+    evaluations = [r for r in t.state.log_history if "eval_avg_at_k" in r]
+    assert [r["step"] for r in evaluations] == [1, 2, 3]
+    first, second = t.held_out_records(held_out), t.held_out_records(held_out)
+    assert first == second and len(first) == 12
+    assert {r["question_id"] for r in first} == {f"q{i}" for i in range(6)}
+    assert len({r["completion"] for r in first if r["question_id"] == "q0"}) == 1  # greedy
+    hot = trainer(tmp_path, eval_dataset=held_out, grade=grade, eval_temperature=1.0, eval_top_p=1.0, eval_k=8)
+    assert len({r["completion"] for r in hot.held_out_records(held_out) if r["question_id"] == "q0"}) > 1
+
+
+def test_evaluation_without_a_grader_asks_the_reward_functions(tmp_path):
+    t = trainer(tmp_path, eval_dataset=dataset(3), eval_k=4)
+    metrics = t.evaluate()
+    expected = [
+        parity_reward([dataset(3)[int(r["question_id"])]["prompt"]], [[{"content": r["completion"]}]])[0]
+        for r in t.last_records
+    ]
+    assert metrics["eval_avg_at_k"] == pytest.approx(sum(expected) / len(expected))
+    assert metrics["eval_questions"] == 3
+
+
+def test_generation_by_the_model_itself(tmp_path):
+    """No fake rollouts: transformers generates, and a sample is never its own demonstration."""
+    t = trainer(tmp_path, rollout=None, max_steps=2, reward=lambda prompts, completions, **k: [1.0] * len(prompts))
+    spy = Spy(t)
+    logs = train(t)
+    assert all(r["active_share"] == 1.0 for r in logs)
+    batch, shown = spy.batches[0], texts(spy.batches[0])
+    assert len(shown) == 4 * GROUP
+    assert logs[0]["completion_length"] == pytest.approx(batch["completion_mask"].sum(1).float().mean().item())
