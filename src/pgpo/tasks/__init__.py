@@ -1,0 +1,50 @@
+"""Tasks with verifiable answers: questions in three splits, and a pure grader."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pgpo.errors import UserError
+from pgpo.tasks.graders import Grade
+
+__all__ = ["Grade", "Row", "Task", "load_task"]
+
+Row = dict[str, Any]
+"""One question: "id" (str, stable across runs and machines), "prompt" (chat messages), "answer" (str), "domain" (str).
+Optional: "solution" (str, a reference solution text), "labels" (list of str, the option letters)."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions to train on, to select with and to report on; grade maps (completion text, row) to a Grade."""
+
+    name: str
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+    grade: Callable[[str, Row], Grade]
+
+
+# Each module holds a function `load(**options) -> Task`; it is imported only when asked for.
+_MODULES = {"lab_world": "pgpo.tasks.lab_world", "science_qa": "pgpo.tasks.science_qa"}
+
+
+def load_task(name: str, **options: Any) -> Task:
+    """Load a task by name ("lab_world" or "science_qa"); the options are those of the module's `load`.
+
+    Raises UserError for an unknown name, an unknown or missing option, and for what the module's `load` finds wrong.
+    """
+    if name not in _MODULES:
+        raise UserError(f"Unknown task {name!r}; choose one of {', '.join(sorted(_MODULES))}.")
+    load: Callable[..., Task] = importlib.import_module(_MODULES[name]).load
+    parameters = inspect.signature(load)
+    try:
+        parameters.bind(**options)
+    except TypeError as error:
+        known = ", ".join(parameters.parameters)
+        raise UserError(f"Task {name!r}: {error}; its options are {known}.") from error
+    return load(**options)
