@@ -1,0 +1,213 @@
+"""One picture of a run or of several: what was learned, and what the multiplier did meanwhile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pgpo import runlog
+from pgpo.errors import UserError
+from pgpo.runlog import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito 2008, safe for the colour-blind, without the yellow that white paper swallows.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+SPLIT_STYLES = ("-", "--", ":", "-.")
+SMOOTHING_SHARE = 0.05  # ours: the window of the smoothed line as a share of the run
+STYLE = {
+    "font.size": 10.5,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "svg.hashsalt": "pgpo",  # the same runs give the same file
+}
+
+
+def plot_runs(runs: Sequence[Run], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Writes a PNG or SVG (by suffix): held-out accuracy, I_k, rho_k and gradient norm over the optimizer steps.
+
+    Raises UserError without matplotlib, for another suffix, for no runs or more than the colours can tell apart,
+    for runs without any line to draw, and for a path that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".png", ".svg"):
+        raise UserError(f"A figure cannot be written as {path.name}; end the name in .png or .svg.")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("Figures need matplotlib, which is not installed; run: pip install 'pgpo[report]'") from error
+    with matplotlib.rc_context(STYLE):
+        figure = draw_runs(runs, title)
+        try:
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        except OSError as error:
+            raise UserError(f"The figure {path} cannot be written ({error.strerror}); choose another path.") from error
+
+
+def draw_runs(runs: Sequence[Run], title: str | None = None) -> Figure:
+    """The figure of `plot_runs`; its axes are accuracy, information, rho, gradient norm."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    if not 1 <= len(runs) <= len(COLORS):
+        raise UserError(f"A figure shows 1 to {len(COLORS)} runs, not {len(runs)}; give that many run directories.")
+    for run in runs:
+        if not run.metrics and not run.evaluations:
+            raise UserError(f"The run {run.directory} has no metrics and no evaluations; let it do a step first.")
+    figure = Figure(figsize=(10.5, 6.8), layout="constrained")
+    accuracy, information, rho, grad_norm = figure.subplots(2, 2, sharex=True).flat
+    _draw_accuracy(accuracy, runs)
+    caps = {run.config["rho_max"]: rf"$\rho_{{max}}$ = {run.config['rho_max']:g}" for run in runs if _is_capped(run)}
+    _draw_metric(information, runs, runlog.INFORMATION, "Information $I_k$ (nats)", levels={0.0: ""})
+    _draw_metric(rho, runs, runlog.RHO, r"Step multiplier $\rho_k$", levels={1.0: ""} | caps)
+    _draw_metric(grad_norm, runs, runlog.GRAD_NORM, "Gradient norm before clipping (log scale)", log=True)
+    for axes in (rho, grad_norm):
+        axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _draw_legend(figure, runs)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13)
+    return figure
+
+
+def _draw_accuracy(axes: Axes, runs: Sequence[Run]) -> None:
+    evaluations = [_evaluations(run) for run in runs]
+    splits = _splits(runs)
+    opacity = min(0.18, 0.4 / max(1, len(runs) * len(splits)))  # many bands over each other must not hide the lines
+    for lines, color in zip(evaluations, COLORS):
+        for split, style in zip(splits, SPLIT_STYLES):
+            chosen = [line for line in lines if line.get(runlog.SPLIT) == split]
+            steps, value, low, high = (
+                _column(chosen, name)
+                for name in (runlog.STEP, runlog.AVG_AT_K, runlog.AVG_AT_K + runlog.LOW, runlog.AVG_AT_K + runlog.HIGH)
+            )
+            axes.fill_between(steps, low, high, color=color, alpha=opacity, linewidth=0)
+            axes.plot(steps, value, color=color, linestyle=style, marker="o", markersize=3.5, linewidth=1.8)
+    ks = {line.get(runlog.K) for lines in evaluations for line in lines}
+    name = f"avg@{ks.pop()}" if len(ks) == 1 else "avg@k"
+    if len(splits) == 1 and splits[0]:
+        name = f"{name}, {splits[0]}"
+    axes.set_title(f"Accuracy ({name})", loc="left")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    if not any(evaluations):
+        _note_absence(axes)
+
+
+def _draw_metric(
+    axes: Axes, runs: Sequence[Run], name: str, title: str, levels: Mapping[float, str] | None = None, log: bool = False
+) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_title(title, loc="left")
+    if not any(run.series(name)[0] for run in runs):
+        _note_absence(axes)
+        return
+    for run, color in zip(runs, COLORS):
+        steps, raw = run.series(name)
+        if not steps:
+            continue
+        values = np.array(raw, dtype=np.float64)
+        values[~np.isfinite(values) | (log & (values <= 0))] = np.nan  # a gap in the line
+        smoothed = np.exp(smooth(np.log(values))) if log else smooth(values)
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smoothed, color=color, linewidth=1.8)
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    for level, label in (levels or {}).items():
+        _draw_level(axes, level, label)
+
+
+def smooth(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Centered mean over SMOOTHING_SHARE of the values, over fewer at the ends; nan is left out, not spread."""
+    window = np.ones(2 * round(len(values) * SMOOTHING_SHARE / 2) + 1)
+    known = np.isfinite(values)
+    counts = np.convolve(known, window, mode="same")
+    sums = np.convolve(np.where(known, values, 0.0), window, mode="same")
+    return np.where(known, sums / np.maximum(counts, 1), np.nan)
+
+
+def _draw_level(axes: Axes, level: float, label: str) -> None:
+    axes.axhline(level, color="#555555", linewidth=0.9, linestyle="--" if label else "-", zorder=1)
+    if label:
+        axes.annotate(
+            label,
+            xy=(1, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -3),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            color="#555555",
+        )
+
+
+def _draw_legend(figure: Figure, runs: Sequence[Run]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=color, linewidth=2, label=label) for color, label in zip(COLORS, _labels(runs))]
+    splits = _splits(runs)
+    if len(splits) > 1:
+        handles += [
+            Line2D([], [], color="#555555", linestyle=style, label=split) for style, split in zip(SPLIT_STYLES, splits)
+        ]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(4, len(handles)),
+        frameon=False,
+        title="Band: 95% interval, clustered by question.  Faint: every step."
+        f"  Line: centered mean over {SMOOTHING_SHARE:.0%} of the steps (geometric on the log scale).",
+        title_fontsize=9,
+    )
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Objective and alpha from the configuration, the directory name where that is missing or not unique."""
+    names = [run.directory.resolve().name for run in runs]
+    labels = [_objective(run) or name for run, name in zip(runs, names)]
+    return [label if labels.count(label) == 1 else f"{label} ({name})" for label, name in zip(labels, names)]
+
+
+def _objective(run: Run) -> str:
+    objective, alpha = str(run.config.get("objective") or "").upper(), run.config.get("alpha")
+    return f"{objective} α = {alpha:g}" if objective == "PGPO" and alpha is not None else objective
+
+
+def _is_capped(run: Run) -> bool:
+    return run.config.get("rho_max") is not None and run.config.get("objective", "pgpo") == "pgpo"
+
+
+def _evaluations(run: Run) -> list[dict[str, Any]]:
+    return [line for line in run.evaluations if line.get(runlog.AVG_AT_K) is not None]
+
+
+def _splits(runs: Sequence[Run]) -> list[str | None]:
+    """The splits in order of appearance. Raises UserError for more than the line styles can tell apart."""
+    splits = list(dict.fromkeys(line.get(runlog.SPLIT) for run in runs for line in _evaluations(run)))
+    if len(splits) > len(SPLIT_STYLES):
+        raise UserError(f"A figure shows {len(SPLIT_STYLES)} splits, not {len(splits)}; plot runs with fewer splits.")
+    return splits
+
+
+def _column(lines: Sequence[dict[str, Any]], name: str) -> npt.NDArray[np.float64]:
+    return np.array([line.get(name) for line in lines], dtype=np.float64)
+
+
+def _note_absence(axes: Axes) -> None:
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color="#777777")

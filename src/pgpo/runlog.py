@@ -1,0 +1,455 @@
+"""The run directory: the one schema that everything that writes a run and everything that reads one share.
+
+    config.json        {"schema": 1, "pgpo": version, "command": [...], "config": {...}}
+    environment.json   python, platform, package versions, git commit, and what the caller adds (device, ...)
+    metrics.jsonl      one line per optimizer step        {"step": 3, "information": 0.21, ...}
+    evaluations.jsonl  one line per evaluation summary    {"step": 3, "split": "test", "avg_at_k": 0.61, ...}
+    samples.jsonl      one line per logged step           {"step": 3, "samples": [{...}, ...]}
+    checkpoints/       written by the trainer
+    figure.png         written by the report
+
+All files are standard JSON in UTF-8. JSON has no NaN and no infinity, so that a non-finite float is written
+as the string "NaN", "Infinity" or "-Infinity" (which both Python's float() and JavaScript's Number()
+understand); `read_run` turns these back into floats in metrics and evaluations, and leaves samples as they
+are, because a completion may be the text "NaN". In a distributed run only the main process opens a run log.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from pgpo.errors import UserError
+
+SCHEMA = 1
+
+CONFIG_FILE = "config.json"
+ENVIRONMENT_FILE = "environment.json"
+METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+CHECKPOINTS_FOLDER = "checkpoints"
+FIGURE_FILE = "figure.png"
+
+STEP = "step"
+INFORMATION = "information"
+RHO = "rho"
+ALPHA = "alpha"
+STUDENT_ENTROPY = "student_entropy"
+TEACHER_ENTROPY = "teacher_entropy"
+DIVERGENCE = "divergence"
+LOSS = "loss"
+ACTIVE_SHARE = "active_share"
+ACTIVE_TOKENS = "active_tokens"
+REWARD = "reward"
+COMPLETION_LENGTH = "completion_length"
+CLIPPED_SHARE = "clipped_share"
+GRAD_NORM = "grad_norm"
+LEARNING_RATE = "learning_rate"
+EFFECTIVE_LR = "effective_lr"
+NEGATIVE_INFORMATION_SHARE = "negative_information_share"
+TRUNCATED_CONTEXTS = "truncated_contexts"
+STEP_SECONDS = "step_seconds"
+GENERATION_SECONDS = "generation_seconds"
+UPDATE_SECONDS = "update_seconds"
+
+# name -> (unit, meaning). A line of metrics.jsonl may hold more names (a user's own); these mean the same in
+# every run.
+METRICS: dict[str, tuple[str, str]] = {
+    STEP: ("1", "optimizer step, counted from 1"),
+    INFORMATION: (
+        "nats",
+        "I_k, student entropy minus teacher entropy, mean over the samples of the step (Eq. 8)",
+    ),
+    RHO: ("1", "rho_k, the multiplier of the step (Eq. 9)"),
+    ALPHA: ("1", "sensitivity of rho to I_k at this step"),
+    STUDENT_ENTROPY: ("nats", "mean token entropy of the student over the samples that have a teacher"),
+    TEACHER_ENTROPY: ("nats", "mean token entropy of the teacher over the same tokens"),
+    DIVERGENCE: (
+        "nats",
+        "mean divergence between student and teacher per active token, before any clipping weight",
+    ),
+    LOSS: ("nats", "the loss that was differentiated"),
+    ACTIVE_SHARE: ("1", "share of the samples that have a teacher and hence a loss"),
+    ACTIVE_TOKENS: ("tokens", "completion tokens that carry loss, over all ranks"),
+    REWARD: ("1", "mean reward of the training completions"),
+    COMPLETION_LENGTH: ("tokens", "mean length of the training completions"),
+    CLIPPED_SHARE: ("1", "share of the completions that were cut at the length limit"),
+    GRAD_NORM: ("1", "global gradient norm before clipping"),
+    LEARNING_RATE: ("1", "learning rate of the schedule"),
+    EFFECTIVE_LR: ("1", "learning_rate * rho, the rate that moved the parameters"),
+    NEGATIVE_INFORMATION_SHARE: ("1", "share of the steps so far with I_k < 0"),
+    TRUNCATED_CONTEXTS: ("1", "teacher contexts of this step that were cut at the context limit"),
+    STEP_SECONDS: ("seconds", "wall time of the step"),
+    GENERATION_SECONDS: ("seconds", "part of it spent generating completions"),
+    UPDATE_SECONDS: ("seconds", "part of it spent in forward, backward and optimizer"),
+}
+
+SPLIT = "split"
+K = "k"
+QUESTIONS = "questions"
+AVG_AT_K = "avg_at_k"
+PASS_AT_K = "pass_at_k"
+MAJ_AT_K = "maj_at_k"
+WELL_FORMED_SHARE = "well_formed_share"
+LOW = "_low"
+HIGH = "_high"
+
+# The same for evaluations.jsonl; `low` and `high` bound the 95 % interval clustered by question.
+EVALUATIONS: dict[str, tuple[str, str]] = {
+    STEP: ("1", "optimizer steps done before the evaluation; 0 is the model at the start"),
+    SPLIT: ("", "which questions, for example validation or test"),
+    K: ("1", "completions per question"),
+    QUESTIONS: ("1", "number of questions"),
+    AVG_AT_K: ("1", "mean reward over the k completions, then over the questions"),
+    AVG_AT_K + LOW: ("1", "lower end of its interval"),
+    AVG_AT_K + HIGH: ("1", "upper end of its interval"),
+    PASS_AT_K: ("1", "share of the questions with at least one right completion among k"),
+    PASS_AT_K + LOW: ("1", "lower end of its interval"),
+    PASS_AT_K + HIGH: ("1", "upper end of its interval"),
+    MAJ_AT_K: ("1", "share of the questions whose most frequent answer is right"),
+    MAJ_AT_K + LOW: ("1", "lower end of its interval"),
+    MAJ_AT_K + HIGH: ("1", "upper end of its interval"),
+    WELL_FORMED_SHARE: ("1", "share of the completions in the format that the prompt asks for"),
+}
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
+SECRET_SUFFIXES = ("_token", "api_key", "password", "secret")  # ours: hub_token, wandb_api_key and the like
+
+
+class RunLog:
+    """Writes one run directory. Every line is flushed, so that a killed run loses at most its last line."""
+
+    def __init__(self, directory: Path) -> None:
+        """Opens an existing run directory for appending; use `create` or `resume`."""
+        self.directory = directory
+        self._files: dict[str, TextIO] = {}
+
+    @classmethod
+    def create(
+        cls,
+        directory: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        environment_extra: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> RunLog:
+        """Starts a run in a new or empty directory and writes its configuration and environment.
+
+        `environment_extra`: what only the caller knows, for example {"device": "NVIDIA H100"}.
+        `overwrite` replaces the log and the checkpoints of an earlier run, and nothing else that lies there.
+        Raises UserError when the directory holds something, is no directory, or cannot be written.
+        """
+        directory = Path(directory)
+        try:
+            if directory.exists() and not directory.is_dir():
+                raise UserError(f"The run directory {directory} is a file; choose another --output_dir.")
+            if directory.is_dir() and any(directory.iterdir()):
+                if not overwrite:
+                    raise UserError(
+                        f"The run directory {directory} already exists and is not empty; continue that run with"
+                        " --resume or choose another --output_dir."
+                    )
+                _remove_run(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            document = {
+                "schema": SCHEMA,
+                "pgpo": _version("pgpo"),
+                "command": _command(sys.argv),
+                "config": {name: _unless_secret(name, value) for name, value in config.items()},
+            }
+            write_atomically(directory / ENVIRONMENT_FILE, _document(environment(environment_extra)))
+            write_atomically(directory / CONFIG_FILE, _document(document))  # last: it makes this a run
+        except OSError as error:
+            raise _not_writable(directory, error) from error
+        return cls(directory)
+
+    @classmethod
+    def resume(cls, directory: str | os.PathLike[str], step: int) -> RunLog:
+        """Continues a run from its checkpoint of `step`; lines of later steps are dropped.
+
+        Raises UserError when the directory is not a run of this schema, is corrupt, or cannot be written.
+        """
+        directory = Path(directory)
+        _read_config(directory)
+        for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
+            path = directory / name
+            if path.exists():
+                kept = [line for line in _read_log(path) if line[STEP] <= step]
+                try:
+                    write_atomically(path, "".join(map(json_line, kept)))
+                except OSError as error:
+                    raise _not_writable(directory, error) from error
+        return cls(directory)
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends the scalars of one optimizer step; METRICS lists the names with a fixed meaning."""
+        self._append(METRICS_FILE, {STEP: step} | dict(values) | {STEP: step})
+
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one evaluation: {"split": "test", **summary.as_dict()}; EVALUATIONS lists the names."""
+        self._append(EVALUATIONS_FILE, {STEP: step} | dict(values) | {STEP: step})
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Appends a few completions of one step, each a dict of texts and scalars."""
+        self._append(SAMPLES_FILE, {STEP: step, "samples": [dict(sample) for sample in samples]})
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
+        if name not in self._files:
+            path = self.directory / name
+            self._files[name] = path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
+        self._files[name].write(json_line(values))
+        self._files[name].flush()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as read back. Lists are in file order; `metrics` and `evaluations` hold one dict per line."""
+
+    directory: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    command: list[str]
+    version: str | None
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric, without the steps that have no value for it."""
+        lines = [line for line in self.metrics if line.get(name) is not None]
+        return [line[STEP] for line in lines], [line[name] for line in lines]
+
+
+def read_run(directory: str | os.PathLike[str]) -> Run:
+    """Reads a run directory; a last line that a killed run left unfinished is dropped.
+
+    Raises UserError when the directory is missing, is no run, has another schema version or a corrupt line.
+    """
+    directory = Path(directory)
+    document = _read_config(directory)
+    logs = {
+        name: _read_log(directory / name) if (directory / name).exists() else []
+        for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE)
+    }
+    return Run(
+        directory=directory,
+        config=document["config"],
+        environment=_read_document(directory / ENVIRONMENT_FILE),
+        metrics=[_with_floats(line) for line in logs[METRICS_FILE]],
+        evaluations=[_with_floats(line) for line in logs[EVALUATIONS_FILE]],
+        samples=logs[SAMPLES_FILE],
+        command=document["command"],
+        version=document["pgpo"],
+    )
+
+
+def environment(extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a reader needs to judge or repeat a run: versions (None: not installed) and the commit of our source.
+
+    Package versions come from their metadata, nothing is imported. Paths under the user's home start with ~.
+    """
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+    }
+    return {name: _without_home(value) for name, value in (found | dict(extra or {})).items()}
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """One JSON object and a newline. Scalars of numpy and torch become numbers, non-finite floats strings."""
+    return json.dumps(_standard(values), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_lines(path: Path, unfinished_end: bool = False) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line. `unfinished_end` drops a broken last line that has no newline.
+
+    Raises UserError with the number of the line that is not a JSON object.
+    """
+    *lines, end = path.read_bytes().split(b"\n")
+    if end:
+        lines.append(end)
+    values: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except ValueError:
+            if unfinished_end and end and number == len(lines):
+                break
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(f"Line {number} of {path} is not a JSON object; restore the file or remove that line.")
+        values.append(value)
+    return values
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes beside the file and renames: a reader or a crash sees the old text or the new one, never a part."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise UserError(f"There is no run directory {directory}; give the --output_dir of a run.")
+    path = directory / CONFIG_FILE
+    document = _read_document(path)
+    if "schema" not in document or "config" not in document:
+        raise UserError(f"{path} was not written by a run; give the --output_dir of a run.")
+    if document["schema"] != SCHEMA:
+        raise UserError(
+            f"{path} has schema version {document['schema']}, this pgpo reads version {SCHEMA};"
+            f" use the pgpo version that wrote it ({document.get('pgpo')})."
+        )
+    return document
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path.parent} is not a run directory, it has no {path.name}; give the --output_dir of a run."
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON; restore it from a copy.") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path} is not a JSON object; restore it from a copy.")
+    return document
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    lines = read_lines(path, unfinished_end=True)
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line.get(STEP), int):
+            raise UserError(
+                f'Line {number} of {path} has no whole number under "step"; restore the file or remove that line.'
+            )
+    return lines
+
+
+def _remove_run(directory: Path) -> None:
+    if not (directory / CONFIG_FILE).exists():
+        raise UserError(f"{directory} is not empty and not a run, it is not overwritten; choose another --output_dir.")
+    _read_config(directory)
+    for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, FIGURE_FILE):
+        (directory / name).unlink(missing_ok=True)
+    if (directory / CHECKPOINTS_FOLDER).exists():
+        shutil.rmtree(directory / CHECKPOINTS_FOLDER)
+
+
+def _not_writable(directory: Path, error: OSError) -> UserError:
+    return UserError(
+        f"The run directory {directory} cannot be written ({error.strerror}); choose another --output_dir."
+    )
+
+
+def _document(values: Mapping[str, Any]) -> str:
+    return json.dumps(_standard(values), ensure_ascii=False, allow_nan=False, indent=2, default=str) + "\n"
+
+
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _standard(value: Any) -> Any:
+    """The value in standard JSON: numpy and torch scalars to numbers, non-finite floats to their names."""
+    if isinstance(value, Mapping):
+        return {str(name): _standard(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_standard(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _with_floats(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in line.items()}
+
+
+def _command(arguments: Iterable[str]) -> list[str]:
+    """The command line without the path of the program, the user's home, and the values of secret options."""
+    program, *rest = arguments
+    command = [Path(program).name]
+    hide_next = False
+    for argument in rest:
+        option, equals, _ = argument.partition("=")
+        secret = option.startswith("--") and _is_secret(option)
+        if hide_next:
+            command.append("***")
+        elif secret and equals:
+            command.append(f"{option}=***")
+        else:
+            command.append(_without_home(argument))
+        hide_next = secret and not equals
+    return command
+
+
+def _is_secret(name: str) -> bool:
+    return name.lower().replace("-", "_").endswith(SECRET_SUFFIXES)
+
+
+def _unless_secret(name: str, value: Any) -> Any:
+    return "***" if isinstance(value, str) and _is_secret(name) else value
+
+
+def _without_home(value: Any) -> Any:
+    home = str(Path.home())
+    return value.replace(home, "~") if isinstance(value, str) and len(home) > 1 else value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the source that runs, with -dirty if it was changed; None for an installed copy.
+
+    An installed copy may lie inside the user's own repository: only a tracked source file counts.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
