@@ -14,7 +14,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,14 +96,8 @@ def update(
     with torch.no_grad():
         for t, p in zip(teacher.parameters(), student.parameters()):
             t.lerp_(p, s.ema)
-    active_share = len(hinted) / len(batch)
-    return {
-        "information": information,
-        "rho": rho,
-        "loss": loss.item(),
-        "active_share": active_share,
-        "grad_norm": norm.item(),
-    }
+    record = {"information": information, "rho": rho, "loss": loss.item(), "grad_norm": norm.item()}
+    return {**record, "active_share": len(hinted) / len(batch)}
 
 
 def completion_logits(model: nn.Module, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
@@ -279,15 +273,11 @@ def train(s: Settings, steps: int, seed: int = 0, variant: str = "plain") -> Ite
         hints = [None if m is None else words.prompt(m) for m in teach(rows, texts, rewards, s)]
         batch = [Sample(p, c, h) for p, c, h in zip(prompts, completions, hints)]
         record = update(student, teacher, optimizer, batch, s)
-        yield {
-            "step": step + 1,
-            "reward": sum(rewards) / len(rewards),
-            **record,
-            "seconds": time.perf_counter() - start,
-        }
+        seconds = time.perf_counter() - start
+        yield {"step": step + 1, "reward": sum(rewards) / len(rewards), "seconds": seconds, **record}
 
 
-def main(show: Callable[[str], None] = print) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description="PGPO on the lab world, in one file.")
     parser.add_argument("--alpha", type=float, default=Settings.alpha, help="sensitivity of Eq. 9; 0 is SDPO")
     parser.add_argument("--steps", type=int, default=100)
@@ -295,7 +285,7 @@ def main(show: Callable[[str], None] = print) -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # a model this small gains nothing from a second thread
     for r in train(Settings(alpha=args.alpha), args.steps, args.seed):
-        show(f"step {r['step']:4.0f}  reward {r['reward']:.3f}  I {r['information']:+.4f}  rho {r['rho']:.3f}")
+        print(f"step {r['step']:4.0f}  reward {r['reward']:.3f}  I {r['information']:+.4f}  rho {r['rho']:.3f}")
 
 
 if __name__ == "__main__":
