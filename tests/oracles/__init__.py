@@ -1,0 +1,1 @@
+"""Independent definitions that the package is tested against. Nothing here imports pgpo."""
