@@ -101,7 +101,7 @@ def _lab_base(argv: list[str]) -> int:
         def error(self, message: str) -> NoReturn:
             raise UserError(f"{message}; see `{self.prog} --help`.")
 
-    parser = Parser(prog="pgpo lab-base", description="Rebuild the lab's base checkpoint.")
+    parser = Parser(prog="pgpo lab-base", description="Rebuild the lab's base checkpoint.", allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", default="plain", help="plain or style")
     parser.add_argument("--out", type=Path, default=None, help="default: lab-base-VARIANT-SEED")

@@ -128,7 +128,10 @@ class Parsed:
 
 
 class Parser(HfArgumentParser):
-    """Argparse without its page of usage after a mistake."""
+    """Argparse without its page of usage after a mistake, and without guessing which flag a shorter one may mean."""
+
+    def __init__(self, kinds: Any, prog: str) -> None:
+        super().__init__(kinds, prog=prog, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`.")

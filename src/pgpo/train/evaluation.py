@@ -65,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
         torch.set_num_threads(1) if args.task == "lab_world" else None
     task = args.load()
     rows = getattr(task, args.split)[: args.rows]
+    if not rows:
+        raise UserError(f"the {args.split} split holds no questions; choose another --split.")
     generate = _generator(model_folder(name), args, rows)
 
     student = evaluate(rows, generate, task.grade, args.k, args.seed)
