@@ -145,7 +145,8 @@ def parse(argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed:
     """
     argv, recipe = _take_recipe(list(argv))
     parser = Parser([RunArguments, PGPOConfig, ModelConfig], prog="pgpo train")
-    defaults = {action.dest: action.default for action in parser._actions}
+    # Reversed: --no_x follows --x with the same name and a default that argparse never uses.
+    defaults = {action.dest: action.default for action in reversed(parser._actions)}
     known = set(defaults)
     unknown = sorted(set(recipe) - known)
     if unknown:
@@ -156,10 +157,9 @@ def parse(argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed:
         own_model = bool(_peek(argv, "--model_name_or_path") or recipe.get("model_name_or_path"))
         if task in PRESETS and not (task == "science_qa" and own_model):
             preset = PRESETS[task]
-        # As text, so that a recipe's numbers are checked like flags (YAML reads 1e-5 as text and 2.5 as a number).
-        texts = {k: str(v) if isinstance(v, (bool, int, float)) else v for k, v in recipe.items()}
-        parser.set_defaults(**preset)
-        parser.set_defaults(**texts)
+        # Numbers as text, so that argparse checks a recipe's like a flag's (YAML itself reads 1e-5 as text).
+        texts = {k: str(v) if type(v) in (int, float) else v for k, v in recipe.items()}
+        parser.set_defaults(**(preset | texts))
     else:
         parser.set_defaults(**{k: v for k, v in stored.items() if k in known})
     namespace = vars(parser.parse_args(argv))

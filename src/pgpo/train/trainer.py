@@ -147,12 +147,15 @@ class PGPOTrainer(SeamTrainer):
         if not self.distills:
             return batch
         a = self.args
-        rendered: dict[int, list[int]] = {}
+        rendered: dict[str, list[int]] = {}  # siblings share one or two teacher prompts
 
-        def length(prompt: Prompt) -> int:
-            return len(self.render(prompt))
+        def render(prompt: Prompt) -> list[int]:
+            key = repr(prompt)
+            if key not in rendered:
+                rendered[key] = self.render(prompt)
+            return rendered[key]
 
-        # Contexts are drawn on the whole group, which may stretch over ranks; only local prompts are tokenised.
+        # On the whole batch of all ranks, since a group may stretch over two of them.
         try:
             contexts = build_contexts(
                 rollout.prompts,
@@ -169,15 +172,12 @@ class PGPOTrainer(SeamTrainer):
                 remove_thinking=a.remove_thinking,
                 templates=self.templates,
                 max_length=a.max_teacher_prompt_length,
-                length=None if a.max_teacher_prompt_length is None else length,
+                length=None if a.max_teacher_prompt_length is None else lambda prompt: len(render(prompt)),
             )
         except ValueError as error:
             raise UserError(f"at step {self.state.global_step + 1}: {error}") from error
-        for i in mine:
-            prompt = contexts[i].prompt
-            if prompt is not None:
-                rendered[i] = self.render(prompt)
-        batch["teacher_prompt_ids"] = [rendered.get(i) for i in mine]
+        prompts = [contexts[i].prompt for i in mine]
+        batch["teacher_prompt_ids"] = [None if prompt is None else render(prompt) for prompt in prompts]
         self.record("truncated_contexts", sum(c.truncated for c in contexts) / len(contexts))
         self.record("feedback_share", sum(c.feedback_used for c in contexts) / len(contexts))
         return batch

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,15 @@ from pgpo.errors import UserError
 from pgpo.tasks import Row
 from pgpo.teacher import build_contexts
 
-# All ours: small enough for a minute on one core, large enough to copy a letter from a demonstration.
-VOCABULARY, HIDDEN, LAYERS, STEPS, BATCH, LEARNING_RATE = 1024, 128, 2, 400, 16, 2e-3
+# All ours: small enough for a minute or two on one core, large enough to copy a letter from a demonstration.
+VOCABULARY, HIDDEN, LAYERS, STEPS, BATCH, LEARNING_RATE = 1024, 128, 2, 350, 16, 3e-3
 MAX_PROMPT = 540  # tokens without a hint; longer questions are left out of the warm start
+# The letter is one token of thirty: without a weight, copying it is not learned in time (measured: 300 steps at
+# weight 1 stay at chance, 100 steps at weight 10 copy perfectly from short prompts).
+LETTER_WEIGHT = 10.0
+HINTED_SHARE = 0.7
+# First no question at all, then the end of one, then whole prompts: copying is learned where it is easy.
+CURRICULUM = (0.4, 0.75)
 _THOUGHTS = (
     "I compare the options with the question.",
     "The numbers point to one option.",
@@ -111,17 +118,13 @@ def warm_start(
     model = build_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    eos = tokenizer.eos_token_id
     for step in range(steps):
-        batch: list[tuple[list[int], list[int]]] = []
-        for _ in range(BATCH):
+        batch: list[Example] = []
+        while len(batch) < BATCH:
             row = rng.choice(rows)
-            letter = rng.choice(row["labels"])
-            prompt: Any = row["prompt"]
-            if rng.random() < 0.5:  # hinted: the demonstration's letter is copied
-                shown = answer(letter, style, rng)
-                prompt = build_contexts([prompt] * 2, [shown, ""], [1.0, 0.0], 2)[1].prompt
-            batch.append((encode(prompt), [*tokenizer(answer(letter, style, rng))["input_ids"], eos]))
+            done = step / steps
+            length = 0 if done < CURRICULUM[0] else rng.randrange(200) if done < CURRICULUM[1] else None
+            batch.append(_example(row, length, style, tokenizer, rng))
         loss = _loss(model, batch, tokenizer.pad_token_id)
         optimizer.zero_grad()
         loss.backward()
@@ -135,13 +138,40 @@ def warm_start(
     return directory
 
 
-def _loss(model: Qwen3ForCausalLM, batch: list[tuple[list[int], list[int]]], pad: int) -> torch.Tensor:
-    """Cross-entropy on the answers, mean over their tokens."""
-    width = max(len(p) + len(t) for p, t in batch)
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a prompt and of the answer to it; letter is the place of the option letter in the answer."""
+
+    prompt: list[int]
+    target: list[int]
+    letter: int
+
+
+def _example(row: Row, length: int | None, style: str, tokenizer: Any, rng: random.Random) -> Example:
+    """An answer with a random letter; hinted, with the demonstration's. `length`: characters of the question kept."""
+    letter = rng.choice(row["labels"])
+    prompt: Any = row["prompt"]
+    if length is not None:
+        text = prompt[-1]["content"]
+        prompt = [{"role": "user", "content": text[len(text) - min(length, len(text)) :] or "?"}]
+    if rng.random() < HINTED_SHARE:
+        prompt = build_contexts([prompt] * 2, [answer(letter, style, rng), ""], [1.0, 0.0], 2)[1].prompt
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    target = [*tokenizer(answer(letter, style, rng))["input_ids"], tokenizer.eos_token_id]
+    place = len(target) - 1 - target[::-1].index(tokenizer.convert_tokens_to_ids(letter))
+    return Example(ids, target, place)
+
+
+def _loss(model: Qwen3ForCausalLM, batch: list[Example], pad: int) -> torch.Tensor:
+    """Cross-entropy on the answers, weighted mean over their tokens."""
+    width = max(len(e.prompt) + len(e.target) for e in batch)
     ids = torch.full((len(batch), width), pad)
-    labels = torch.full((len(batch), width), -100)
-    for i, (prompt, target) in enumerate(batch):
-        ids[i, : len(prompt) + len(target)] = torch.tensor(prompt + target)
-        labels[i, len(prompt) : len(prompt) + len(target)] = torch.tensor(target)
-    loss: torch.Tensor = model(input_ids=ids, labels=labels).loss
-    return loss
+    weight = torch.zeros(len(batch), width)
+    for i, e in enumerate(batch):
+        start, end = len(e.prompt), len(e.prompt) + len(e.target)
+        ids[i, :end] = torch.tensor(e.prompt + e.target)
+        weight[i, start:end] = 1.0
+        weight[i, start + e.letter] = LETTER_WEIGHT
+    logits = model(input_ids=ids).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return (loss * weight[:, 1:]).sum() / weight[:, 1:].sum()
