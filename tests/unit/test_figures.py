@@ -42,7 +42,7 @@ def _legend(figure: Any) -> list[str]:
 
 
 def test_panels_show_what_the_run_recorded(tmp_path: Path) -> None:
-    run = _run(tmp_path / "a", {"objective": "pgpo", "alpha": 1.5, "rho_max": 1.7})
+    run = _run(tmp_path / "a", {"objective": "pgpo", "alpha": 1.5, "rho_max": 1.07})
     figure = draw_runs([run])
     accuracy, information, rho, grad_norm = figure.axes
     steps = np.arange(1, 41)
@@ -61,17 +61,17 @@ def test_panels_show_what_the_run_recorded(tmp_path: Path) -> None:
         # All three are straight on their axis, and a centered mean of a straight line is the line.
         assert x.tolist() == steps.tolist() and y[1:-1] == pytest.approx(values[1:-1])
     assert grad_norm.get_yscale() == "log"
-    assert _levels(information) == [0.0] and _levels(rho) == [1.0, 1.7]
-    assert [text.get_text() for text in rho.texts] == [r"$\rho_{max}$ = 1.7"]
+    assert _levels(information) == [0.0] and _levels(rho) == [1.0, 1.07]
+    assert [text.get_text() for text in rho.texts] == [r"$\rho_{max}$ = 1.07"]
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
     assert _legend(figure) == ["PGPO α = 1.5"]
 
 
 def test_runs_keep_their_color_and_label_over_the_panels(tmp_path: Path) -> None:
     runs = [
-        _run(tmp_path / "a", {"objective": "pgpo", "alpha": 1.0, "rho_max": 2.0}),
+        _run(tmp_path / "a", {"objective": "pgpo", "alpha": 1.0, "rho_max": 1.06}),
         _run(tmp_path / "b", {"objective": "sdpo", "alpha": 1.0, "rho_max": 3.0}),
-        _run(tmp_path / "c", {"objective": "pgpo", "alpha": 1.0, "rho_max": 2.0}),
+        _run(tmp_path / "c", {"objective": "pgpo", "alpha": 1.0, "rho_max": 1.06}),
         _run(tmp_path / "d", {}),
     ]
     figure = draw_runs(runs)
@@ -80,7 +80,7 @@ def test_runs_keep_their_color_and_label_over_the_panels(tmp_path: Path) -> None
     for axes in figure.axes:
         drawn = [line.get_color() for line in axes.lines if line.get_linewidth() == 1.8]
         assert drawn == handles == list(COLORS[:4])
-    assert _levels(figure.axes[2]) == [1.0, 2.0]  # each cap once; the one of SDPO has no effect
+    assert _levels(figure.axes[2]) == [1.0, 1.06]  # each cap once; the one of SDPO has no effect
 
 
 def test_splits_are_told_apart_and_never_joined(tmp_path: Path) -> None:
@@ -89,6 +89,24 @@ def test_splits_are_told_apart_and_never_joined(tmp_path: Path) -> None:
     assert lines == {"-": pytest.approx([0.4, 0.6, 0.8]), "--": pytest.approx([0.3, 0.5, 0.7])}
     assert _legend(figure) == ["SDPO", "validation", "test"]
     assert figure.axes[0].get_title(loc="left") == "Accuracy (avg@16)"
+
+
+def test_a_cap_far_above_the_multipliers_is_told_instead_of_drawn(tmp_path: Path) -> None:
+    rho = draw_runs([_run(tmp_path / "a", {"objective": "pgpo", "alpha": 1.0, "rho_max": 2.0})]).axes[2]
+    assert _levels(rho) == [1.0]
+    assert rho.get_title(loc="left").endswith("(cap 2)")
+
+
+def test_two_evaluations_are_points_with_bars_and_no_line(tmp_path: Path) -> None:
+    with RunLog.create(tmp_path / "a", {"objective": "sdpo"}) as log:
+        for step, value in ((0, 0.5), (40, 0.75)):
+            log.evaluation(
+                step, {"split": "test", "k": 16, "avg_at_k": value, "avg_at_k_low": 0.25, "avg_at_k_high": 1}
+            )
+    (container,) = draw_runs([read_run(tmp_path / "a")]).axes[0].containers
+    points, _, (bars,) = container
+    assert points.get_linestyle() == "None" and points.get_xydata().tolist() == [[0, 0.5], [40, 0.75]]
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[0.25, 1], [0.25, 1]]
 
 
 def test_non_finite_values_are_gaps_and_do_not_spread(tmp_path: Path) -> None:
@@ -128,7 +146,7 @@ def test_a_panel_without_data_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "head"), [("figure.png", b"\x89PNG"), ("figure.svg", b"<?xml")])
 def test_the_file_is_of_the_kind_its_suffix_says_and_the_same_each_time(tmp_path: Path, name: str, head: bytes) -> None:
-    run = _run(tmp_path / "a", {"objective": "pgpo", "alpha": 1.0, "rho_max": 2.0})
+    run = _run(tmp_path / "a", {"objective": "pgpo", "alpha": 1.0, "rho_max": 1.06})
     plot_runs([run], tmp_path / name, title="A title")
     first = (tmp_path / name).read_bytes()
     plot_runs([run], tmp_path / name, title="A title")

@@ -69,9 +69,13 @@ def draw_runs(runs: Sequence[Run], title: str | None = None) -> Figure:
     figure = Figure(figsize=(10.5, 6.8), layout="constrained")
     accuracy, information, rho, grad_norm = figure.subplots(2, 2, sharex=True).flat
     _draw_accuracy(accuracy, runs)
-    caps = {run.config["rho_max"]: rf"$\rho_{{max}}$ = {run.config['rho_max']:g}" for run in runs if _is_capped(run)}
+    caps = {run.config["rho_max"] for run in runs if _is_capped(run)}
+    # A cap far above every multiplier would flatten them; it is told in the title instead.
+    near = {cap: rf"$\rho_{{max}}$ = {cap:g}" for cap in caps if _largest(runs, runlog.RHO) >= (1 + cap) / 2}
+    far = ", ".join(f"{cap:g}" for cap in sorted(caps - near.keys()))
     _draw_metric(information, runs, runlog.INFORMATION, "Information $I_k$ (nats)", levels={0.0: ""})
-    _draw_metric(rho, runs, runlog.RHO, r"Step multiplier $\rho_k$", levels={1.0: ""} | caps)
+    rho_title = r"Step multiplier $\rho_k$" + (f" (cap {far})" if far else "")
+    _draw_metric(rho, runs, runlog.RHO, rho_title, levels={1.0: ""} | near)
     _draw_metric(grad_norm, runs, runlog.GRAD_NORM, "Gradient norm before clipping (log scale)", log=True)
     for axes in (rho, grad_norm):
         axes.set_xlabel("optimizer step")
@@ -93,6 +97,10 @@ def _draw_accuracy(axes: Axes, runs: Sequence[Run]) -> None:
                 _column(chosen, name)
                 for name in (runlog.STEP, runlog.AVG_AT_K, runlog.AVG_AT_K + runlog.LOW, runlog.AVG_AT_K + runlog.HIGH)
             )
+            if _is_sparse(runs, split):  # a line between two points would claim what lies between
+                spread = np.vstack([value - low, high - value])
+                axes.errorbar(steps, value, spread, color=color, linestyle="none", marker="D", markersize=6, capsize=4)
+                continue
             axes.fill_between(steps, low, high, color=color, alpha=opacity, linewidth=0)
             axes.plot(steps, value, color=color, linestyle=style, marker="o", markersize=3.5, linewidth=1.8)
     ks = {line.get(runlog.K) for lines in evaluations for line in lines}
@@ -163,14 +171,17 @@ def _draw_legend(figure: Figure, runs: Sequence[Run]) -> None:
     splits = _splits(runs)
     if len(splits) > 1:
         handles += [
-            Line2D([], [], color="#555555", linestyle=style, label=split) for style, split in zip(SPLIT_STYLES, splits)
+            Line2D([], [], color="#555555", linestyle="none", marker="D", label=split)
+            if _is_sparse(runs, split)
+            else Line2D([], [], color="#555555", linestyle=style, label=split)
+            for style, split in zip(SPLIT_STYLES, splits)
         ]
     figure.legend(
         handles=handles,
         loc="outside lower center",
         ncols=min(4, len(handles)),
         frameon=False,
-        title="Band: 95% interval, clustered by question.  Faint: every step."
+        title="Band or bar: 95% interval, clustered by question.  Faint: every step."
         f"  Line: centered mean over {SMOOTHING_SHARE:.0%} of the steps (geometric on the log scale).",
         title_fontsize=9,
     )
@@ -190,6 +201,16 @@ def _objective(run: Run) -> str:
 
 def _is_capped(run: Run) -> bool:
     return run.config.get("rho_max") is not None and run.config.get("objective", "pgpo") == "pgpo"
+
+
+def _is_sparse(runs: Sequence[Run], split: str | None) -> bool:
+    """Is a split evaluated at two steps at most (before and after), in every run?"""
+    return all(sum(line.get(runlog.SPLIT) == split for line in _evaluations(run)) <= 2 for run in runs)
+
+
+def _largest(runs: Sequence[Run], name: str) -> float:
+    values = [value for run in runs for value in run.series(name)[1] if np.isfinite(value)]
+    return max(values, default=-np.inf)
 
 
 def _evaluations(run: Run) -> list[dict[str, Any]]:
