@@ -90,7 +90,7 @@ METRICS: dict[str, tuple[str, str]] = {
     LEARNING_RATE: ("1", "learning rate of the schedule"),
     EFFECTIVE_LR: ("1", "learning_rate * rho, the rate that moved the parameters"),
     NEGATIVE_INFORMATION_SHARE: ("1", "share of the steps so far with I_k < 0"),
-    TRUNCATED_CONTEXTS: ("1", "teacher contexts of this step that were cut at the context limit"),
+    TRUNCATED_CONTEXTS: ("1", "share of the teacher contexts of this step that were cut at the context limit"),
     STEP_SECONDS: ("seconds", "wall time of the step"),
     GENERATION_SECONDS: ("seconds", "part of it spent generating completions"),
     UPDATE_SECONDS: ("seconds", "part of it spent in forward, backward and optimizer"),

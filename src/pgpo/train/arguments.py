@@ -48,6 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # For the model made on the spot (warm_start.py); a real model takes the paper's values, the defaults.
     "science_qa": {
         **_SMALL,
+        "prompt_style": "sdpo",
         "learning_rate": 3e-4,
         "max_steps": 60,
         "max_completion_length": 64,
@@ -72,7 +73,10 @@ class TaskArguments:
         metadata={"help": "science_qa: local JSONL file or folder; default: $PGPO_SCIENCE_DATA, else the hub."},
     )
     data_revision: str | None = field(default=None, metadata={"help": "science_qa: revision on the hub."})
-    prompt_style: str = field(default="sdpo", metadata={"help": "science_qa: 'sdpo' (tags) or 'boxed'."})
+    prompt_style: str = field(default="boxed", metadata={"help": "science_qa: 'boxed' (PGPO) or 'sdpo' (tags)."})
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "science_qa: share of the training questions kept for validation; paper: 0."}
+    )
     data_check: bool = field(default=True, metadata={"help": "science_qa: compare the data with the manifest."})
 
     def __post_init__(self) -> None:
@@ -94,6 +98,7 @@ class TaskArguments:
             path=self.data_path,
             revision=self.data_revision,
             style=self.prompt_style,
+            validation_fraction=self.validation_fraction,
             check=self.data_check,
         )
 

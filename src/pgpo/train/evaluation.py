@@ -16,18 +16,18 @@ from pgpo.evaluate.run import Generate, evaluate, write_records
 from pgpo.evaluate.runners import TEMPERATURE, TOP_P, TransformersRunner, VLLMRunner
 from pgpo.tasks import Row
 from pgpo.teacher import build_contexts
-from pgpo.train.arguments import Parser, TaskArguments, make
+from pgpo.train.arguments import PRESETS, Parser, TaskArguments, make
 from pgpo.train.run import check_prompts, last_checkpoint, load_model, quiet, say
 
 
 @dataclass
 class EvalArguments(TaskArguments):
-    """Which questions, and how to sample; the defaults are the paper's validation settings."""
+    """Which questions, and how to sample them."""
 
     split: str = field(default="test", metadata={"help": "'test', 'validation' or 'train'."})
     k: int = field(default=16, metadata={"help": "Completions per question."})
-    temperature: float = field(default=TEMPERATURE, metadata={"help": "Sampling temperature; 0 is greedy."})
-    top_p: float = field(default=TOP_P, metadata={"help": "Nucleus sampling."})
+    temperature: float | None = field(default=None, metadata={"help": "0 is greedy; default 0.6, lab_world 1.0."})
+    top_p: float | None = field(default=None, metadata={"help": "Nucleus sampling; default 0.95, lab_world 1.0."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Default: 24 for lab_world, else 8192."})
     max_prompt_length: int = field(default=10240, metadata={"help": "Tokens; a longer prompt is an error."})
     batch_size: int = field(default=256, metadata={"help": "Sequences generated at once."})
@@ -49,8 +49,13 @@ class EvalArguments(TaskArguments):
             raise UserError(f"k is {self.k}; it must be at least 1 completion per question.")
         if self.records and not Path(self.records).parent.is_dir():
             raise UserError(f"the folder of {self.records} does not exist; make it, or choose another --records.")
+        lab = PRESETS["lab_world"] if self.task == "lab_world" else {}  # otherwise the paper's validation settings
         if self.max_new_tokens is None:
-            self.max_new_tokens = 24 if self.task == "lab_world" else 8192  # the lab's and the paper's limits
+            self.max_new_tokens = lab.get("max_completion_length", 8192)
+        if self.temperature is None:
+            self.temperature = lab.get("eval_temperature", TEMPERATURE)
+        if self.top_p is None:
+            self.top_p = lab.get("eval_top_p", TOP_P)
 
 
 def main(argv: Sequence[str]) -> int:

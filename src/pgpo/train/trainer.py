@@ -482,7 +482,11 @@ class PGPOTrainer(SeamTrainer):
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         mine = rows[rank::ranks]
         if self.args.use_vllm:
-            records = evaluate(mine, self._vllm_generate(-(-len(rows) // ranks)), self._grade, self.args.eval_k, seed)
+            # Every rank calls the engine with equally many prompts: a short rank repeats one and drops it again.
+            missing = -(-len(rows) // ranks) - len(mine)
+            filled = mine + [row for row in rows if row not in mine][:missing]
+            records = evaluate(filled, self._vllm_generate, self._grade, self.args.eval_k, seed)
+            records = records[: len(mine) * self.args.eval_k]
         else:
             with self.generation_model() as model:
                 runner = TransformersRunner(
@@ -497,19 +501,13 @@ class PGPOTrainer(SeamTrainer):
                 records = evaluate(mine, runner, self._grade, self.args.eval_k, seed) if mine else []
         return self.gather_objects(records)
 
-    def _vllm_generate(self, rows_per_rank: int) -> Callable[[list[Any], int, int], list[list[str]]]:
-        """TRL's engine as a `generate` callable. Every rank sends equally many prompts: the server slices evenly."""
-
-        def generate(prompts: list[Any], k: int, seed: int) -> list[list[str]]:
-            ids = [self.render(p) for p in prompts]
-            padded = ids + [ids[-1]] * (rows_per_rank - len(ids))
-            repeated = [p for p in padded for _ in range(k)]
-            with self.vllm_sampling(self.args.eval_temperature, self.args.eval_top_p) as engine:
-                _, completions, _, _ = engine.generate(prompts=repeated, images=None, num_generations=k)
-            texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-            return [texts[i * k : (i + 1) * k] for i in range(len(prompts))]
-
-        return generate
+    def _vllm_generate(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:
+        """TRL's vLLM engine as a `generate` callable, with the evaluation's sampling; its seed is the engine's."""
+        repeated = [ids for ids in map(self.render, prompts) for _ in range(k)]
+        with self.vllm_sampling(self.args.eval_temperature, self.args.eval_top_p) as engine:
+            _, completions, _, _ = engine.generate(prompts=repeated, images=None, num_generations=k)
+        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        return [texts[i * k : (i + 1) * k] for i in range(len(prompts))]
 
     def _grade(self, text: str, row: Mapping[str, Any]) -> Any:
         if self.grade is not None:
@@ -548,16 +546,18 @@ class PGPOTrainer(SeamTrainer):
                 "the prompts are chat messages but the tokenizer has no chat template; set "
                 "tokenizer.chat_template, use an instruction-tuned model, or give prompts as plain strings."
             )
+        if self.is_deepspeed_enabled:
+            # accelerate steps DeepSpeed's engine inside backward(), that is after every micro-batch and before rho.
+            raise UserError("DeepSpeed is not supported, because its engine steps inside backward(); use DDP or FSDP.")
         if not self.distills:
             return
         if self.is_multimodal:
             raise UserError("self-distillation of vision-language models is not supported; use objective='grpo'.")
         separate = self.args.teacher != "live" and not hasattr(self.model, "peft_config")
-        zero3 = self.is_deepspeed_enabled and self.args.deepspeed_plugin.zero_stage == 3
-        if separate and (self.is_fsdp_enabled or zero3):
+        if separate and self.is_fsdp_enabled:
             raise UserError(
-                f"teacher={self.args.teacher!r} keeps a second full model, which is not sharded under FSDP or ZeRO-3; "
-                "use DDP or ZeRO-2, train LoRA (peft_config), or teacher='live'."
+                f"teacher={self.args.teacher!r} keeps a second full model, which is not sharded under FSDP; use DDP, "
+                "train LoRA (peft_config), or teacher='live'."
             )
 
 
@@ -603,7 +603,7 @@ def _templates(args: PGPOConfig) -> ContextTemplates:
         raise UserError(str(error)) from error
 
 
-def _accepted(model: nn.Module, names: tuple[str, ...]) -> set[str]:
+def _accepted(model: Any, names: tuple[str, ...]) -> set[str]:
     """Which keyword arguments the causal language model's own forward takes."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     return {name for name in names if name in inspect.signature(type(base).forward).parameters}

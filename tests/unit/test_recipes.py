@@ -1,0 +1,194 @@
+"""The shipped recipes: they parse, they say what the paper says, and so do the defaults of `PGPOConfig`.
+
+The expected numbers are written out here, so that a slip in a recipe or in a default shows on either side.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from trl import GRPOConfig
+
+from pgpo import PGPOConfig
+from pgpo.train.arguments import Parsed, parse
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+PAPER = sorted((ROOT / "recipes/paper").glob("*.yaml"))
+DOMAINS = ("biology", "chemistry", "materials", "physics")
+
+# bf16 is checked against the hardware of the moment; use_cpu skips that check and changes no other field.
+CPU = "--use_cpu"
+
+METHOD: dict[str, Any] = {
+    # PGPO's experiment
+    "prompts_per_step": 32,
+    "num_generations": 8,
+    "max_prompt_length": 2048,
+    "max_completion_length": 8192,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "learning_rate": 1e-5,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 10,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "optim": "adamw_torch_fused",
+    "eval_k": 16,
+    "eval_temperature": 0.6,
+    "eval_top_p": 0.95,
+    "seed": 42,
+    "chat_template_kwargs": {"enable_thinking": False},
+    # Eq. 8 and 9
+    "alpha": 1.0,
+    "alpha_end": None,
+    "rho_max": 2.0,
+    "rho_min": 0.0,
+    "information_denominator": "all",
+    "modulated_weight_decay": "scaled",
+    # SDPO's settings
+    "divergence": "jsd",
+    "divergence_beta": 0.5,
+    "divergence_top_k": 100,
+    "divergence_tail": True,
+    "importance_clip": 2.0,
+    "vllm_importance_sampling_correction": True,
+    "vllm_importance_sampling_mode": "token_truncate",
+    "vllm_importance_sampling_clip_max": 2.0,
+    "teacher": "ema",
+    "teacher_rate": 0.05,
+    "success_threshold": 1.0,
+    "demonstration": "first",
+    "allow_own_success": False,
+    "remove_thinking": True,
+    "reprompt_template": None,
+    "solution_template": None,
+    "feedback_template": None,
+    "max_teacher_prompt_length": 10240,
+    # one optimizer step per 256 completions, on policy
+    "per_device_train_batch_size": 256,
+    "gradient_accumulation_steps": 1,
+    "num_iterations": 1,
+}
+ENGINE = {
+    "use_vllm": True,
+    "vllm_mode": "colocate",
+    "vllm_gpu_memory_utilization": 0.3,
+    "vllm_max_model_length": 10240,
+    "bf16": True,
+    "gradient_checkpointing": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_data_folder(monkeypatch) -> None:
+    monkeypatch.delenv("PGPO_SCIENCE_DATA", raising=False)
+
+
+def read(path: Path, tmp_path: Path) -> Parsed:
+    return parse(["--config", str(path), "--output_dir", str(tmp_path), CPU])
+
+
+def differing(a: PGPOConfig, b: PGPOConfig) -> set[str]:
+    x, y = a.to_dict(), b.to_dict()
+    assert x.keys() == y.keys()
+    return {name for name in x if x[name] != y[name]}
+
+
+def test_the_recipes_are_those_that_are_documented() -> None:
+    assert {p.name for p in PAPER} == {f"{d}-{o}.yaml" for d in DOMAINS for o in ("pgpo", "sdpo")}
+    assert {p.name for p in RECIPES} - {p.name for p in PAPER} == {"lab.yaml", "lab-style.yaml", "science-small.yaml"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_value_of_a_recipe_arrives(path: Path, tmp_path: Path) -> None:
+    """A recipe that does not parse, or a name that stands twice and so loses a value."""
+    parsed = read(path, tmp_path)
+    arrived = {**vars(parsed.model), **vars(parsed.config), **vars(parsed.run)}
+    for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        kind = type(arrived[name])
+        assert arrived[name] == (kind(value) if kind in (int, float) else value), name
+    names = re.findall(r"^(\w+):", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+def test_a_paper_recipe_has_the_papers_numbers(path: Path, tmp_path: Path) -> None:
+    parsed = read(path, tmp_path)
+    domain, objective = path.stem.split("-")
+    assert (parsed.run.task, parsed.run.domain, parsed.run.prompt_style) == ("science_qa", domain, "boxed")
+    assert parsed.model.model_name_or_path == "Qwen/Qwen3-8B"
+    assert parsed.config.objective == objective
+    for name, value in (METHOD | ENGINE).items():
+        assert getattr(parsed.config, name) == value, name
+    assert (parsed.config.max_steps, parsed.config.num_train_epochs) == (-1, 3.0)  # TRL's: the paper gives no steps
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+def test_a_paper_recipe_says_that_it_was_not_run_and_how_to_run_it(path: Path) -> None:
+    first, *rest = path.read_text(encoding="utf-8").splitlines()
+    name = path.relative_to(ROOT).as_posix()
+    assert first == f"# Not run here: accelerate launch --num_processes 8 -m pgpo train --config {name}"
+    assert all(line.startswith("#") or "  # " in line for line in rest)  # every value names its source
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_pgpo_and_sdpo_differ_in_the_objective_alone(domain: str, tmp_path: Path) -> None:
+    pgpo, sdpo = (read(ROOT / f"recipes/paper/{domain}-{o}.yaml", tmp_path) for o in ("pgpo", "sdpo"))
+    assert differing(pgpo.config, sdpo.config) == {"objective"}
+    assert (pgpo.run, pgpo.model) == (sdpo.run, sdpo.model)
+
+
+def test_the_defaults_are_the_papers(tmp_path: Path) -> None:
+    defaults = PGPOConfig(str(tmp_path), use_cpu=True)
+    assert defaults.objective == "pgpo"
+    for name, value in METHOD.items():
+        assert getattr(defaults, name) == value, name
+
+
+def test_a_paper_recipe_changes_no_default_of_the_method(tmp_path: Path) -> None:
+    """Whoever writes PGPOConfig() in Python trains what the recipe trains, but for the engine."""
+    parsed = read(ROOT / "recipes/paper/physics-pgpo.yaml", tmp_path)
+    assert differing(parsed.config, PGPOConfig(str(tmp_path), use_cpu=True)) == {"use_vllm", "vllm_max_model_length"}
+
+
+def test_every_new_field_of_the_configuration_is_accounted_for() -> None:
+    """A field added to PGPOConfig is the paper's (then it stands in METHOD), or one of these, which are ours."""
+    ours = {
+        "objective",
+        "alpha_steps",
+        "feedback_mode",
+        "micro_batch_size",
+        "max_tokens_per_microbatch",
+        "eval_batch_size",
+        "logging_steps",
+    }
+    assert not ours & METHOD.keys()
+    assert set(PGPOConfig.__annotations__) <= ours | METHOD.keys()
+    assert METHOD.keys() <= set(PGPOConfig.__dataclass_fields__)
+    assert set(ENGINE) <= set(GRPOConfig.__dataclass_fields__)
+
+
+def test_the_lab_recipe_is_the_bare_command(tmp_path: Path) -> None:
+    written, bare = read(ROOT / "recipes/lab.yaml", tmp_path), parse(["--output_dir", str(tmp_path), CPU])
+    assert differing(written.config, bare.config) == set()
+    assert written.run == bare.run
+
+
+def test_the_style_recipe_differs_in_variant_and_learning_rate(tmp_path: Path) -> None:
+    plain, style = (read(ROOT / f"recipes/{name}.yaml", tmp_path) for name in ("lab", "lab-style"))
+    assert differing(plain.config, style.config) == {"learning_rate"}
+    assert (style.config.learning_rate, style.run.variant, style.run.task) == (3e-4, "style", "lab_world")
+
+
+def test_the_small_science_recipe_is_the_preset(tmp_path: Path) -> None:
+    written = read(ROOT / "recipes/science-small.yaml", tmp_path)
+    bare = parse(["--task", "science_qa", "--domain", "physics", "--output_dir", str(tmp_path), CPU])
+    assert differing(written.config, bare.config) == set()
+    assert written.run == bare.run
+    assert written.model.model_name_or_path is None
