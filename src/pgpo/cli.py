@@ -5,7 +5,9 @@ Exit status: 0 ok; 2 a mistake of the user, told in one sentence; 130 stopped by
 
 from __future__ import annotations
 
+import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -81,11 +83,23 @@ def _draw(runs: Sequence[Path], folder: Path) -> None:
     from pgpo.report.figures import plot_runs
     from pgpo.runlog import FIGURE_FILE, read_run
 
+    if os.environ.get("RANK", "0") != "0":  # one of several processes of torchrun
+        return
     try:
         plot_runs([read_run(run) for run in runs], folder / FIGURE_FILE)
         print(f"figure: {folder / FIGURE_FILE}", file=sys.stderr)
     except UserError as error:  # without matplotlib, or stopped before the first step, the run itself is whole
         print(f"no figure: {error}", file=sys.stderr)
+
+
+def _parser(command: str, description: str) -> ArgumentParser:
+    """Argparse that tells a mistake in one sentence and guesses no abbreviated flag."""
+
+    class Parser(ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"{message}; see `{self.prog} --help`.")
+
+    return Parser(prog=f"pgpo {command}", description=description, allow_abbrev=False)
 
 
 def _eval(argv: list[str]) -> int:
@@ -94,14 +108,20 @@ def _eval(argv: list[str]) -> int:
     return evaluate(argv)
 
 
+def _sde(argv: list[str]) -> int:
+    parser = _parser("sde", "Measure the weak orders of the real step; exit status 1 if one is not the theorem's.")
+    parser.add_argument("--json", type=Path, default=None, help="write all numbers to this file")
+    parser.add_argument("--figure", type=Path, default=None, help="draw error against step size (PNG or SVG)")
+    parser.add_argument("--law", default=None, help="module:Name of a multiplier law of your own")
+    parser.add_argument("--quick", action="store_true", help="one-dimensional rows only")
+    args = parser.parse_args(argv)
+    from pgpo.sde.verify import main as verify
+
+    return verify(json_out=args.json, figure=args.figure, law=args.law, quick=args.quick)
+
+
 def _lab_base(argv: list[str]) -> int:
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(f"{message}; see `{self.prog} --help`.")
-
-    parser = Parser(prog="pgpo lab-base", description="Rebuild the lab's base checkpoint.", allow_abbrev=False)
+    parser = _parser("lab-base", "Rebuild the lab's base checkpoint.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", default="plain", help="plain or style")
     parser.add_argument("--out", type=Path, default=None, help="default: lab-base-VARIANT-SEED")
@@ -122,5 +142,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "train": _train,
     "eval": _eval,
+    "sde": _sde,
     "lab-base": _lab_base,
 }

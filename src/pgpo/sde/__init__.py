@@ -1,0 +1,12 @@
+"""Which SDE does PGPO follow? A bench without sampling noise.
+
+    transfer.py     chain and SDE as operators on a grid
+    problem.py      the smallest language model, and the real torch step on it
+    theorem.py      drifts and diffusions by name
+    experiments.py  the rows: chain, equation, claimed and true order
+    kink.py         the counterexample for a law with a kink
+    facts.py        numbers with closed forms: engine, noise floor, batch size, weight decay
+    verify.py       slopes, verdicts, `pgpo sde`
+
+The theorem and its proof are in docs/THEOREM.md.
+"""
