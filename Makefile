@@ -18,7 +18,7 @@ science: $(STAMP)  ## the real Science-QA questions with a small model made on t
 	$(BIN)/pgpo train --task science_qa --domain physics
 
 test: $(STAMP)  ## the default suite: < 10 minutes on 2 cores, no GPU, no network
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
