@@ -136,10 +136,16 @@ def test_unknown_command(refused, words):
     assert_matches(sentence, "no command 'trian'; choose one of .*train, eval")
 
 
-@pytest.mark.parametrize("words", ["--seed x", "--flag", "--variant baroque"])
-def test_lab_base_flags(refused, words):
-    _, sentence = refused("lab-base", *words.split())
-    assert_matches(sentence, words.split()[-1])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("lab-base --seed x", "lab-base --flag", "lab-base --variant baroque"),
+        *("sde --flag", "sde --law nowhere:law", "sde --json nowhere/x.json", "demo --flag"),
+    ],
+)
+def test_flags_of_the_other_commands(refused, words):
+    _, sentence = refused(*words.split())
+    assert_matches(sentence, words.split()[-1].split(":")[0])
 
 
 def test_lab_base_refuses_a_folder_that_holds_something(refused, folder):

@@ -110,6 +110,8 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
             if main and checkpoint is None and not (directory / runlog.METRICS_FILE).exists():
                 _discard(directory, existing)
             raise
+    if not main:
+        return status, directory
     if status == INTERRUPTED:
         say(f"stopped after step {trainer.state.global_step}; continue with: pgpo train --resume {directory}")
     else:
@@ -313,8 +315,10 @@ class _Session(TrainerCallback):
         self.log.metrics(state.global_step, {k: values[k] for k in (*runlog.METRICS, "success_share") if k in values})
         self.log.samples(state.global_step, self._samples())
         if self.bar is not None:
-            information, rho = values.get("information", 0.0), values.get("rho", 1.0)
-            shown = f"acc {self.accuracy:.3f}  reward {values['reward']:.2f}  I {information:+.3f}  rho {rho:.3f}"
+            shown = f"acc {self.accuracy:.3f}"
+            for name, form in (("reward", ".2f"), ("information", "+.3f"), ("rho", ".3f")):
+                if name in values:  # no reward on a step that reuses completions, no rho with GRPO
+                    shown += f"  {name} {values[name]:{form}}"
             self.bar.update(self.line, total=state.max_steps, completed=state.global_step, shown=shown)
 
     def _samples(self) -> list[dict[str, Any]]:
