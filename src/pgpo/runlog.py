@@ -2,7 +2,7 @@
 
     config.json        {"schema": 1, "pgpo": version, "command": [...], "config": {...}}
     environment.json   python, platform, package versions, git commit, and what the caller adds (device, ...)
-    metrics.jsonl      one line per optimizer step        {"step": 3, "information": 0.21, ...}
+    metrics.jsonl      one line per logged step           {"step": 3, "information": 0.21, ...}
     evaluations.jsonl  one line per evaluation summary    {"step": 3, "split": "test", "avg_at_k": 0.61, ...}
     samples.jsonl      one line per logged step           {"step": 3, "samples": [{...}, ...]}
     checkpoints/       written by the trainer
@@ -265,6 +265,20 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
         command=document["command"],
         version=document["pgpo"],
     )
+
+
+def update_config(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """Replace the configuration of a run that goes on with other settings; the rest of config.json stays.
+
+    Raises UserError when the directory is not a run, or cannot be written.
+    """
+    path = Path(directory) / CONFIG_FILE
+    document = _read_config(Path(directory))
+    document["config"] = {name: _unless_secret(name, value) for name, value in config.items()}
+    try:
+        write_atomically(path, _document(document))
+    except OSError as error:
+        raise _not_writable(Path(directory), error) from error
 
 
 def environment(extra: Mapping[str, Any] | None = None) -> dict[str, Any]:

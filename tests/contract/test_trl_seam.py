@@ -29,6 +29,7 @@ OVERRIDES = {
     "_tokenize_prompts": ["self", "prompts"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
 }
 
 

@@ -185,7 +185,7 @@ def test_eval_prints_what_the_completions_say(monkeypatch, capsys, science, tmp_
     words = ["eval", "model", *science, "--prompt_style", "boxed", "--k", "4", "--records", str(tmp_path / "r.jsonl")]
     assert main(words) == 0
     out, err = capsys.readouterr()
-    student, hinted = out.splitlines()
+    student, hinted, compared = out.splitlines()
     assert re.fullmatch(
         r"student  avg@4 0\.333 \[0\.000, 0\.765\]  pass@4 0\.667 \[0\.013, 1\.000\]  maj@4 0\.333 "
         r"\[0\.000, 0\.987\]  well-formed 0\.833  3 questions \(95 % intervals clustered by question\)",
@@ -193,7 +193,8 @@ def test_eval_prints_what_the_completions_say(monkeypatch, capsys, science, tmp_
     )
     assert hinted.startswith("hinted   avg@4 1.000 [0.342, 1.000]  pass@4 1.000")  # Wilson: 1 - 3.841 / (2 + 3.841)
     assert "2 questions" in hinted
-    assert err == "no right solution is known for 1 of 3 questions; they have no hint.\n"
+    assert compared.startswith("student* avg@4 0.500") and "2 questions" in compared  # (3/4 + 1/4) / 2, same questions
+    assert "known for 1 of 3 questions" in err and err.count("\n") == 1
     # The hinted prompt is the question's own, with the model's first right completion.
     assert [p[0]["content"].count(A) for p in asked[1]] == [1, 1]
     assert all(h[0]["content"].startswith(s[0]["content"]) for s, h in zip(asked[0][:2], asked[1], strict=True))
@@ -203,6 +204,24 @@ def test_eval_prints_what_the_completions_say(monkeypatch, capsys, science, tmp_
     keys = {"question_id", "domain", "sample", "reward", "answer", "well_formed", "completion", "reader"}
     assert all(r.keys() == keys for r in records)
     assert [r["completion"] for r in records[:4]] == [A, A, B, A]
+
+
+def test_eval_of_a_run_asks_as_the_run_did(monkeypatch, tmp_path):
+    """Task, prompt style and length limit come from the run's config.json; a flag still wins."""
+    run = tmp_path / "run"
+    stored = {"task": "lab_world", "variant": "style", "max_completion_length": 31}
+    RunLog.create(run, stored).close()
+    (run / "checkpoints").mkdir()
+    seen = []
+
+    def stop(model, args, rows):
+        seen.append(args)
+        raise UserError("enough.")
+
+    monkeypatch.setattr(evaluation, "_generator", stop)
+    monkeypatch.setattr(evaluation, "model_folder", lambda name: name)
+    assert main(["eval", str(run)]) == main(["eval", str(run), "--max_new_tokens", "7", "--variant", "plain"]) == 2
+    assert [(a.variant, a.max_new_tokens) for a in seen] == [("style", 31), ("plain", 7)]
 
 
 def test_eval_without_hints(monkeypatch, capsys, science):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pgpo import PGPOTrainer, runlog
+from pgpo import PGPOTrainer, UserError, runlog
 from pgpo.cli import main
 from pgpo.runlog import read_run
 from pgpo.tasks import lab_world
@@ -371,3 +371,58 @@ def test_a_science_run_keeps_the_model_made_on_the_spot(tmp_path, monkeypatch, i
     monkeypatch.setattr(warm_start, "warm_start", functools.partial(warm_start.warm_start, steps=1))
     assert pgpo(*words, "--overwrite")[0] == 0
     assert (tmp_path / "run/base/model.safetensors").read_bytes() != base
+
+
+def test_a_crash_after_a_checkpoint_keeps_it(tmp_path, monkeypatch):
+    """Nothing is logged before step 100, yet two checkpoints are good."""
+    monkeypatch.chdir(tmp_path)
+    plain = PGPOTrainer.optimize
+
+    def third_step_fails(self, model, batch):
+        if self.state.global_step == 2:
+            raise UserError("the disk of the grader is full.")
+        return plain(self, model, batch)
+
+    monkeypatch.setattr(PGPOTrainer, "optimize", third_step_fails)
+    flags = ["--max_steps", "4", "--logging_steps", "100", "--save_steps", "1", "--eval_strategy", "no"]
+    small = [
+        "--test_rows",
+        "2",
+        "--eval_rows",
+        "2",
+        "--eval_k",
+        "2",
+        "--prompts_per_step",
+        "2",
+        "--num_generations",
+        "2",
+    ]
+    assert main(["train", *flags, *small, "--output_dir", "run"]) == 2
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    assert kept == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_what_a_resumed_run_changes_is_remembered_or_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "--test_rows",
+        "2",
+        "--eval_rows",
+        "2",
+        "--eval_k",
+        "2",
+        "--prompts_per_step",
+        "2",
+        "--num_generations",
+        "2",
+    ]
+    assert main(["train", "--max_steps", "1", "--save_steps", "1", *small, "--output_dir", "run"]) == 0
+    before = read_run(tmp_path / "run").config
+    capsys.readouterr()
+    assert main(["train", "--resume", "run", "--learning_rate", "5e-4"]) == 2
+    assert "--learning_rate cannot change" in capsys.readouterr().err
+    assert read_run(tmp_path / "run").config == before
+    assert main(["train", "--resume", "run", "--max_steps", "2"]) == 0
+    after = read_run(tmp_path / "run").config
+    assert after["max_steps"] == after["arguments"]["max_steps"] == 2
+    assert after["arguments"] == before["arguments"] | {"max_steps": 2}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from trainer_kit import (
 
 from pgpo import PGPOTrainer, UserError
 from pgpo.tasks.graders import Grade
+from pgpo.train.trainer import Row
 
 
 def nobody(prompts, completions, **kwargs):
@@ -236,3 +239,95 @@ def test_generation_by_the_model_itself(tmp_path):
     batch, shown = spy.batches[0], texts(spy.batches[0])
     assert len(shown) == 4 * GROUP
     assert logs[0]["completion_length"] == pytest.approx(batch["completion_mask"].sum(1).float().mean().item())
+
+
+def test_a_non_finite_gradient_stops_before_the_update(tmp_path):
+    """A nan importance ratio leaves the entropies finite; only the gradient tells."""
+    for objective in ("pgpo", "sdpo"):
+        t = trainer(tmp_path, objective=objective)
+        plain = t._active_rows
+        t._active_rows = lambda batch, plain=plain: [
+            replace(r, weight=torch.full((len(r.completion),), math.nan)) for r in plain(batch)
+        ]
+        with pytest.raises(UserError, match="gradient norm is nan at step 1; nothing was updated"):
+            train(t)
+        assert bitwise_equal(weights(t.model), weights(build_model()))
+        assert bitwise_equal(weights(t.teacher.module), weights(build_model()))
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_rollout_correction_weighs_the_loss(tmp_path, per_token):
+    """vLLM's ratio, per token [T] or per sequence [1], multiplies the tokens' loss and nothing else."""
+    t = trainer(tmp_path)
+    plain = t._active_rows
+    t._active_rows = lambda batch: [
+        replace(r, weight=torch.full((len(r.completion) if per_token else 1,), 0.5)) for r in plain(batch)
+    ]
+    (log,) = train(t)
+    (unweighted,) = train(trainer(tmp_path))
+    assert log["loss"] == pytest.approx(0.5 * unweighted["loss"], rel=1e-5)
+    assert log["divergence"] == pytest.approx(unweighted["divergence"], rel=1e-5)
+    assert log["information"] == pytest.approx(unweighted["information"], abs=1e-7)
+
+
+def test_importance_ratio_is_taken_at_the_sampling_temperature(tmp_path):
+    t = trainer(tmp_path, temperature=0.5, importance_clip=100.0)
+    logits = torch.randn(1, 3, len(WORDS), generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[7, 8, 9]])
+    old = torch.tensor([-1.0, -2.0, -3.0])
+    row = Row(prompt=[2], teacher_prompt=[2], completion=[7, 8, 9], rollout_logprobs=old)
+    now = (logits.double() / 0.5).log_softmax(-1)[0, torch.arange(3), labels[0]]
+    expected = (now - old).exp().clamp_max(100.0)
+    assert torch.allclose(t._importance([row], logits, labels)[0].double(), expected, rtol=1e-5)
+
+
+def test_no_forward_exceeds_the_token_budget(tmp_path):
+    """Long prompts beside long completions: the padded tensor counts, not the longest row."""
+    t = trainer(tmp_path, max_tokens_per_microbatch=2200)
+    sizes = [(1000, 100), (100, 1000), (1000, 90), (90, 900), (10, 10), (12, 8)]
+    parts = list(t._micro_batches(sizes))
+    assert sorted(i for part in parts for i in part) == list(range(6))
+    for part in parts:
+        padded = len(part) * (max(sizes[i][0] for i in part) + max(sizes[i][1] for i in part))
+        assert padded <= 2200 or len(part) == 1
+    assert len(parts) < 6
+    seen = []
+    budget = trainer(tmp_path, max_tokens_per_microbatch=60, micro_batch_size=None)
+    plain = budget._completion_logits
+
+    def watch(model, prompts, completions):
+        logits = plain(model, prompts, completions)
+        seen.append(len(prompts) * (max(map(len, prompts)) + max(map(len, completions))))
+        return logits
+
+    budget._completion_logits = watch
+    train(budget)
+    assert max(seen) <= 60 and len(seen) > 4
+
+
+def test_steps_per_generation_is_folded_with_accumulation(tmp_path):
+    """TRL's default written out (steps_per_generation = gradient_accumulation_steps) stays one step per rollout."""
+    folded = config(
+        tmp_path,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=4,
+        steps_per_generation=4,
+        num_generations=8,
+    )
+    assert (folded.generation_batch_size, folded.steps_per_generation) == (32, 1)
+    with pytest.raises(UserError, match="no multiple of gradient_accumulation_steps = 4"):
+        config(
+            tmp_path,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=4,
+            steps_per_generation=6,
+            num_generations=8,
+        )
+
+
+def test_teacher_prompts_are_rendered_with_the_template_arguments(tmp_path):
+    t = trainer(tmp_path, chat_template_kwargs={"mark": "w9"})
+    t.processing_class.chat_template = "{{ mark }} " + t.processing_class.chat_template
+    t.chat_template = None
+    first = t.render([{"role": "user", "content": "w1"}])[0]
+    assert WORDS[first] == "w9"

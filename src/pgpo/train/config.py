@@ -20,7 +20,7 @@ OBJECTIVES = ("pgpo", "sdpo", "grpo")
 TEACHERS = ("ema", "live", "frozen", "trust_region")
 DIVERGENCES = (*KINDS, "sampled_token")
 # Their update is not linear in lr (averages weighted by lr), or has no step() of its own to scale.
-_UNSCALABLE_OPTIMIZERS = ("schedule_free", "lomo", "adalomo", "rprop", "asgd", "greedy")
+_UNSCALABLE_OPTIMIZERS = ("schedule_free", "lomo", "adalomo", "rprop", "asgd", "layerwise")
 # Objective GRPO: losses that are sums or row means, hence exact when a batch is split into micro-batches.
 ROW_MEAN_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
 SPLITTABLE_LOSSES = ("dapo", "cispo", "vespo", *ROW_MEAN_LOSSES)
@@ -136,8 +136,13 @@ class PGPOConfig(GRPOConfig):
                 check_divergence(self.divergence, self.divergence_beta, self.divergence_top_k or None)
             if self.alpha_end is not None:
                 ExponentialLaw(self.alpha_end, self.rho_max, self.rho_min)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{error} (alpha = {self.alpha!r}, rho_max = {self.rho_max!r}, rho_min = {self.rho_min!r}, "
+                f"divergence_beta = {self.divergence_beta!r})"
+                if isinstance(error, TypeError)
+                else str(error)
+            ) from error
         if self.alpha_steps is not None and (self.alpha_end is None or self.alpha_steps < 1):
             raise UserError(f"alpha_steps is {self.alpha_steps}; set it >= 1 and together with alpha_end.")
         if not 0 <= self.teacher_rate <= 1:
@@ -164,7 +169,11 @@ class PGPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1 token or row, or None for no limit.")
-        if not self.temperature > 0:
+        if not (self.eval_temperature >= 0 and math.isfinite(self.eval_temperature)):
+            raise UserError(f"eval_temperature is {self.eval_temperature}; it must be 0 (greedy) or a positive number.")
+        if not 0 < self.eval_top_p <= 1:
+            raise UserError(f"eval_top_p is {self.eval_top_p}; nucleus sampling needs a share in (0, 1].")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"temperature is {self.temperature}; student and teacher logits are divided by it, so > 0.")
         if self.objective == "pgpo" and any(name in str(self.optim).lower() for name in _UNSCALABLE_OPTIMIZERS):
             raise UserError(
@@ -177,7 +186,13 @@ class PGPOConfig(GRPOConfig):
                 f"{', '.join(SPLITTABLE_LOSSES)}."
             )
         if self.objective != "grpo":
-            for name, off in (("beta", 0.0), ("entropy_coef", 0.0), ("use_adaptive_entropy", False)):
+            for name, off in (
+                ("beta", 0.0),
+                ("entropy_coef", 0.0),
+                ("use_adaptive_entropy", False),
+                ("top_entropy_quantile", 1.0),
+                ("off_policy_mask_threshold", None),
+            ):
                 if getattr(self, name) != off:
                     raise UserError(
                         f"{name} is {getattr(self, name)}, which self-distillation does not have; "
@@ -209,6 +224,14 @@ class PGPOConfig(GRPOConfig):
         elif accumulation > 1:
             if self.micro_batch_size is None:
                 self.micro_batch_size = self.per_device_train_batch_size
+            if self.steps_per_generation is not None:  # TRL counts micro-batches here, we count optimizer steps
+                if self.steps_per_generation % accumulation:
+                    raise UserError(
+                        f"steps_per_generation is {self.steps_per_generation}, no multiple of "
+                        f"gradient_accumulation_steps = {accumulation}, so a generation would end "
+                        "within an optimizer step; make it one."
+                    )
+                self.steps_per_generation //= accumulation
             self.per_device_train_batch_size *= accumulation
             self.gradient_accumulation_steps = 1
         rows = self.per_device_train_batch_size * ranks

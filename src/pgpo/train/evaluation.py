@@ -19,6 +19,8 @@ from pgpo.teacher import build_contexts
 from pgpo.train.arguments import PRESETS, Parser, TaskArguments, make
 from pgpo.train.run import check_prompts, last_checkpoint, load_model, quiet, say
 
+_OF_THE_RUN = ("task", "domain", "variant", "data_path", "data_revision", "prompt_style", "data_check")
+
 
 @dataclass
 class EvalArguments(TaskArguments):
@@ -63,7 +65,13 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser([EvalArguments], prog="pgpo eval")
     parser.add_argument("model", help="a folder, a hub id, or a run directory (its newest checkpoint)")
     values = vars(parser.parse_args(list(argv)))
-    name = values.pop("model")
+    name = values["model"]
+    if _is_run(name):  # what the run trained on, unless a flag says otherwise
+        stored = runlog.read_run(name).config
+        parser.set_defaults(**{k: stored[k] for k in _OF_THE_RUN if k in stored})
+        parser.set_defaults(max_new_tokens=stored.get("max_completion_length"))
+        values = vars(parser.parse_args(list(argv)))
+    del values["model"]
     args = make(EvalArguments, values)
     quiet()
     if not torch.cuda.is_available():
@@ -84,10 +92,13 @@ def main(argv: Sequence[str]) -> int:
         if hinted:
             teacher = evaluate(hinted, generate, task.grade, args.k, args.seed, lambda row: prompts[row["id"]])
             _report("hinted", teacher, args.k)
+            if len(hinted) < len(rows):
+                _report("student*", [r for r in student if prompts.get(r["question_id"])], args.k)
             written += [{**r, "reader": "hinted"} for r in teacher]
         if len(hinted) < len(rows):
             say(
-                f"no right solution is known for {len(rows) - len(hinted)} of {len(rows)} questions; they have no hint."
+                f"no right solution is known for {len(rows) - len(hinted)} of {len(rows)} questions: no hint for them, "
+                "and student* is the student on the others."
             )
     if args.records:
         write_records(args.records, written)  # type: ignore[arg-type]
@@ -96,9 +107,13 @@ def main(argv: Sequence[str]) -> int:
 
 def model_folder(name: str) -> str:
     """A run directory stands for its newest checkpoint; anything else is taken as it is."""
-    if (Path(name) / runlog.CONFIG_FILE).exists() and (Path(name) / runlog.CHECKPOINTS_FOLDER).is_dir():
+    if _is_run(name):
         return str(last_checkpoint(Path(name))[1])
     return name
+
+
+def _is_run(name: str) -> bool:
+    return (Path(name) / runlog.CONFIG_FILE).exists() and (Path(name) / runlog.CHECKPOINTS_FOLDER).is_dir()
 
 
 def right_solutions(rows: Sequence[Row], records: Sequence[Record]) -> dict[str, str]:
@@ -125,7 +140,7 @@ def _generator(model: str, args: EvalArguments, rows: Sequence[Row]) -> Generate
     if args.use_vllm:
         return VLLMRunner(model, **sampling)
     loaded, tokenizer = load_model(model, args.dtype, trust_remote_code=args.trust_remote_code)
-    check_prompts(tokenizer, rows, args.max_prompt_length)
+    check_prompts(tokenizer, rows, args.max_prompt_length, sampling["chat_template_kwargs"])
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     return TransformersRunner(loaded, tokenizer, batch_size=args.batch_size, **sampling)
 

@@ -33,6 +33,19 @@ from pgpo.train.arguments import Parsed, RunArguments, parse
 from pgpo.train.trainer import STATE_FILE, TEACHER_FILE, PGPOTrainer
 
 console = Console(stderr=True)
+# What a continued run may do differently: how long it goes on, and what it tells on the way.
+RESUMABLE = {
+    "max_steps",
+    "num_train_epochs",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "eval_rows",
+    "test_rows",
+    "samples_per_step",
+    "report_to",
+    "data_path",
+}
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 BASE_FOLDER = "base"  # the model made on the spot
 TEST_RECORDS_FILE = "test_records.jsonl"
@@ -53,7 +66,14 @@ def main(argv: Sequence[str]) -> tuple[int, Path]:
     config = runlog.read_run(resume).config
     if "arguments" not in config:
         raise UserError(f"{resume} was not written by `pgpo train`, so it cannot be resumed.")
-    return train(parse(argv, stored=config["arguments"]), resume, resume=True)
+    parsed = parse(argv, stored=config["arguments"])
+    changed = {k for k, v in parsed.given.items() if config["arguments"].get(k) != v} - {"output_dir"}
+    if refused := sorted(changed - RESUMABLE):
+        raise UserError(
+            f"--resume continues the run as it was, so {', '.join(f'--{name}' for name in refused)} cannot change; "
+            f"start a new run for that. What may change: {', '.join(sorted(RESUMABLE))}."
+        )
+    return train(parsed, resume, resume=True)
 
 
 def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, Path]:
@@ -90,7 +110,8 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
             attn_implementation=m.attn_implementation,
             quantization_config=get_quantization_config(m),
         )
-        check_prompts(tokenizer, [*task.train, *task.validation, *task.test], args.max_prompt_length)
+        rows = [*task.train, *task.validation, *task.test]
+        check_prompts(tokenizer, rows, args.max_prompt_length, args.chat_template_kwargs)
         if source == Path(scratch) / BASE_FOLDER:
             model.name_or_path = str(directory / BASE_FOLDER)  # where it will lie; adapters note it as their base
         args.disable_tqdm = True
@@ -103,11 +124,12 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
             log = _create(parsed, directory, Path(scratch) / BASE_FOLDER)
         else:
             log = RunLog.resume(directory, checkpoint[0])
+            runlog.update_config(directory, _config(parsed))  # a later --resume must know what this one changed
         try:
             with log:
                 status = _Session(trainer, log, run, task).go(checkpoint)
         except BaseException:
-            if main and checkpoint is None and not (directory / runlog.METRICS_FILE).exists():
+            if main and checkpoint is None and trainer.state.global_step == 0:
                 _discard(directory, existing)
             raise
     if not main:
@@ -160,14 +182,16 @@ def load_model(source: Path | str, dtype: str | None = None, **options: Any) -> 
     return model, tokenizer
 
 
-def check_prompts(tokenizer: Any, rows: Sequence[Row], limit: int | None) -> None:
+def check_prompts(tokenizer: Any, rows: Sequence[Row], limit: int | None, template: dict[str, Any]) -> None:
     """Before anything is written: a chat template, a pad token, and every prompt within the limit (tokens)."""
     if not tokenizer.chat_template:
         raise UserError("the model's tokenizer has no chat template; use an instruction-tuned model or set one.")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise UserError("the model's tokenizer has no pad token and no eos token; set tokenizer.pad_token.")
     prompts = [row["prompt"] for row in rows]
-    encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True, **template)[
+        "input_ids"
+    ]
     for row, ids in zip(rows, encoded, strict=True):
         if limit is not None and len(ids) > limit:
             raise UserError(
@@ -338,6 +362,7 @@ class _Session(TrainerCallback):
         self._write_evaluation(state.global_step, {"split": "validation", **values})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.interrupted = self.trainer.on_any_rank(self.interrupted)  # ranks stop after the same step
         if self.interrupted:
             control.should_training_stop = True
             control.should_save = True

@@ -60,8 +60,10 @@ class Row:
     rollout_logprobs: Tensor | None = None  # [T] log-probs at rollout time, where the tokens are off-policy
     weight: Tensor | None = None  # [T] or [1] vLLM / trainer mismatch correction
 
-    def __len__(self) -> int:
-        return max(len(self.prompt), len(self.teacher_prompt)) + len(self.completion)
+    @property
+    def size(self) -> tuple[int, int]:
+        """Tokens of the longer prompt (student's or teacher's) and of the completion."""
+        return max(len(self.prompt), len(self.teacher_prompt)), len(self.completion)
 
 
 class PGPOTrainer(SeamTrainer):
@@ -200,9 +202,11 @@ class PGPOTrainer(SeamTrainer):
         self.meter.reset()
         self.meter.add_unhinted(total - len(rows))
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)  # weighted loss, divergence
-        micro_batches = [[rows[i] for i in part] for part in self._micro_batches([len(r) for r in rows])]
+        micro_batches = [[rows[i] for i in part] for part in self._micro_batches([r.size for r in rows])]
         # Every rank runs the same number of forwards and backwards: collectives hide in them.
         rounds = int(self._max(len(micro_batches)))
+        if self.args.fp16:
+            rounds = max(rounds, 1)  # a gradient scaler needs gradients in every step, if only zeros
         for i in range(rounds):
             part = micro_batches[i] if i < len(micro_batches) else None
             with self.exchange(model, last=i == rounds - 1):
@@ -245,17 +249,23 @@ class PGPOTrainer(SeamTrainer):
         prompt = batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist()
         return Row(prompt=prompt, teacher_prompt=prompt, completion=batch["completion_ids"][0][:1].tolist())
 
-    def _micro_batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices of rows that go through the model together, longest first: little is padded, and memory runs out
-        at once if ever. A part holds at most micro_batch_size rows and rows * longest row <= the token budget."""
-        size = self.args.micro_batch_size or len(lengths)
+    def _micro_batches(self, sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+        """Indices of rows that go through the model together, longest first: little is padded.
+
+        sizes: (prompt, completion) tokens per row. Prompts are padded left and completions right, so a part takes
+        rows * (longest prompt + longest completion) tokens: at most the budget, unless it is a single row.
+        """
+        most = self.args.micro_batch_size or len(sizes)
         budget = self.args.max_tokens_per_microbatch or math.inf
         part: list[int] = []
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if part and (len(part) == size or (len(part) + 1) * lengths[part[0]] > budget):
+        prompt = completion = 0
+        for i in sorted(range(len(sizes)), key=lambda i: -sum(sizes[i])):
+            longest = max(prompt, sizes[i][0]) + max(completion, sizes[i][1])
+            if part and (len(part) == most or (len(part) + 1) * longest > budget):
                 yield part
-                part = []
+                part, prompt, completion = [], 0, 0
             part.append(i)
+            prompt, completion = max(prompt, sizes[i][0]), max(completion, sizes[i][1])
         if part:
             yield part
 
@@ -331,9 +341,9 @@ class PGPOTrainer(SeamTrainer):
     def _optimize_grpo(self, model: nn.Module, batch: Batch) -> Tensor:
         """TRL's own loss, in micro-batches: token sums add up, means over rows are weighted by rows."""
         count = len(batch["completion_ids"])
-        lengths = (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).tolist()
+        sizes = list(zip(batch["prompt_mask"].sum(1).tolist(), batch["completion_mask"].sum(1).tolist()))
         # Image tensors are not indexed by row, so such a batch stays whole.
-        parts = [list(range(count))] if "num_images" in batch else list(self._micro_batches(lengths))
+        parts = [list(range(count))] if "num_images" in batch else list(self._micro_batches(sizes))
         rounds = int(self._max(len(parts)))
         by_rows = self.args.loss_type in ROW_MEAN_LOSSES
         total = torch.zeros((), device=self.accelerator.device)
@@ -405,6 +415,10 @@ class PGPOTrainer(SeamTrainer):
     def _sum(self, value: float) -> float:
         return self._reduce(torch.tensor([float(value)], dtype=torch.float64)).item()
 
+    def on_any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank; every rank must call it."""
+        return self._max(flag) > 0
+
     def _max(self, value: float) -> float:
         local = torch.tensor([float(value)], device=self.accelerator.device)
         return self.accelerator.gather(local).max().item()
@@ -465,7 +479,10 @@ class PGPOTrainer(SeamTrainer):
             return results
         if data is None:
             raise UserError("there is no eval_dataset to evaluate on; pass one to the trainer or to evaluate().")
-        self.last_records = self.held_out_records(list(data))
+        rows = list(data)
+        if not rows or any("prompt" not in row for row in rows):
+            raise UserError("eval_dataset needs rows, each with a 'prompt' (chat messages or text); check its columns.")
+        self.last_records = self.held_out_records(rows)
         summary = summarize(self.last_records, self.args.eval_k).as_dict()
         metrics = {
             f"{metric_key_prefix}_{name}": value for name, value in summary.items() if isinstance(value, (int, float))
@@ -483,8 +500,8 @@ class PGPOTrainer(SeamTrainer):
         mine = rows[rank::ranks]
         if self.args.use_vllm:
             # Every rank calls the engine with equally many prompts: a short rank repeats one and drops it again.
-            missing = -(-len(rows) // ranks) - len(mine)
-            filled = mine + [row for row in rows if row not in mine][:missing]
+            short = len(mine) * ranks < len(rows)
+            filled = [*mine, {**rows[0], "id": "filler"}] if short else mine
             records = evaluate(filled, self._vllm_generate, self._grade, self.args.eval_k, seed)
             records = records[: len(mine) * self.args.eval_k]
         else:

@@ -252,7 +252,7 @@ class SeamTrainer(GRPOTrainer):
             name, step = _name(function), self.state.global_step + 1
             try:
                 rewards = list(rewards)
-            except TypeError:
+            except (TypeError, ValueError):
                 raise UserError(
                     f"reward function {name!r} returned {rewards!r} at step {step}; return a list with one number per "
                     "completion."
@@ -267,7 +267,7 @@ class SeamTrainer(GRPOTrainer):
                     continue
                 try:
                     finite = math.isfinite(reward)
-                except TypeError:
+                except (TypeError, ValueError, RuntimeError, OverflowError):
                     finite = False
                 if not finite:
                     raise UserError(
@@ -326,6 +326,17 @@ class SeamTrainer(GRPOTrainer):
             limits.append(max(1, self.args.max_tokens_per_microbatch // input_ids.shape[1]))
         kwargs["batch_size"] = min(kwargs.get("batch_size") or rows, rows, *limits)
         return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """transformers asks for it between clipping and the optimizer's step: the last place to stop a bad update."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # With fp16 the gradient scaler skips such a step by itself.
+        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
+            raise UserError(
+                f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}; nothing was updated. Look "
+                "for inf or nan in rewards, importance ratios or logits, or lower the learning rate."
+            )
+        return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
