@@ -362,7 +362,7 @@ def _from_hub(domain: str, revision: str | None, place: str) -> tuple[list[Quest
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise UserError(
             f"Cannot load {place} from the Hugging Face hub ({reason}); "
-            "check the network and the revision, or pass path= with a local copy."
+            "check the network and the revision, or pass path= (--data_path) with a local copy."
         ) from error
     return split(_unsplit(domain, [_Record(row, f"{place}, row {i}") for i, row in enumerate(table)], place))
 
