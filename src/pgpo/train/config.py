@@ -82,7 +82,7 @@ class PGPOConfig(GRPOConfig):
     )
     micro_batch_size: int | None = _option(None, "At most this many completions per forward; None = no limit.")
     max_tokens_per_microbatch: int | None = _option(
-        16384, "At most rows * longest row tokens per forward (one row may exceed it). Ours; None = no limit."
+        16384, "At most rows * (longest prompt + longest completion) tokens per forward; one row may exceed it. Ours."
     )
     num_generations: int | None = _option(8, "Completions per question. Paper: 8.")
     max_completion_length: int | None = _option(8192, "Tokens. Paper: 8192.")
