@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo science test test-slow test-gpu check bench clean
+.PHONY: demo science test test-slow check bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,9 +22,6 @@ test: $(STAMP)  ## the default suite: < 10 minutes on 2 cores, no GPU, no networ
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
-
-test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu
 
 check: $(STAMP)  ## what pre-commit runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

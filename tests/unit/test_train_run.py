@@ -378,6 +378,9 @@ def test_a_science_run_keeps_the_model_made_on_the_spot(tmp_path, monkeypatch, i
     assert digest(tmp_path / "run/base/model.safetensors") != base
 
 
+TINY = ["--test_rows", "2", "--eval_rows", "2", "--eval_k", "2", "--prompts_per_step", "2", "--num_generations", "2"]
+
+
 def test_a_crash_after_a_checkpoint_keeps_it(tmp_path, monkeypatch):
     """Nothing is logged before step 100, yet two checkpoints are good."""
     monkeypatch.chdir(tmp_path)
@@ -390,38 +393,14 @@ def test_a_crash_after_a_checkpoint_keeps_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(PGPOTrainer, "optimize", third_step_fails)
     flags = ["--max_steps", "4", "--logging_steps", "100", "--save_steps", "1", "--eval_strategy", "no"]
-    small = [
-        "--test_rows",
-        "2",
-        "--eval_rows",
-        "2",
-        "--eval_k",
-        "2",
-        "--prompts_per_step",
-        "2",
-        "--num_generations",
-        "2",
-    ]
-    assert main(["train", *flags, *small, "--output_dir", "run"]) == 2
+    assert main(["train", *flags, *TINY, "--output_dir", "run"]) == 2
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
     assert kept == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_what_a_resumed_run_changes_is_remembered_or_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    small = [
-        "--test_rows",
-        "2",
-        "--eval_rows",
-        "2",
-        "--eval_k",
-        "2",
-        "--prompts_per_step",
-        "2",
-        "--num_generations",
-        "2",
-    ]
-    assert main(["train", "--max_steps", "1", "--save_steps", "1", *small, "--output_dir", "run"]) == 0
+    assert main(["train", "--max_steps", "1", "--save_steps", "1", *TINY, "--output_dir", "run"]) == 0
     before = read_run(tmp_path / "run").config
     capsys.readouterr()
     assert main(["train", "--resume", "run", "--learning_rate", "5e-4"]) == 2
