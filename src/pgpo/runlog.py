@@ -5,6 +5,11 @@
     metrics.jsonl      one line per logged step           {"step": 3, "information": 0.21, ...}
     evaluations.jsonl  one line per evaluation summary    {"step": 3, "split": "test", "avg_at_k": 0.61, ...}
     samples.jsonl      one line per logged step           {"step": 3, "samples": [{...}, ...]}
+    alarms.jsonl       one line per alarm of the collapse guard, if any: {"step": 52, "signal": "sampled_kl",
+                       "value": 0.31, "best": 0.26, "best_step": 30, "limit": 0.044,     smoothed, in the metric's unit
+                       "action": "warn" | "freeze_teacher" | "rollback_teacher" | "halve_step" | "rollback",
+                       "reason": "sampled_kl 0.31 nats is 0.05 above its best 0.26 (step 30): teacher frozen"}
+                       (the limit of a relative signal is a share of the best)
     checkpoints/       written by the trainer
     figure.png         written by the report
 
@@ -39,7 +44,9 @@ ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+ALARMS_FILE = "alarms.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
+_LOGS = (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, ALARMS_FILE)  # a line per step; cut when a run is resumed
 FIGURE_FILE = "figure.png"
 
 STEP = "step"
@@ -60,6 +67,10 @@ LEARNING_RATE = "learning_rate"
 EFFECTIVE_LR = "effective_lr"
 NEGATIVE_INFORMATION_SHARE = "negative_information_share"
 TRUNCATED_CONTEXTS = "truncated_contexts"
+SAMPLED_KL = "sampled_kl"
+SAMPLED_KL_WRONG = "sampled_kl_wrong"
+LENGTH_TAIL = "length_tail"
+DEMONSTRATION_LOGPROB = "demonstration_logprob"
 STEP_SECONDS = "step_seconds"
 GENERATION_SECONDS = "generation_seconds"
 UPDATE_SECONDS = "update_seconds"
@@ -80,15 +91,22 @@ METRICS: dict[str, tuple[str, str]] = {
         "nats",
         "mean divergence between student and teacher per active token, before any clipping weight",
     ),
+    SAMPLED_KL: ("nats", "mean of log pi_S(y) - log pi_T(y) over the active tokens"),
+    SAMPLED_KL_WRONG: ("nats", "the same over completions that are not right"),
+    DEMONSTRATION_LOGPROB: (
+        "nats",
+        "mean log-probability per token that the teacher gives to a demonstration which its own prompt shows",
+    ),
     LOSS: ("nats", "the loss that was differentiated"),
     ACTIVE_SHARE: ("1", "share of the samples that have a teacher and hence a loss"),
     ACTIVE_TOKENS: ("tokens", "completion tokens that carry loss, over all ranks"),
     REWARD: ("1", "mean reward of the training completions"),
     COMPLETION_LENGTH: ("tokens", "mean length of the training completions"),
+    LENGTH_TAIL: ("tokens", "95th percentile of their length"),
     CLIPPED_SHARE: ("1", "share of the completions that were cut at the length limit"),
     GRAD_NORM: ("1", "global gradient norm before clipping"),
     LEARNING_RATE: ("1", "learning rate of the schedule"),
-    EFFECTIVE_LR: ("1", "learning_rate * rho, the rate that moved the parameters"),
+    EFFECTIVE_LR: ("1", "learning_rate * rho (* the guard's factor), the rate that moved the parameters"),
     NEGATIVE_INFORMATION_SHARE: ("1", "share of the steps so far with I_k < 0"),
     TRUNCATED_CONTEXTS: ("1", "share of the teacher contexts of this step that were cut at the context limit"),
     STEP_SECONDS: ("seconds", "wall time of the step"),
@@ -182,7 +200,7 @@ class RunLog:
         """
         directory = Path(directory)
         _read_config(directory)
-        for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
+        for name in _LOGS:
             path = directory / name
             if path.exists():
                 kept = [line for line in _read_log(path) if line[STEP] <= step]
@@ -203,6 +221,10 @@ class RunLog:
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Appends a few completions of one step, each a dict of texts and scalars."""
         self._append(SAMPLES_FILE, {STEP: step, "samples": [dict(sample) for sample in samples]})
+
+    def alarm(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one alarm of the collapse guard."""
+        self._append(ALARMS_FILE, {STEP: step} | dict(values) | {STEP: step})
 
     def close(self) -> None:
         for file in self._files.values():
@@ -235,6 +257,7 @@ class Run:
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    alarms: list[dict[str, Any]]
     command: list[str]
     version: str | None
 
@@ -253,7 +276,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     document = _read_config(directory)
     logs = {
         name: _read_log(directory / name) if (directory / name).exists() else []
-        for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE)
+        for name in _LOGS
     }
     return Run(
         directory=directory,
@@ -262,6 +285,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
         metrics=[_with_floats(line) for line in logs[METRICS_FILE]],
         evaluations=[_with_floats(line) for line in logs[EVALUATIONS_FILE]],
         samples=logs[SAMPLES_FILE],
+        alarms=[_with_floats(line) for line in logs[ALARMS_FILE]],
         command=document["command"],
         version=document["pgpo"],
     )
@@ -378,7 +402,7 @@ def _remove_run(directory: Path) -> None:
     if not (directory / CONFIG_FILE).exists():
         raise UserError(f"{directory} is not empty and not a run, it is not overwritten; choose another --output_dir.")
     _read_config(directory)
-    for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, FIGURE_FILE):
+    for name in (*_LOGS, FIGURE_FILE):
         (directory / name).unlink(missing_ok=True)
     if (directory / CHECKPOINTS_FOLDER).exists():
         shutil.rmtree(directory / CHECKPOINTS_FOLDER)

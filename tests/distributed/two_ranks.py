@@ -31,6 +31,8 @@ CASES: dict[str, dict] = {
     "one_rank_without_teacher": dict(reward=first_half_fails),
     "nobody": dict(reward=nobody_succeeds),
     "micro_batches": dict(micro_batch_size=2),
+    "cross_fit": dict(information_source="cross_fit"),
+    "watched": dict(watch_demonstrations=True),
     "grpo": dict(objective="grpo"),
 }
 

@@ -60,6 +60,10 @@ METHOD: dict[str, Any] = {
     "vllm_importance_sampling_correction": True,
     "vllm_importance_sampling_mode": "token_truncate",
     "vllm_importance_sampling_clip_max": 2.0,
+    "rho_law": "exponential",
+    "rho_file": None,
+    "information_source": "same_batch",
+    "information_baseline": "zero",
     "teacher": "ema",
     "teacher_rate": 0.05,
     "success_threshold": 1.0,
@@ -167,6 +171,8 @@ def test_every_new_field_of_the_configuration_is_accounted_for() -> None:
         "max_tokens_per_microbatch",
         "eval_batch_size",
         "logging_steps",
+        "information_weight",
+        "watch_demonstrations",
     }
     assert not ours & METHOD.keys()
     assert set(PGPOConfig.__annotations__) <= ours | METHOD.keys()

@@ -2,16 +2,20 @@
 
 entropies   -> information I_k      information.py
 I_k         -> multiplier rho_k     viscosity.py
+whose I_k scales which gradient     sources.py
 rho_k       -> optimizer step       stepping.py
 the loss                            divergence.py
 """
 
 from .divergence import divergence, sampled_token_divergence
 from .information import Information, InformationMeter, token_entropy
+from .sources import CrossFit, EarlierInformation
 from .stepping import modulate, modulate_reference
 from .viscosity import ExponentialLaw, SmoothExponentialLaw, linear_schedule
 
 __all__ = [
+    "CrossFit",
+    "EarlierInformation",
     "ExponentialLaw",
     "Information",
     "InformationMeter",

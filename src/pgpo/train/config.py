@@ -13,8 +13,9 @@ from typing import Any
 from trl import GRPOConfig
 
 from pgpo.core.divergence import KINDS, check_divergence
-from pgpo.core.viscosity import ExponentialLaw, linear_schedule
+from pgpo.core.viscosity import ExponentialLaw, SmoothExponentialLaw, linear_schedule
 from pgpo.errors import UserError
+from pgpo.train.guard import GUARDS, choose_limits
 
 OBJECTIVES = ("pgpo", "sdpo", "grpo")
 TEACHERS = ("ema", "live", "frozen", "trust_region")
@@ -49,6 +50,21 @@ class PGPOConfig(GRPOConfig):
     rho_min: float = _option(0.0, "Floor of rho in [0, 1]. 0 is the paper's formula, 1 its text (rho >= 1).")
     alpha_end: float | None = _option(None, "Linear schedule of alpha from `alpha` to this value (ours).")
     alpha_steps: int | None = _option(None, "Steps of that schedule; default: the whole run.")
+    rho_law: str = _option("exponential", "'exponential' (Eq. 9) or 'smooth' (ours: the cap without its kink).")
+    rho_file: str | None = _option(
+        None, "JSON list of multipliers, one per step, instead of the law: for controls (shuffled or constant rho)."
+    )
+    information_source: str = _option(
+        "same_batch", "Whose I scales a step: 'same_batch' (the paper), 'lagged' or 'cross_fit' (ours)."
+    )
+    information_weight: float = _option(
+        1.0, "lagged: weight of the newest earlier step in the average, in (0, 1]; 1 = the previous step alone."
+    )
+    information_baseline: str = _option(
+        "zero",
+        "'zero' (the paper), or 'running_mean': I minus its average over earlier steps, so rho falls as often "
+        "as it rises (ours).",
+    )
     information_denominator: str = _option("all", "Average I over 'all' samples (Eq. 8) or the 'hinted' ones.")
     modulated_weight_decay: str = _option(
         "scaled", "Decoupled weight decay is 'scaled' by rho with lr, or 'fixed' (divided by rho)."
@@ -64,6 +80,9 @@ class PGPOConfig(GRPOConfig):
     )
     teacher: str = _option("ema", "'ema', 'live' (the student), 'frozen' (the initial model) or 'trust_region'.")
     teacher_rate: float = _option(0.05, "EMA rate per step, or the trust region's share of student. SDPO: 0.05.")
+    watch_demonstrations: bool = _option(
+        False, "Log how likely the teacher finds a demonstration that its own prompt shows (a few short forwards)."
+    )
     success_threshold: float = _option(1.0, "Reward from which a completion counts as a right solution.")
     demonstration: str = _option("first", "Which right sibling is shown: 'first' (SDPO) or 'random' (seeded).")
     allow_own_success: bool = _option(False, "May a right completion be its own demonstration? SDPO: no.")
@@ -74,6 +93,22 @@ class PGPOConfig(GRPOConfig):
     reprompt_template: str | None = _option(None, "Teacher prompt with {prompt}{solution}{feedback}; None = SDPO's.")
     solution_template: str | None = _option(None, "Section around {demonstration}; None = SDPO's.")
     feedback_template: str | None = _option(None, "Section around {feedback}; None = SDPO's.")
+
+    # Collapse guard (ours) --------------------------------------------------------------------------------------
+    guard: str = _option(
+        "off",
+        "What an alarm does: 'off', 'warn' (a line in alarms.jsonl), 'freeze_teacher', 'rollback_teacher' (to its "
+        "best snapshot, then frozen), 'halve_step', or 'rollback' (student, optimizer and teacher).",
+    )
+    guard_signals: str | list[str] | None = _option(
+        None, "Signals to watch, the one that tells the best step first; None = those that suit the objective."
+    )
+    guard_limits: str | None = _option(
+        None, "JSON file {signal: limit} from healthy runs (guard.calibrate); None = values of the lab's world."
+    )
+    guard_warmup: int = _option(5, "First steps that only feed the smoothing; no alarm.")
+    guard_patience: int = _option(1, "Steps in a row beyond a limit that make an alarm.")
+    guard_max_actions: int = _option(3, "After so many actions, alarms only warn.")
 
     # Batch and lengths ----------------------------------------------------------------------------------------
     prompts_per_step: int = _option(32, "Questions per optimizer step, over all ranks. Paper: 32.")
@@ -128,6 +163,9 @@ class PGPOConfig(GRPOConfig):
         _choice("divergence", self.divergence, DIVERGENCES)
         _choice("demonstration", self.demonstration, ("first", "random"))
         _choice("feedback_mode", self.feedback_mode, ("without_demonstration", "always", "never"))
+        _choice("rho_law", self.rho_law, ("exponential", "smooth"))
+        _choice("information_source", self.information_source, ("same_batch", "lagged", "cross_fit"))
+        _choice("information_baseline", self.information_baseline, ("zero", "running_mean"))
         _choice("information_denominator", self.information_denominator, ("all", "hinted"))
         _choice("modulated_weight_decay", self.modulated_weight_decay, ("scaled", "fixed"))
         try:
@@ -135,7 +173,7 @@ class PGPOConfig(GRPOConfig):
             if self.divergence != "sampled_token":
                 check_divergence(self.divergence, self.divergence_beta, self.divergence_top_k or None)
             if self.alpha_end is not None:
-                ExponentialLaw(self.alpha_end, self.rho_max, self.rho_min)
+                self._law(self.alpha_end)
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"{error} (alpha = {self.alpha!r}, rho_max = {self.rho_max!r}, rho_min = {self.rho_min!r}, "
@@ -145,6 +183,8 @@ class PGPOConfig(GRPOConfig):
             ) from error
         if self.alpha_steps is not None and (self.alpha_end is None or self.alpha_steps < 1):
             raise UserError(f"alpha_steps is {self.alpha_steps}; set it >= 1 and together with alpha_end.")
+        self._check_signal()
+        self._check_guard()
         if not 0 <= self.teacher_rate <= 1:
             raise UserError(f"teacher_rate is {self.teacher_rate}; a share of the student must lie in [0, 1].")
         if self.num_generations is None or self.num_generations < 2:
@@ -204,6 +244,56 @@ class PGPOConfig(GRPOConfig):
                     "the model's own logits; leave it False."
                 )
 
+    def _check_signal(self) -> None:
+        """Combinations of information_source, information_baseline and rho_file."""
+        if not 0 < self.information_weight <= 1:
+            raise UserError(
+                f"information_weight is {self.information_weight}; the newest step's share must lie in (0, 1]."
+            )
+        if self.information_weight != 1 and self.information_source != "lagged":
+            raise UserError(
+                f"information_weight is {self.information_weight}, but information_source is "
+                f"{self.information_source!r}; only 'lagged' averages over earlier steps."
+            )
+        if self.information_source == "cross_fit" and self.prompts_per_step == 1:
+            raise UserError(
+                "information_source='cross_fit' splits a step's questions into two halves, but prompts_per_step is 1; "
+                "use 2 or more, or 'lagged'."
+            )
+        if self.rho_file is not None and (self.objective, self.information_source) != ("pgpo", "same_batch"):
+            raise UserError(
+                f"rho_file replaces the law of objective='pgpo' with information_source='same_batch'; here they are "
+                f"{self.objective!r} and {self.information_source!r}."
+            )
+
+    def _check_guard(self) -> None:
+        _choice("guard", self.guard, GUARDS)
+        for name, least in (("guard_warmup", 0), ("guard_patience", 1), ("guard_max_actions", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.guard == "off":
+            for name in ("guard_signals", "guard_limits"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{name} is {getattr(self, name)!r}, but guard is 'off'; set guard, e.g. 'warn'.")
+            return
+        self.guarded_signals()
+        if self.guard.endswith("_teacher") and (self.objective == "grpo" or self.teacher != "ema"):
+            teacher = "objective='grpo' has none" if self.objective == "grpo" else f"teacher={self.teacher!r} has none"
+            raise UserError(
+                f"guard={self.guard!r} acts on a teacher that follows the student, and {teacher}; use 'halve_step', "
+                "'rollback' or 'warn'."
+            )
+        unscalable = any(name in str(self.optim).lower() for name in _UNSCALABLE_OPTIMIZERS)
+        if self.guard in ("halve_step", "rollback") and unscalable:
+            raise UserError(
+                f"guard={self.guard!r} halves steps, but the update of optim={str(self.optim)!r} is not linear in the "
+                "learning rate; use adamw_torch, or another guard."
+            )
+
+    def guarded_signals(self) -> dict[str, float]:
+        """{signal: limit} that the guard watches; see guard.choose_limits."""
+        return choose_limits(self.guard_signals, self.guard_limits, self.objective != "grpo", self.watch_demonstrations)
+
     def _fold_batch(self) -> None:
         """Make one Trainer step one optimizer step, whichever way the batch was given."""
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -241,12 +331,19 @@ class PGPOConfig(GRPOConfig):
                 "question needs its whole group in the step."
             )
 
-    def law(self, step: int, total_steps: int | None = None) -> ExponentialLaw:
+    def law(self, step: int, total_steps: int | None = None) -> ExponentialLaw | SmoothExponentialLaw:
         """The multiplier law at a 0-based optimizer step. Raises ValueError for numbers outside their range."""
         alpha = self.alpha
         if self.alpha_end is not None and (steps := self.alpha_steps or total_steps):
             alpha = linear_schedule(self.alpha, self.alpha_end, steps)(step)
-        return ExponentialLaw(alpha, self.rho_max, self.rho_min)
+        return self._law(alpha)
+
+    def _law(self, alpha: float) -> ExponentialLaw | SmoothExponentialLaw:
+        if self.rho_law == "exponential":
+            return ExponentialLaw(alpha, self.rho_max, self.rho_min)
+        if self.rho_min != 0:
+            raise ValueError(f"rho_min is {self.rho_min!r}, but rho_law='smooth' has no floor; leave it at 0.")
+        return SmoothExponentialLaw(alpha, self.rho_max)
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

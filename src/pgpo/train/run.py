@@ -49,6 +49,7 @@ RESUMABLE = {
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 BASE_FOLDER = "base"  # the model made on the spot
 TEST_RECORDS_FILE = "test_records.jsonl"
+SAMPLE_TOKENS = 1000  # ours: a sample's tokens after these are kept as text alone
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -279,6 +280,8 @@ class _Session(TrainerCallback):
         self.accuracy = float("nan")
         self.interrupted = False
         self.bar: Progress | None = None
+        rows = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
+        trainer.watched = set(self._sampled_rows(rows * trainer.accelerator.num_processes))
         trainer.add_callback(self)
 
     def go(self, checkpoint: tuple[int, Path] | None) -> int:
@@ -345,17 +348,27 @@ class _Session(TrainerCallback):
                     shown += f"  {name} {values[name]:{form}}"
             self.bar.update(self.line, total=state.max_steps, completed=state.global_step, shown=shown)
 
+    def _sampled_rows(self, count: int) -> list[int]:
+        """Which rows of a rollout are kept, evenly spread."""
+        kept = self.run.samples_per_step
+        return list(range(0, count, max(1, count // max(kept, 1))))[:kept]
+
     def _samples(self) -> list[dict[str, Any]]:
-        rollout = self.trainer.last_rollout
-        rows = range(0, len(rollout.completions), max(1, len(rollout.completions) // max(self.run.samples_per_step, 1)))
-        return [
-            {
+        rollout, details = self.trainer.last_rollout, self.trainer.token_details
+        samples = []
+        for i in self._sampled_rows(len(rollout.completions)):
+            sample = {
                 "prompt": rollout.prompts[i][-1]["content"],
                 "completion": rollout.completions[i],
                 "reward": rollout.rewards[i],
             }
-            for i in list(rows)[: self.run.samples_per_step]
-        ]
+            if i in details:
+                sample["tokens"] = [
+                    [self.trainer.tokenizer.decode([d.token]), *(round(v, 4) for v in d[1:])]
+                    for d in details[i][:SAMPLE_TOKENS]
+                ]
+            samples.append(sample)
+        return samples
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
         values = {k.removeprefix("eval_"): v for k, v in metrics.items()}

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from pgpo.core import (
+    CrossFit,
     Information,
     InformationMeter,
     divergence,
@@ -43,10 +44,12 @@ from pgpo.evaluate.run import evaluate
 from pgpo.evaluate.runners import TransformersRunner
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
 from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
+from pgpo.train.multiplier import StepMultiplier
 from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, torch_optimizer
 
 TEACHER_FILE = "pgpo_teacher.safetensors"
 STATE_FILE = "pgpo_state.json"
+_DEMONSTRATION_ROWS = 8  # ours: at most so many demonstrations are watched per rank and step
 _TRL_METRICS = {"completion_length": "completions/mean_length", "clipped_share": "completions/clipped_ratio"}
 
 
@@ -57,6 +60,9 @@ class Row:
     prompt: list[int]
     teacher_prompt: list[int]
     completion: list[int]
+    index: int = 0  # place in this rank's rollout
+    half: int = 0  # half-batch of its question, 0 or 1 (cross-fitting)
+    solved: bool = True
     rollout_logprobs: Tensor | None = None  # [T] log-probs at rollout time, where the tokens are off-policy
     weight: Tensor | None = None  # [T] or [1] vLLM / trainer mismatch correction
 
@@ -64,6 +70,26 @@ class Row:
     def size(self) -> tuple[int, int]:
         """Tokens of the longer prompt (student's or teacher's) and of the completion."""
         return max(len(self.prompt), len(self.teacher_prompt)), len(self.completion)
+
+
+class TokenDetail(NamedTuple):
+    """One completion token of a watched row: divergence and log-probabilities in nats."""
+
+    token: int
+    divergence: float
+    student_logprob: float
+    teacher_logprob: float
+
+
+class Sums(NamedTuple):
+    """Sums over the active tokens of a step: weighted loss, divergence, log pi_S(y) - log pi_T(y) of the sampled token,
+    the same on completions that are not right, and their number of tokens."""
+
+    loss: float
+    divergence: float
+    gap: float
+    wrong_gap: float
+    wrong_tokens: float
 
 
 class PGPOTrainer(SeamTrainer):
@@ -108,7 +134,8 @@ class PGPOTrainer(SeamTrainer):
         elif not isinstance(feedback_funcs, list):
             feedback_funcs = [feedback_funcs]
         self.grade = grade
-        self.meter = InformationMeter(args.information_denominator)
+        self.meters = [InformationMeter(args.information_denominator) for _ in range(1 + _splits(args))]
+        self.multiplier = StepMultiplier(args)
         self.teacher: Teacher | None = None
         self.templates = _templates(args)
         self._modulation: Modulation | None = None
@@ -116,6 +143,8 @@ class PGPOTrainer(SeamTrainer):
         self._negative_steps = 0
         self._signal_steps = 0
         self._stepped = False
+        self.watched: set[int] = set()  # rows of the rollout whose tokens are kept in `token_details`
+        self.token_details: dict[int, list[TokenDetail]] = {}
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -145,7 +174,7 @@ class PGPOTrainer(SeamTrainer):
 
     def annotate(self, batch: Batch, rollout: Rollout) -> Batch:
         mine = range(len(rollout.prompts))[rollout.local]
-        self._log_rollout(rollout)
+        self._log_rollout(rollout, batch["completion_mask"])
         if not self.distills:
             return batch
         a = self.args
@@ -180,46 +209,88 @@ class PGPOTrainer(SeamTrainer):
             raise UserError(f"at step {self.state.global_step + 1}: {error}") from error
         prompts = [contexts[i].prompt for i in mine]
         batch["teacher_prompt_ids"] = [None if prompt is None else render(prompt) for prompt in prompts]
+        batch["row"] = torch.arange(len(mine))
+        batch["half"] = torch.tensor([i // a.num_generations % 2 for i in mine])
+        batch["solved"] = torch.tensor([rollout.rewards[i] >= a.success_threshold for i in mine])
+        if a.watch_demonstrations:
+            shown: dict[int, list[int]] = {}  # demonstration of this rank -> the prompt that shows it
+            for i in mine:
+                j = contexts[i].demonstration
+                if j is not None and j in mine:
+                    shown.setdefault(j - mine.start, batch["teacher_prompt_ids"][i - mine.start])
+            self._watch_demonstrations(batch, shown)
         self.record("truncated_contexts", sum(c.truncated for c in contexts) / len(contexts))
         self.record("feedback_share", sum(c.feedback_used for c in contexts) / len(contexts))
         return batch
 
-    def _log_rollout(self, rollout: Rollout) -> None:
+    def _log_rollout(self, rollout: Rollout, completion_mask: Tensor) -> None:
         rewards = [r for r in rollout.rewards if not math.isnan(r)]
         self.record("success_share", sum(r >= self.args.success_threshold for r in rewards) / max(len(rewards), 1))
         for ours, trl in _TRL_METRICS.items():
             if (value := self.recorded(trl)) is not None:
                 self.record(ours, value)
+        lengths = self.accelerator.gather(completion_mask.sum(1)).float()
+        self.record("length_tail", torch.quantile(lengths, 0.95).item())
         self.last_rollout = rollout
+
+    @torch.no_grad()
+    def _watch_demonstrations(self, batch: Batch, shown: Mapping[int, list[int]]) -> None:
+        """Mean log-probability per token that the teacher gives to demonstrations shown in its own prompt."""
+        rows = [
+            Row([], prompt, batch["completion_ids"][j][batch["completion_mask"][j].bool()].tolist())
+            for j, prompt in list(shown.items())[:_DEMONSTRATION_ROWS]
+        ]
+        idle = not rows
+        if idle:  # the other ranks may run a forward that gathers
+            rows = [self._idle_row(batch)]
+        completions = [r.completion for r in rows]
+        assert self.teacher is not None
+        with self.accelerator.autocast():
+            logits = self.teacher.logits(
+                lambda module: self._completion_logits(module, [r.teacher_prompt for r in rows], completions)
+            )
+        labels, mask = self._labels(completions, logits.device)
+        sums = torch.stack([(_log_prob(logits, labels, self.args.temperature) * mask).sum(), mask.sum()]).double()
+        total, tokens = self._reduce(sums * (not idle)).tolist()
+        if tokens:
+            self.record("demonstration_logprob", total / tokens)
 
     # One optimizer step ---------------------------------------------------------------------------------------------
 
     def optimize(self, model: nn.Module, batch: Batch) -> Tensor:
         if not self.distills:
             return self._optimize_grpo(model, batch)
-        rows, total = self._active_rows(batch), len(batch["teacher_prompt_ids"])
+        rows = self._active_rows(batch)
         tokens = self._sum(sum(len(r.completion) for r in rows))
-        self.meter.reset()
-        self.meter.add_unhinted(total - len(rows))
-        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)  # weighted loss, divergence
-        micro_batches = [[rows[i] for i in part] for part in self._micro_batches([r.size for r in rows])]
-        # Every rank runs the same number of forwards and backwards: collectives hide in them.
-        rounds = int(self._max(len(micro_batches)))
-        if self.args.fp16:
-            rounds = max(rounds, 1)  # a gradient scaler needs gradients in every step, if only zeros
-        for i in range(rounds):
-            part = micro_batches[i] if i < len(micro_batches) else None
-            with self.exchange(model, last=i == rounds - 1):
-                loss, stats = self._distill(model, part or [self._idle_row(batch)], tokens, idle=part is None)
-                # Ranks average their gradients; the loss is a sum over ranks divided by the global token count.
-                self.accelerator.backward(loss * self.accelerator.num_processes)
-            sums += stats
-        information = self._summary()
+        sums = torch.zeros(len(Sums.__annotations__), dtype=torch.float64, device=self.accelerator.device)
+        self.token_details = {}
+        parts = 1 + _splits(self.args)
+        halves = CrossFit(model.parameters()) if parts == 2 else None
+        for half in range(parts):
+            mine = [r for r in rows if parts == 1 or r.half == half]
+            total = len(batch["half"]) if parts == 1 else int((batch["half"] == half).sum())
+            self.meter = self.meters[half]
+            self.meter.reset()
+            self.meter.add_unhinted(total - len(mine))
+            micro_batches = [[mine[i] for i in part] for part in self._micro_batches([r.size for r in mine])]
+            # Every rank runs the same number of forwards and backwards: collectives hide in them.
+            rounds = int(self._max(len(micro_batches)))
+            if self.args.fp16:
+                rounds = max(rounds, 1)  # a gradient scaler needs gradients in every step, if only zeros
+            for i in range(rounds):
+                part = micro_batches[i] if i < len(micro_batches) else None
+                with self.exchange(model, last=i == rounds - 1):
+                    loss, stats = self._distill(model, part or [self._idle_row(batch)], tokens, idle=part is None)
+                    # Ranks average their gradients; the loss is a sum over ranks divided by the global token count.
+                    self.accelerator.backward(loss * self.accelerator.num_processes)
+                sums += stats
+            if halves is not None and half == 0:
+                halves.stash()
+        information, rho = self._modulate(halves)
         self._stepped = tokens > 0
-        rho = self._arm(information)
-        loss_sum, divergence_sum = self._reduce(sums).tolist()
-        self._log_step(information, rho, divergence_sum / max(tokens, 1), tokens)
-        return torch.tensor(loss_sum / max(tokens, 1), device=self.accelerator.device)
+        totals = Sums(*self._reduce(sums).tolist())
+        self._log_step(information, rho, totals, tokens)
+        return torch.tensor(totals.loss / max(tokens, 1), device=self.accelerator.device)
 
     def _active_rows(self, batch: Batch) -> list[Row]:
         """This rank's completions that have a teacher and at least one token, padding removed."""
@@ -238,6 +309,9 @@ class PGPOTrainer(SeamTrainer):
                     prompt=batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist(),
                     teacher_prompt=teacher_prompt,
                     completion=batch["completion_ids"][i][keep].tolist(),
+                    index=int(batch["row"][i]),
+                    half=int(batch["half"][i]),
+                    solved=bool(batch["solved"][i]),
                     rollout_logprobs=None if old is None else old[i][keep],
                     weight=ratio,
                 )
@@ -270,7 +344,7 @@ class PGPOTrainer(SeamTrainer):
             yield part
 
     def _distill(self, model: nn.Module, rows: list[Row], tokens: float, idle: bool) -> tuple[Tensor, Tensor]:
-        """Loss of a micro-batch (its share of the global mean) and [weighted loss, divergence] sums."""
+        """Loss of a micro-batch (its share of the global mean), and its `Sums` as a tensor."""
         a = self.args
         completions = [r.completion for r in rows]
         assert self.teacher is not None
@@ -279,8 +353,7 @@ class PGPOTrainer(SeamTrainer):
                 lambda module: self._completion_logits(module, [r.teacher_prompt for r in rows], completions)
             )
         student_logits = self._completion_logits(model, [r.prompt for r in rows], completions)
-        labels = _pad(completions, self.tokenizer.pad_token_id, "right").to(student_logits.device)
-        mask = _pad([[1] * len(c) for c in completions], 0, "right").bool().to(student_logits.device)
+        labels, mask = self._labels(completions, student_logits.device)
 
         if a.divergence == "sampled_token":
             per_token = sampled_token_divergence(student_logits, teacher_logits, labels, a.temperature)
@@ -297,21 +370,40 @@ class PGPOTrainer(SeamTrainer):
         per_token = torch.where(mask, per_token, 0.0)
         weighted = per_token * self._importance(rows, student_logits, labels)
         if idle:
-            return weighted.sum() * 0.0, torch.zeros(2, dtype=torch.float64, device=weighted.device)
+            return weighted.sum() * 0.0, weighted.new_zeros(len(Sums.__annotations__), dtype=torch.float64)
         with torch.no_grad():
             self.meter.add(
                 token_entropy(student_logits, a.temperature), token_entropy(teacher_logits, a.temperature), mask
             )
-        stats = torch.stack([weighted.detach().double().sum(), per_token.detach().double().sum()])
+            student = _log_prob(student_logits, labels, a.temperature)
+            teacher = _log_prob(teacher_logits, labels, a.temperature)
+            self._keep_details(rows, per_token, student, teacher)
+            wrong = mask & ~torch.tensor([[r.solved] for r in rows], device=mask.device)
+            gap = torch.where(mask, student - teacher, 0.0)
+            stats = torch.stack(
+                [t.detach().double().sum() for t in (weighted, per_token, gap, torch.where(wrong, gap, 0.0), wrong)]
+            )
         return weighted.sum() / tokens, stats
+
+    def _labels(self, completions: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Token ids and mask of the completions, [B, T] each, padded right."""
+        labels = _pad(completions, self.tokenizer.pad_token_id, "right").to(device)
+        mask = _pad([[1] * len(c) for c in completions], 0, "right").bool().to(device)
+        return labels, mask
+
+    def _keep_details(self, rows: list[Row], divergence: Tensor, student: Tensor, teacher: Tensor) -> None:
+        for i, row in enumerate(rows):
+            if row.index in self.watched:
+                count = len(row.completion)
+                values = torch.stack([t[i, :count].float() for t in (divergence, student, teacher)], 1).tolist()
+                self.token_details[row.index] = [TokenDetail(t, *v) for t, v in zip(row.completion, values)]
 
     def _importance(self, rows: list[Row], student_logits: Tensor, labels: Tensor) -> Tensor | float:
         """Detached token weights: clipped ratio to the rollout policy (SDPO) times vLLM's correction."""
         weight: Tensor | float = 1.0
         if self.args.importance_clip is not None and rows[0].rollout_logprobs is not None:
             with torch.no_grad():
-                logits = student_logits.float() / self.args.temperature
-                logprobs = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+                logprobs = _log_prob(student_logits, labels, self.args.temperature)
                 old = _pad_rows([r.rollout_logprobs for r in rows], logprobs)
                 weight = (logprobs - old).exp().clamp_max(self.args.importance_clip)
         if rows[0].weight is not None:
@@ -359,18 +451,25 @@ class PGPOTrainer(SeamTrainer):
 
     # The signal -----------------------------------------------------------------------------------------------------
 
-    def _summary(self) -> Information:
+    def _modulate(self, halves: CrossFit | None) -> tuple[Information, float]:
+        """Read the meters, and arm the optimizer with the multiplier of the step that follows."""
         try:
-            return self.meter.summary(self._reduce)
+            parts = [meter.summary(self._reduce) for meter in self.meters]
         except ValueError as error:
+            if halves is not None:
+                halves.discard()
             raise UserError(f"at step {self.state.global_step + 1}: {error}") from error
-
-    def _arm(self, information: Information) -> float:
-        """rho_k for the step that follows; 1.0 where nothing modulates."""
+        information = pooled(parts, self.args.information_denominator)
         self._signal_steps += 1
         self._negative_steps += information.information < 0
-        if self.args.objective != "pgpo":
-            return 1.0
+        gaps = [part.information for part in parts] if halves is not None else []
+        rhos = self.multiplier(self.state.global_step, self.state.max_steps, information.information, gaps)
+        rho = rhos[0] if halves is None else halves.combine(*rhos)
+        if self.args.objective == "pgpo":
+            self._arm(rho)
+        return information, rho
+
+    def _arm(self, rho: float) -> None:
         if self._modulation is None:
             try:
                 self._modulation = modulate(torch_optimizer(self.optimizer), self.args.modulated_weight_decay)
@@ -378,13 +477,10 @@ class PGPOTrainer(SeamTrainer):
                 raise UserError(str(error)) from error
             if self._modulation_state is not None:
                 self._modulation.load_state_dict(self._modulation_state)
-        rho = self.args.law(self.state.global_step, self.state.max_steps)(information.information)
         self._modulation.arm(rho)
-        return rho
 
-    def _log_step(self, information: Information, rho: float, mean_divergence: float, tokens: float) -> None:
-        lr = self.base_learning_rate()
-        for name, value in {
+    def _log_step(self, information: Information, rho: float, sums: Sums, tokens: float) -> None:
+        values = {
             "information": information.information,
             "rho": rho,
             "alpha": self.args.law(self.state.global_step, self.state.max_steps).alpha
@@ -392,12 +488,17 @@ class PGPOTrainer(SeamTrainer):
             else 0.0,
             "student_entropy": information.student_entropy,
             "teacher_entropy": information.teacher_entropy,
-            "divergence": mean_divergence,
+            "divergence": sums.divergence / max(tokens, 1),
             "active_share": information.hinted_samples / information.samples,
             "active_tokens": tokens,
-            "effective_lr": lr * rho,
+            "effective_lr": self.base_learning_rate() * rho,
             "negative_information_share": self._negative_steps / self._signal_steps,
-        }.items():
+        }
+        if tokens:
+            values["sampled_kl"] = sums.gap / tokens
+        if sums.wrong_tokens:
+            values["sampled_kl_wrong"] = sums.wrong_gap / sums.wrong_tokens
+        for name, value in values.items():
             self.record(name, value)
 
     def teacher_follows(self) -> None:
@@ -432,6 +533,7 @@ class PGPOTrainer(SeamTrainer):
             "negative_steps": self._negative_steps,
             "signal_steps": self._signal_steps,
             "modulation": self._modulation.state_dict() if self._modulation is not None else None,
+            "multiplier": self.multiplier.state_dict(),
         }
         tensors: dict[str, Tensor] = {}
         if self.teacher is not None:
@@ -451,6 +553,7 @@ class PGPOTrainer(SeamTrainer):
             state = json.loads((directory / STATE_FILE).read_text())
             self._negative_steps, self._signal_steps = state["negative_steps"], state["signal_steps"]
             self._modulation_state = state["modulation"]
+            self.multiplier.load_state_dict(state["multiplier"])
             if self.teacher is not None:
                 if state.get("teacher") is None:
                     raise ValueError("it was written by a run without a teacher")
@@ -618,6 +721,36 @@ def _templates(args: PGPOConfig) -> ContextTemplates:
         return replace(ContextTemplates(), **given)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _splits(args: PGPOConfig) -> bool:
+    """Whether a step is made of two half-batches."""
+    return args.information_source == "cross_fit" and args.objective == "pgpo"
+
+
+def pooled(parts: Sequence[Information], denominator: str = "all") -> Information:
+    """The information of the whole batch from that of its half-batches."""
+    if len(parts) == 1:
+        return parts[0]
+    samples, hinted = sum(p.samples for p in parts), sum(p.hinted_samples for p in parts)
+
+    def mean(values: Sequence[float], weights: Sequence[int]) -> float:
+        return math.fsum(v * w for v, w in zip(values, weights)) / max(sum(weights), 1)
+
+    weights = [p.samples if denominator == "all" else p.hinted_samples for p in parts]
+    return Information(
+        information=mean([p.information for p in parts], weights),
+        student_entropy=mean([p.student_entropy for p in parts], [p.hinted_samples for p in parts]),
+        teacher_entropy=mean([p.teacher_entropy for p in parts], [p.hinted_samples for p in parts]),
+        samples=samples,
+        hinted_samples=hinted,
+    )
+
+
+def _log_prob(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) at the labels [B, T], nats, fp32."""
+    scaled = logits.float() / temperature
+    return scaled.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
 
 
 def _accepted(model: Any, names: tuple[str, ...]) -> set[str]:
