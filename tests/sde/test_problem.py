@@ -92,3 +92,20 @@ def test_cross_fitting_has_no_covariance_left() -> None:
     probability, h = cross_fit_displacement(law, rho)
     mean = torch.einsum("mb,mbd->md", probability, h)
     torch.testing.assert_close(mean, -law.mean(rho).unsqueeze(-1) * law.mean(law.gradient), rtol=0, atol=1e-14)
+
+
+def test_the_real_cross_fitted_step_is_the_closed_form() -> None:
+    theta, bandit = _states(1), Bandit(PHI_1, FEEDBACK, 0.5)
+    law = bandit.sample_law(theta, fixed_teacher(theta))
+    _, h = cross_fit_displacement(law, apply_law(LAW, law.information))
+    real = TorchStep(bandit, LAW, scope="cross_fit", lr=0.25).displacement(theta, fixed_teacher(theta))
+    torch.testing.assert_close(real, h, rtol=0, atol=1e-13)
+
+
+def test_the_real_lagged_step_is_scaled_by_what_was_remembered() -> None:
+    theta, bandit = _states(1), Bandit(PHI_1, FEEDBACK, 0.5)
+    last = torch.linspace(-0.3, 0.6, len(theta), dtype=F64)
+    law = bandit.sample_law(theta, fixed_teacher(theta))
+    h, remembered = TorchStep(bandit, LAW, scope="lagged", lr=0.25).lagged(theta, fixed_teacher(theta), last)
+    torch.testing.assert_close(h, -apply_law(LAW, last)[:, None, None] * law.gradient, rtol=0, atol=1e-13)
+    torch.testing.assert_close(remembered, law.information, rtol=0, atol=1e-14)

@@ -329,29 +329,36 @@ def remedies(law: Law, degree: int = 28, radius: float = 3.0, fast_degree: int =
     theta = bench.grid.nodes
     f = batch_fields(bandit, law, theta, fixed_teacher(theta))
     return [
-        *_cross_fit(bench, f),
+        *_cross_fit(bandit, law, bench, f),
         *_lagged(bandit, law, bench, f, (degree, fast_degree), radius),
         *_momentum(bandit, law, bench, f, (degree, fast_degree - 4), radius),
     ]
 
 
 def cross_fit_displacement(law: SampleLaw, rho: Tensor) -> tuple[Tensor, Tensor]:
-    """H = -(1/2)[rho(I_A) g_B + rho(I_B) g_A] for half-batches A, B of one sample; (probability, H), [M, B^2(, d)]."""
+    """H = -(1/2)[rho(I_A) g_B + rho(I_B) g_A] for half-batches A, B of one sample; (probability, H), [M, B^2(, d)].
+
+    The closed form of what `pgpo.core.CrossFit` does; A is the first index.
+    """
     probability = (law.probability[:, :, None] * law.probability[:, None, :]).flatten(1)
     crossed = rho[:, :, None, None] * law.gradient[:, None, :, :]
     return probability, -0.5 * (crossed + crossed.transpose(1, 2)).flatten(1, 2)
 
 
-def _cross_fit(bench: Bench, f: Fields) -> list[Row]:
+def _cross_fit(bandit: Bandit, law: Law, bench: Bench, f: Fields) -> list[Row]:
     name = "remedy: cross-fitting"
+    theta = bench.grid.nodes
     probability, h = cross_fit_displacement(f.law, f.rho)
-    chain = bench.chain(probability, h)
+    real = TorchStep(bandit, law, scope="cross_fit").displacement(theta, fixed_teacher(theta))
+    chain = bench.chain(probability, real)
     pairs = SampleLaw(probability, h, torch.zeros_like(probability))
     b, s = f.product_drift, pairs.covariance(h)
     return [
         Row(name, "rho of one half-batch on the other", "-E[rho] grad L", 1, 1, chain, bench.equation(Equation(b, s))),
         Row(name, "rho of one half-batch on the other", "order 2", 2, 2, chain,
             bench.equation(order_two(bench.grid, b, s))),
+        Row(name, "rho of one half-batch on the other", "-E[rho g]", None, 0, chain,
+            bench.equation(Equation(f.exact_drift, s))),
     ]  # fmt: skip
 
 
@@ -362,10 +369,10 @@ def _lagged(bandit: Bandit, law: Law, bench: Bench, f: Fields, degree: tuple[int
     wide = plane(degree, (radius, 0.55 * (high - low)), [[-0.7, 0.0], [1.0, 0.0]], center=(0.0, (low + high) / 2))
     theta, last = wide.grid.nodes[:, :1], wide.grid.nodes[:, 1]
     sample = bandit.sample_law(theta, fixed_teacher(theta))
-    step = -apply_law(law, last)[:, None, None] * sample.gradient
+    step, remembered = TorchStep(bandit, law, scope="lagged").lagged(theta, fixed_teacher(theta), last)
 
     def target(eta: float) -> Tensor:
-        return torch.cat([theta.unsqueeze(1) + eta * step, sample.information.unsqueeze(-1)], -1)
+        return torch.cat([theta.unsqueeze(1) + eta * step, remembered.unsqueeze(-1)], -1)
 
     chain = wide.moving(sample.probability, target)
     s = f.exact_diffusion

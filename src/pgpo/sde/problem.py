@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pgpo.core import modulate, token_entropy
+from pgpo.core import CrossFit, EarlierInformation, modulate, token_entropy
 
 Law = Callable[[float], float]
 
@@ -114,7 +114,8 @@ class TorchStep:
     Args:
         bandit: the problem.
         law: information -> rho; None = plain SGD without modulation.
-        scope: "batch" = I over the mini-batch (the method), "all" = I over all prompts (batch-independent rho).
+        scope: whose information: "batch" = the mini-batch's own (the method), "all" = over all prompts (a rho without
+            the batch), "lagged" = what `earlier` holds, "cross_fit" = each half of the batch by the other's.
         lr: eta of the step.
     """
 
@@ -124,42 +125,85 @@ class TorchStep:
         self.everything = torch.arange(bandit.phi.shape[0])
         self.optimizer = torch.optim.SGD(self.student.parameters(), lr=lr, weight_decay=bandit.decay)
         self.handle = modulate(self.optimizer) if law is not None else None
+        self.earlier = EarlierInformation()
+        self.halves = CrossFit(self.student.parameters())
 
     def __call__(self, theta: Tensor, theta_bar: Tensor, prompts: Tensor, tokens: Tensor) -> Tensor:
-        """theta' [d] after the batch prompts [m], tokens [m]."""
+        """theta' [d] after the batch prompts [m], tokens [m]; with "cross_fit" m is even and the first half is A."""
         with torch.no_grad():
             self.student.theta.copy_(theta)
             self.teacher.theta.copy_(theta_bar)
+        self.optimizer.zero_grad()
+        rho = self._backward(prompts, tokens)
+        if self.handle is not None:
+            self.handle.arm(rho)
+        self.optimizer.step()
+        return self.student.theta.detach().clone()
+
+    def _backward(self, prompts: Tensor, tokens: Tensor) -> float:
+        """Leave the gradient of the batch; its multiplier."""
+        if self.law is None:
+            self._differentiate(prompts, tokens)
+            return 1.0
+        if self.scope == "cross_fit":
+            half = len(prompts) // 2
+            self._differentiate(prompts[:half], tokens[:half], share=0.5)
+            self.halves.stash()
+            self._differentiate(prompts[half:], tokens[half:], share=0.5)
+            return self.halves.combine(self.law(self._gap(prompts[:half])), self.law(self._gap(prompts[half:])))
+        self._differentiate(prompts, tokens)
+        information = self._gap(self.everything if self.scope == "all" else prompts)
+        if self.scope == "lagged":
+            earlier = self.earlier.exchange(information)
+            return 1.0 if earlier is None else self.law(earlier)
+        return self.law(information)
+
+    def _differentiate(self, prompts: Tensor, tokens: Tensor, share: float = 1.0) -> None:
+        """Add `share` of the mean loss's gradient to .grad."""
+        with torch.no_grad():
             teacher_logits = self.teacher(prompts, reads_feedback=True)
-        logits = self.student(prompts)
-        log_student = torch.log_softmax(logits, -1)
+        log_student = torch.log_softmax(self.student(prompts), -1)
         ratio = (torch.log_softmax(teacher_logits, -1) - log_student).detach()
         advantage = ratio - (log_student.detach().exp() * ratio).sum(-1, keepdim=True)
         pick = tokens.unsqueeze(-1)
         loss = -(advantage.gather(-1, pick) * log_student.gather(-1, pick)).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        if self.handle is not None and self.law is not None:
-            with torch.no_grad():
-                if self.scope == "all":
-                    logits = self.student(self.everything)
-                    teacher_logits = self.teacher(self.everything, reads_feedback=True)
-                gap = (token_entropy(logits) - token_entropy(teacher_logits)).mean()
-            self.handle.arm(self.law(float(gap)))
-        self.optimizer.step()
-        return self.student.theta.detach().clone()
+        (share * loss).backward()
+
+    @torch.no_grad()
+    def _gap(self, prompts: Tensor) -> float:
+        """Mean over the prompts of H(student) - H(teacher), nats."""
+        gap = token_entropy(self.student(prompts)) - token_entropy(self.teacher(prompts, reads_feedback=True))
+        return float(gap.mean())
 
     def displacement(self, theta: Tensor, theta_bar: Tensor) -> Tensor:
-        """H_B = (theta' - theta) / lr for every one-sample batch at every state [M, d]; returns [M, B, d]."""
+        """H_B = (theta' - theta) / lr for every one-sample batch at every state [M, d]; returns [M, B, d].
+
+        With "cross_fit" a batch is two samples, and there are B^2 of them.
+        """
+        samples = self._samples()
+        batches = [(a, b) for a in samples for b in samples] if self.scope == "cross_fit" else [(a,) for a in samples]
+        pairs = [torch.tensor(batch).T for batch in batches]  # prompts and tokens
+        moved = [self(state, bar, *pair) for state, bar in zip(theta, theta_bar, strict=True) for pair in pairs]
+        return (torch.stack(moved).reshape(len(theta), len(batches), -1) - theta.unsqueeze(1)) / self.lr
+
+    def lagged(self, theta: Tensor, theta_bar: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The same where the batch before had information last [M]: H_B [M, B, d], and what is remembered [M, B]."""
+        moved, remembered = [], []
+        for state, bar, value in zip(theta, theta_bar, last.tolist(), strict=True):
+            for x, y in self._samples():
+                self.earlier.value = value
+                moved.append(self(state, bar, torch.tensor([x]), torch.tensor([y])))
+                remembered.append(self.earlier.value)
+        displacement = (torch.stack(moved).reshape(len(theta), -1, theta.shape[1]) - theta.unsqueeze(1)) / self.lr
+        return displacement, torch.tensor(remembered, dtype=torch.float64).reshape(len(theta), -1)
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _samples(self) -> list[tuple[int, int]]:
         prompts, vocabulary, _ = self.student.phi.shape
-        batches = [(x, y) for x in range(prompts) for y in range(vocabulary)]
-        moved = [
-            self(state, bar, torch.tensor([x]), torch.tensor([y]))
-            for state, bar in zip(theta, theta_bar, strict=True)
-            for x, y in batches
-        ]
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        return (torch.stack(moved).reshape(len(theta), len(batches), -1) - theta.unsqueeze(1)) / lr
+        return [(x, y) for x in range(prompts) for y in range(vocabulary)]
 
 
 def _table(rows: Sequence[Sequence[float]]) -> Tensor:
