@@ -118,9 +118,9 @@ def lora(**options):
 def test_lora_student_and_teacher_adapter(tmp_path, kind):
     t = trainer(tmp_path, peft_config=lora(), teacher=kind, teacher_rate=0.25, max_steps=3, learning_rate=5e-2)
     ids = [[2, 10, 11, 3]], [[12, 13]]
-    assert torch.equal(
-        t._completion_logits(t.model, *ids).detach(), t.teacher.logits(lambda m: t._completion_logits(m, *ids))
-    )
+    states = t.passes.teacher(t.teacher, *ids)
+    own = t.passes.run(t.model, *ids, lambda hidden, head: head.logits(hidden)).detach()
+    assert torch.allclose(own, states.head.logits(states.hidden), atol=1e-6)
     before = weights(t.model)
     logs = train(t)
     after = weights(t.model)
@@ -271,14 +271,20 @@ def test_rollout_correction_weighs_the_loss(tmp_path, per_token):
 
 
 def test_importance_ratio_is_taken_at_the_sampling_temperature(tmp_path):
-    t = trainer(tmp_path, temperature=0.5, importance_clip=100.0)
-    logits = torch.randn(1, 3, len(WORDS), generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[7, 8, 9]])
-    old = torch.tensor([-1.0, -2.0, -3.0])
-    row = Row(prompt=[2], teacher_prompt=[2], completion=[7, 8, 9], rollout_logprobs=old)
-    now = (logits.double() / 0.5).log_softmax(-1)[0, torch.arange(3), labels[0]]
-    expected = (now - old).exp().clamp_max(100.0)
-    assert torch.allclose(t._importance([row], logits, labels)[0].double(), expected, rtol=1e-5)
+    t = trainer(tmp_path, temperature=0.5, importance_clip=3.0, divergence="forward_kl", divergence_top_k=0)
+    old = torch.tensor([-1.0, -2.0, -30.0])
+    row = Row(prompt=[2], teacher_prompt=[2, 9], completion=[7, 8, 9], rollout_logprobs=old)
+    loss, _ = t._distill(t.model, [row], t._teacher_states([row]), 1.0, idle=False)
+
+    def log_probs(prompt):
+        logits = build_model()(input_ids=torch.tensor([prompt + row.completion])).logits[0, -4:-1].double()
+        return (logits / 0.5).log_softmax(-1).detach()
+
+    student, teacher = log_probs(row.prompt), log_probs(row.teacher_prompt)
+    ratio = (student[torch.arange(3), torch.tensor(row.completion)] - old).exp().clamp_max(3.0)
+    assert ratio[2] == 3.0 > ratio[:2].max() > 0
+    expected = (ratio * (teacher.exp() * (teacher - student)).sum(-1)).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_no_forward_exceeds_the_token_budget(tmp_path):
@@ -291,18 +297,18 @@ def test_no_forward_exceeds_the_token_budget(tmp_path):
         padded = len(part) * (max(sizes[i][0] for i in part) + max(sizes[i][1] for i in part))
         assert padded <= 2200 or len(part) == 1
     assert len(parts) < 6
-    seen = []
-    budget = trainer(tmp_path, max_tokens_per_microbatch=60, micro_batch_size=None)
-    plain = budget._completion_logits
+    for share in (True, False):
+        seen = []
+        budget = trainer(tmp_path, max_tokens_per_microbatch=60, share_teacher_prompts=share)
 
-    def watch(model, prompts, completions):
-        logits = plain(model, prompts, completions)
-        seen.append(len(prompts) * (max(map(len, prompts)) + max(map(len, completions))))
-        return logits
+        def watch(module, args, kwargs, seen=seen):
+            mask = kwargs.get("attention_mask")  # covers the cached prompt as well
+            seen.append((kwargs["input_ids"] if mask is None else mask).numel())
 
-    budget._completion_logits = watch
-    train(budget)
-    assert max(seen) <= 60 and len(seen) > 4
+        for m in (budget.model, budget.teacher.module):
+            m.register_forward_pre_hook(watch, with_kwargs=True)
+        train(budget)
+        assert max(seen) <= 60 and len(seen) > 4
 
 
 def test_steps_per_generation_is_folded_with_accumulation(tmp_path):

@@ -4,10 +4,13 @@ entropies   -> information I_k      information.py
 I_k         -> multiplier rho_k     viscosity.py
 whose I_k scales which gradient     sources.py
 rho_k       -> optimizer step       stepping.py
-the loss                            divergence.py
+the loss from logits                divergence.py
+all of it from hidden states        fused_head.py
 """
 
 from .divergence import divergence, sampled_token_divergence
+from .fused_head import HeadOutput, dense_distillation_head, distillation_of_logits, fused_distillation_head
+from .fused_head import HeadOutput, dense_distillation_head, fused_distillation_head
 from .information import Information, InformationMeter, token_entropy
 from .sources import CrossFit, EarlierInformation
 from .stepping import modulate, modulate_reference
@@ -17,10 +20,17 @@ __all__ = [
     "CrossFit",
     "EarlierInformation",
     "ExponentialLaw",
+    "HeadOutput",
+    "HeadOutput",
     "Information",
     "InformationMeter",
     "SmoothExponentialLaw",
+    "dense_distillation_head",
+    "distillation_of_logits",
+    "dense_distillation_head",
     "divergence",
+    "fused_distillation_head",
+    "fused_distillation_head",
     "linear_schedule",
     "modulate",
     "modulate_reference",

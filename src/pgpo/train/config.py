@@ -100,8 +100,10 @@ class PGPOConfig(GRPOConfig):
         "What an alarm does: 'off', 'warn' (a line in alarms.jsonl), 'freeze_teacher', 'rollback_teacher' (to its "
         "best snapshot, then frozen), 'halve_step', or 'rollback' (student, optimizer and teacher).",
     )
-    guard_signals: str | list[str] | None = _option(
-        None, "Signals to watch, the one that tells the best step first; None = those that suit the objective."
+    guard_signals: str | None = _option(
+        None,
+        "Signals to watch, with commas between (or a list); the first one tells the best step. None = those that suit "
+        "the objective.",
     )
     guard_limits: str | None = _option(
         None, "JSON file {signal: limit} from healthy runs (guard.calibrate); None = values of the lab's world."
@@ -117,7 +119,16 @@ class PGPOConfig(GRPOConfig):
     )
     micro_batch_size: int | None = _option(None, "At most this many completions per forward; None = no limit.")
     max_tokens_per_microbatch: int | None = _option(
-        16384, "At most rows * (longest prompt + longest completion) tokens per forward; one row may exceed it. Ours."
+        16384, "At most so many tokens per forward, padding included; one row may exceed it. Ours."
+    )
+    fused_head: bool = _option(
+        True, "Divergence and entropies from hidden states in chunks; False = the slow twin, with all logits. Ours."
+    )
+    share_teacher_prompts: bool = _option(
+        True, "Run a teacher prompt that several completions share once, and let them attend to its cache. Ours."
+    )
+    packing: bool | None = _option(
+        None, "Rows of a micro-batch behind one another, without padding; None = with flash attention on CUDA. Ours."
     )
     num_generations: int | None = _option(8, "Completions per question. Paper: 8.")
     max_completion_length: int | None = _option(8192, "Tokens. Paper: 8192.")

@@ -5,7 +5,7 @@ One optimizer step, top-down:
     rollouts, rewards                        TRL (trl_seam.py)
     annotate    teacher contexts             demonstration = a right sibling, and/or feedback on the own attempt
     optimize    micro-batches                active samples only, sorted by length, within the token budget
-                student and teacher logits on the same completion tokens
+                student and teacher hidden states on the same completion tokens (passes.py)
                 divergence / GLOBAL number of active tokens -> backward;   entropies -> InformationMeter
                 I_k over all micro-batches and ranks -> rho_k -> armed for the optimizer's step
     on_optimizer_step                        the teacher follows
@@ -16,7 +16,9 @@ Departures from lasgroup/SDPO and from TRL's SDPOTrainer are listed in docs/METH
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,12 +32,13 @@ from transformers import TrainerCallback
 
 from pgpo.core import (
     CrossFit,
+    HeadOutput,
     Information,
     InformationMeter,
-    divergence,
+    dense_distillation_head,
+    distillation_of_logits,
+    fused_distillation_head,
     modulate,
-    sampled_token_divergence,
-    token_entropy,
 )
 from pgpo.core.stepping import Modulation
 from pgpo.errors import UserError
@@ -45,10 +48,15 @@ from pgpo.evaluate.runners import TransformersRunner
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
 from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
 from pgpo.train.multiplier import StepMultiplier
+from pgpo.train.passes import Passes, States, head_error, head_problem, open_forward
 from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, torch_optimizer
 
 TEACHER_FILE = "pgpo_teacher.safetensors"
 STATE_FILE = "pgpo_state.json"
+_LOGGER = logging.getLogger(__name__)
+_HELD = 8  # ours: teacher states are held for so many micro-batches of tokens; 2 H bytes each in half precision
+_CHECKED_TOKENS = 32  # ours
+_HEAD_TOLERANCE = 0.02  # ours: of the largest logit; bf16 rounds to 0.004, another formula misses by far more
 _DEMONSTRATION_ROWS = 8  # ours: at most so many demonstrations are watched per rank and step
 _TRL_METRICS = {"completion_length": "completions/mean_length", "clipped_share": "completions/clipped_ratio"}
 
@@ -65,6 +73,11 @@ class Row:
     solved: bool = True
     rollout_logprobs: Tensor | None = None  # [T] log-probs at rollout time, where the tokens are off-policy
     weight: Tensor | None = None  # [T] or [1] vLLM / trainer mismatch correction
+
+    @property
+    def student_size(self) -> tuple[int, int]:
+        """Tokens of the student's prompt and of the completion."""
+        return len(self.prompt), len(self.completion)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -135,6 +148,7 @@ class PGPOTrainer(SeamTrainer):
             feedback_funcs = [feedback_funcs]
         self.grade = grade
         self.meters = [InformationMeter(args.information_denominator) for _ in range(1 + _splits(args))]
+        self.meter = self.meters[0]  # of the half-batch at work
         self.multiplier = StepMultiplier(args)
         self.teacher: Teacher | None = None
         self.templates = _templates(args)
@@ -162,7 +176,7 @@ class PGPOTrainer(SeamTrainer):
                 self.teacher = Teacher(self.model, args.teacher, args.teacher_rate)  # type: ignore[arg-type]
             except ValueError as error:
                 raise UserError(str(error)) from error
-            self._forward_keys = _accepted(self.model, ("position_ids", "logits_to_keep"))
+            self.passes = self._open_passes()
             self.add_callback(_TeacherFollows(self))
 
     @property
@@ -243,14 +257,11 @@ class PGPOTrainer(SeamTrainer):
         idle = not rows
         if idle:  # the other ranks may run a forward that gathers
             rows = [self._idle_row(batch)]
-        completions = [r.completion for r in rows]
-        assert self.teacher is not None
-        with self.accelerator.autocast():
-            logits = self.teacher.logits(
-                lambda module: self._completion_logits(module, [r.teacher_prompt for r in rows], completions)
-            )
-        labels, mask = self._labels(completions, logits.device)
-        sums = torch.stack([(_log_prob(logits, labels, self.args.temperature) * mask).sum(), mask.sum()]).double()
+        states = self._teacher_states(rows)
+        labels = self._labels(rows)
+        output = self._compare(states, states, labels, torch.zeros(len(labels), device=labels.device))
+        assert output.teacher_logprob is not None
+        sums = torch.tensor([output.teacher_logprob.double().sum(), len(labels)], dtype=torch.float64)
         total, tokens = self._reduce(sums * (not idle)).tolist()
         if tokens:
             self.record("demonstration_logprob", total / tokens)
@@ -264,6 +275,7 @@ class PGPOTrainer(SeamTrainer):
         tokens = self._sum(sum(len(r.completion) for r in rows))
         sums = torch.zeros(len(Sums.__annotations__), dtype=torch.float64, device=self.accelerator.device)
         self.token_details = {}
+        self._check_head(model, batch)
         parts = 1 + _splits(self.args)
         halves = CrossFit(model.parameters()) if parts == 2 else None
         for half in range(parts):
@@ -272,15 +284,18 @@ class PGPOTrainer(SeamTrainer):
             self.meter = self.meters[half]
             self.meter.reset()
             self.meter.add_unhinted(total - len(mine))
-            micro_batches = [[mine[i] for i in part] for part in self._micro_batches([r.size for r in mine])]
+            work = self._schedule(mine)
             # Every rank runs the same number of forwards and backwards: collectives hide in them.
-            rounds = int(self._max(len(micro_batches)))
+            rounds = int(self._max(sum(len(parts) for _, parts in work)))
             if self.args.fp16:
                 rounds = max(rounds, 1)  # a gradient scaler needs gradients in every step, if only zeros
+            micro_batches = self._with_teacher(work)
             for i in range(rounds):
-                part = micro_batches[i] if i < len(micro_batches) else None
+                part, states = next(micro_batches, (None, None))
+                if idle := part is None:
+                    part = [self._idle_row(batch)]
                 with self.exchange(model, last=i == rounds - 1):
-                    loss, stats = self._distill(model, part or [self._idle_row(batch)], tokens, idle=part is None)
+                    loss, stats = self._distill(model, part, states or self._teacher_states(part), tokens, idle)
                     # Ranks average their gradients; the loss is a sum over ranks divided by the global token count.
                     self.accelerator.backward(loss * self.accelerator.num_processes)
                 sums += stats
@@ -290,7 +305,7 @@ class PGPOTrainer(SeamTrainer):
         self._stepped = tokens > 0
         totals = Sums(*self._reduce(sums).tolist())
         self._log_step(information, rho, totals, tokens)
-        return torch.tensor(totals.loss / max(tokens, 1), device=self.accelerator.device)
+        return torch.tensor(totals.loss, device=self.accelerator.device)
 
     def _active_rows(self, batch: Batch) -> list[Row]:
         """This rank's completions that have a teacher and at least one token, padding removed."""
@@ -323,112 +338,205 @@ class PGPOTrainer(SeamTrainer):
         prompt = batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist()
         return Row(prompt=prompt, teacher_prompt=prompt, completion=batch["completion_ids"][0][:1].tolist())
 
+    def _schedule(self, rows: list[Row]) -> list[tuple[list[Row], list[list[int]]]]:
+        """Blocks of rows whose teacher states are held at the same time, each with the student's micro-batches.
+
+        With shared teacher prompts a block is as much as may be held: the rows of one prompt stay together, and the
+        student's micro-batches need not make room for the teacher's longer prompts. Otherwise, as under FSDP, where
+        every rank must run the same forwards, a block is a micro-batch.
+        """
+        if not self._shares_prompts:
+            parts = self._micro_batches([r.size for r in rows])
+            return [([rows[i] for i in part], [list(range(len(part)))]) for part in parts]
+        limit = _HELD * (self.args.max_tokens_per_microbatch or math.inf)
+        blocks: list[list[Row]] = [[]]
+        held = 0
+        for _, siblings in itertools.groupby(sorted(rows, key=lambda r: r.teacher_prompt), lambda r: r.teacher_prompt):
+            more = list(siblings)
+            size = sum(len(r.completion) for r in more)
+            if blocks[-1] and held + size > limit:
+                blocks.append([])
+                held = 0
+            blocks[-1] += more
+            held += size
+        return [(block, list(self._micro_batches([r.student_size for r in block]))) for block in blocks if block]
+
+    def _with_teacher(self, work: list[tuple[list[Row], list[list[int]]]]) -> Iterator[tuple[list[Row], States]]:
+        """Micro-batches in turn, each with the teacher's states of its tokens."""
+        for block, parts in work:
+            states = self._teacher_states(block)
+            ends = list(itertools.accumulate(len(r.completion) for r in block))
+            for part in parts:
+                index = torch.cat([torch.arange(ends[i] - len(block[i].completion), ends[i]) for i in part])
+                yield [block[i] for i in part], states[index.to(states.hidden.device)]
+
     def _micro_batches(self, sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
         """Indices of rows that go through the model together, longest first: little is padded.
 
         sizes: (prompt, completion) tokens per row. Prompts are padded left and completions right, so a part takes
-        rows * (longest prompt + longest completion) tokens: at most the budget, unless it is a single row.
+        rows * (longest prompt + longest completion) tokens, packed only the sum of its rows: at most the budget, unless
+        it is a single row.
         """
         most = self.args.micro_batch_size or len(sizes)
         budget = self.args.max_tokens_per_microbatch or math.inf
+        packed = self.distills and self.passes.pack
         part: list[int] = []
-        prompt = completion = 0
+        prompt = completion = total = 0
         for i in sorted(range(len(sizes)), key=lambda i: -sum(sizes[i])):
             longest = max(prompt, sizes[i][0]) + max(completion, sizes[i][1])
-            if part and (len(part) == most or (len(part) + 1) * longest > budget):
+            needed = total + sum(sizes[i]) if packed else (len(part) + 1) * longest
+            if part and (len(part) == most or needed > budget):
                 yield part
-                part, prompt, completion = [], 0, 0
+                part, prompt, completion, total = [], 0, 0, 0
             part.append(i)
             prompt, completion = max(prompt, sizes[i][0]), max(completion, sizes[i][1])
+            total += sum(sizes[i])
         if part:
             yield part
 
-    def _distill(self, model: nn.Module, rows: list[Row], tokens: float, idle: bool) -> tuple[Tensor, Tensor]:
-        """Loss of a micro-batch (its share of the global mean), and its `Sums` as a tensor."""
-        a = self.args
-        completions = [r.completion for r in rows]
+    def _teacher_states(self, rows: list[Row]) -> States:
         assert self.teacher is not None
         with self.accelerator.autocast():  # the student's forward autocasts by itself once prepared
-            teacher_logits = self.teacher.logits(
-                lambda module: self._completion_logits(module, [r.teacher_prompt for r in rows], completions)
+            return self.passes.teacher(
+                self.teacher,
+                [r.teacher_prompt for r in rows],
+                [r.completion for r in rows],
+                self._micro_batches if self._shares_prompts else None,
             )
-        student_logits = self._completion_logits(model, [r.prompt for r in rows], completions)
-        labels, mask = self._labels(completions, student_logits.device)
 
-        if a.divergence == "sampled_token":
-            per_token = sampled_token_divergence(student_logits, teacher_logits, labels, a.temperature)
-        else:
-            per_token = divergence(
-                student_logits,
-                teacher_logits,
-                kind=a.divergence,
-                beta=a.divergence_beta,
-                top_k=a.divergence_top_k or None,
-                tail=a.divergence_tail,
-                temperature=a.temperature,
-            )
-        per_token = torch.where(mask, per_token, 0.0)
-        weighted = per_token * self._importance(rows, student_logits, labels)
+    def _distill(
+        self, model: nn.Module, rows: list[Row], teacher: States, tokens: float, idle: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of a micro-batch (its share of the global mean), and its `Sums` as a tensor."""
+        labels = self._labels(rows)
+        weights = self._token_weights(rows, 0.0 if idle else 1 / tokens)
+        output: HeadOutput = self.passes.run(
+            model,
+            [r.prompt for r in rows],
+            [r.completion for r in rows],
+            lambda hidden, head: self._compare(States(hidden, head), teacher, labels, weights),
+        )
+        assert output.loss is not None and output.student_logprob is not None and output.teacher_logprob is not None
         if idle:
-            return weighted.sum() * 0.0, weighted.new_zeros(len(Sums.__annotations__), dtype=torch.float64)
-        with torch.no_grad():
-            self.meter.add(
-                token_entropy(student_logits, a.temperature), token_entropy(teacher_logits, a.temperature), mask
-            )
-            student = _log_prob(student_logits, labels, a.temperature)
-            teacher = _log_prob(teacher_logits, labels, a.temperature)
-            self._keep_details(rows, per_token, student, teacher)
-            wrong = mask & ~torch.tensor([[r.solved] for r in rows], device=mask.device)
-            gap = torch.where(mask, student - teacher, 0.0)
-            stats = torch.stack(
-                [t.detach().double().sum() for t in (weighted, per_token, gap, torch.where(wrong, gap, 0.0), wrong)]
-            )
-        return weighted.sum() / tokens, stats
+            return output.loss, torch.zeros(len(Sums.__annotations__), dtype=torch.float64, device=labels.device)
+        lengths = [len(r.completion) for r in rows]
+        mask = _mask(lengths).to(labels.device)
 
-    def _labels(self, completions: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Token ids and mask of the completions, [B, T] each, padded right."""
-        labels = _pad(completions, self.tokenizer.pad_token_id, "right").to(device)
-        mask = _pad([[1] * len(c) for c in completions], 0, "right").bool().to(device)
-        return labels, mask
+        def grid(values: Tensor) -> Tensor:
+            return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)
 
-    def _keep_details(self, rows: list[Row], divergence: Tensor, student: Tensor, teacher: Tensor) -> None:
-        for i, row in enumerate(rows):
-            if row.index in self.watched:
-                count = len(row.completion)
-                values = torch.stack([t[i, :count].float() for t in (divergence, student, teacher)], 1).tolist()
-                self.token_details[row.index] = [TokenDetail(t, *v) for t, v in zip(row.completion, values)]
+        self.meter.add(grid(output.student_entropy), grid(output.teacher_entropy), mask)
+        gap = output.student_logprob.detach() - output.teacher_logprob
+        wrong = torch.tensor([not r.solved for r in rows for _ in r.completion], device=mask.device)
+        self._keep_details(rows, output)
+        stats = [output.loss.detach(), output.divergence, gap, torch.where(wrong, gap, 0.0), wrong]
+        return output.loss, torch.stack([t.double().sum() for t in stats])
 
-    def _importance(self, rows: list[Row], student_logits: Tensor, labels: Tensor) -> Tensor | float:
-        """Detached token weights: clipped ratio to the rollout policy (SDPO) times vLLM's correction."""
-        weight: Tensor | float = 1.0
-        if self.args.importance_clip is not None and rows[0].rollout_logprobs is not None:
-            with torch.no_grad():
-                logprobs = _log_prob(student_logits, labels, self.args.temperature)
-                old = _pad_rows([r.rollout_logprobs for r in rows], logprobs)
-                weight = (logprobs - old).exp().clamp_max(self.args.importance_clip)
-        if rows[0].weight is not None:
-            length = labels.shape[1]
-            ratios = [r.weight if len(r.weight) > 1 else r.weight.expand(length) for r in rows]  # type: ignore[union-attr, arg-type]
-            weight = weight * _pad_rows(ratios, student_logits[..., 0])
-        return weight
+    def _compare(
+        self,
+        student: States,
+        teacher: States,
+        labels: Tensor,
+        weights: Tensor | Callable[[HeadOutput, slice], Tensor],
+    ) -> HeadOutput:
+        """Divergence, entropies and log-probabilities of N tokens; runs inside the student's forward."""
+        a = self.args
+        arguments: dict[str, Any] = dict(
+            kind=a.divergence,
+            beta=a.divergence_beta,
+            top_k=a.divergence_top_k or None,
+            tail=a.divergence_tail,
+            temperature=a.temperature,
+        )
+        if student.head is None or teacher.head is None:
+            return distillation_of_logits(student.hidden, teacher.hidden, labels, weights, **arguments)
+        s, t = student.head, teacher.head
+        function = fused_distillation_head if a.fused_head else dense_distillation_head
+        return function(
+            student.hidden,
+            s.weight,
+            teacher.hidden,
+            t.weight,
+            labels,
+            weights,
+            student_bias=s.bias,
+            teacher_bias=t.bias,
+            student_scale=s.scale,
+            teacher_scale=t.scale,
+            student_softcap=s.softcap,
+            teacher_softcap=t.softcap,
+            **arguments,
+        )
 
-    def _completion_logits(self, model: nn.Module, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
-        """Logits that predict each completion token: [B, T, V]; prompts padded left, completions right."""
+    def _token_weights(self, rows: list[Row], share: float) -> Tensor | Callable[[HeadOutput, slice], Tensor]:
+        """share * clipped ratio to the rollout policy (SDPO) * vLLM's correction, for every token."""
         device = self.accelerator.device
-        pad = self.tokenizer.pad_token_id
-        ids = torch.cat([_pad(prompts, pad, "left"), _pad(completions, pad, "right")], dim=1).to(device)
-        mask = torch.cat(
-            [_pad([[1] * len(p) for p in prompts], 0, "left"), _pad([[1] * len(c) for c in completions], 0, "right")],
-            dim=1,
-        ).to(device)
-        keep = max(map(len, completions)) + 1
-        extra: dict[str, Any] = {"use_cache": False}
-        if "position_ids" in self._forward_keys:
-            extra["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
-        if "logits_to_keep" in self._forward_keys:
-            extra["logits_to_keep"] = keep
-        logits = model(input_ids=ids, attention_mask=mask, **extra).logits
-        return logits[:, -keep:-1]
+        fixed = torch.full((sum(len(r.completion) for r in rows),), share, device=device)
+        if rows[0].weight is not None:
+            ratios = [r.weight.expand(len(r.completion)) for r in rows]  # type: ignore[union-attr]
+            fixed = fixed * torch.cat(ratios).to(device)
+        clip = self.args.importance_clip
+        if clip is None or rows[0].rollout_logprobs is None:
+            return fixed
+        old = torch.cat([r.rollout_logprobs for r in rows]).to(device)  # type: ignore[misc]
+
+        def weigh(chunk: HeadOutput, part: slice) -> Tensor:
+            assert chunk.student_logprob is not None
+            return (chunk.student_logprob - old[part]).exp().clamp_max(clip) * fixed[part]
+
+        return weigh
+
+    def _labels(self, rows: list[Row]) -> Tensor:
+        """Completion tokens [N], row after row."""
+        return torch.tensor([t for r in rows for t in r.completion], device=self.accelerator.device)
+
+    def _keep_details(self, rows: list[Row], output: HeadOutput) -> None:
+        start = 0
+        for row in rows:
+            end = start + len(row.completion)
+            if row.index in self.watched:
+                columns = (output.divergence, output.student_logprob, output.teacher_logprob)
+                values = torch.stack([t[start:end].detach().float() for t in columns], 1).tolist()  # type: ignore[index]
+                self.token_details[row.index] = [TokenDetail(t, *v) for t, v in zip(row.completion, values)]
+            start = end
+
+    def _open_passes(self) -> Passes:
+        """Let student and teacher end in hidden states, where their logits are a plain head on these."""
+        assert self.teacher is not None
+        a = self.args
+        problem = "torch_compile wraps its forward" if a.torch_compile else head_problem(self.model)
+        config = self.model.config.get_text_config()
+        if problem is None and a.teacher == "trust_region" and getattr(config, "final_logit_softcapping", None):
+            problem = "its logits are soft-capped, and teacher='trust_region' mixes logits"
+        if problem is None:
+            open_forward(self.model)
+            if self.teacher.module is not None:
+                open_forward(self.teacher.module)
+        elif a.fused_head:
+            _LOGGER.warning("the loss holds all logits, because %s", problem)
+        pack = a.packing
+        if pack is None:
+            pack = a.device.type == "cuda" and "flash" in str(config._attn_implementation)
+        self._head_checked = problem is not None
+        return Passes(self.model, self.tokenizer.pad_token_id, self.accelerator.device, pack, problem is not None)
+
+    @property
+    def _shares_prompts(self) -> bool:
+        return self.args.share_teacher_prompts and not self.is_fsdp_enabled and not self.passes.whole_logits
+
+    def _check_head(self, model: nn.Module, batch: Batch) -> None:
+        """Once, before the first update: the head on the hidden states must give the model's own logits."""
+        if self._head_checked:
+            return
+        self._head_checked = True
+        ids = batch["prompt_ids"][:1][batch["prompt_mask"][:1].bool()][:_CHECKED_TOKENS].unsqueeze(0)
+        training = model.training
+        model.eval()
+        error = self._max(head_error(model, ids))
+        model.train(training)
+        if not error < _HEAD_TOLERANCE:
+            _LOGGER.warning("the loss holds all logits: the head on the last hidden state misses them by %.2g", error)
+            self.passes.whole_logits = True
 
     def _optimize_grpo(self, model: nn.Module, batch: Batch) -> Tensor:
         """TRL's own loss, in micro-batches: token sums add up, means over rows are weighted by rows."""
@@ -526,15 +634,25 @@ class PGPOTrainer(SeamTrainer):
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
-    def save_extra(self, directory: Path) -> None:
-        from safetensors.torch import save_file
-
-        state = {
+    def extra_state(self) -> dict[str, Any]:
+        """What earlier steps left behind beside the tensors, as JSON can hold it."""
+        return {
             "negative_steps": self._negative_steps,
             "signal_steps": self._signal_steps,
             "modulation": self._modulation.state_dict() if self._modulation is not None else None,
             "multiplier": self.multiplier.state_dict(),
         }
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take `extra_state()` back. Raises KeyError or ValueError if it was written by another kind of run."""
+        self._negative_steps, self._signal_steps = state["negative_steps"], state["signal_steps"]
+        self._modulation_state = state["modulation"]
+        self.multiplier.load_state_dict(state["multiplier"])
+
+    def save_extra(self, directory: Path) -> None:
+        from safetensors.torch import save_file
+
+        state = self.extra_state()
         tensors: dict[str, Tensor] = {}
         if self.teacher is not None:
             saved = self.teacher.state_dict()
@@ -549,24 +667,18 @@ class PGPOTrainer(SeamTrainer):
     def load_extra(self, directory: Path) -> None:
         from safetensors.torch import load_file
 
-        try:
-            state = json.loads((directory / STATE_FILE).read_text())
-            self._negative_steps, self._signal_steps = state["negative_steps"], state["signal_steps"]
-            self._modulation_state = state["modulation"]
-            self.multiplier.load_state_dict(state["multiplier"])
-            if self.teacher is not None:
-                if state.get("teacher") is None:
-                    raise ValueError("it was written by a run without a teacher")
-                saved: dict[str, Any] = {**state["teacher"], "parameters": {}, "buffers": {}}
-                if (directory / TEACHER_FILE).exists():
-                    for key, tensor in load_file(directory / TEACHER_FILE).items():
-                        part, name = key.split("/", 1)
-                        saved[part][name] = tensor
-                self.teacher.load_state_dict(saved)
-        except Exception as error:
-            raise UserError(
-                f"the checkpoint {directory.name} cannot be continued ({error}); resume from an earlier one."
-            ) from error
+        state = json.loads((directory / STATE_FILE).read_text())
+        self.load_extra_state(state)
+        if self.teacher is None:
+            return
+        if state.get("teacher") is None:
+            raise ValueError("it was written by a run without a teacher")
+        saved: dict[str, Any] = {**state["teacher"], "parameters": {}, "buffers": {}}
+        if (directory / TEACHER_FILE).exists():
+            for key, tensor in load_file(directory / TEACHER_FILE).items():
+                part, name = key.split("/", 1)
+                saved[part][name] = tensor
+        self.teacher.load_state_dict(saved)
 
     # Held-out evaluation --------------------------------------------------------------------------------------------
 
@@ -747,32 +859,9 @@ def pooled(parts: Sequence[Information], denominator: str = "all") -> Informatio
     )
 
 
-def _log_prob(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) at the labels [B, T], nats, fp32."""
-    scaled = logits.float() / temperature
-    return scaled.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
-
-
-def _accepted(model: Any, names: tuple[str, ...]) -> set[str]:
-    """Which keyword arguments the causal language model's own forward takes."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    return {name for name in names if name in inspect.signature(type(base).forward).parameters}
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:
-    """Rows of unequal length -> [B, longest]."""
-    width = max(map(len, rows))
-    fill = [[value] * (width - len(row)) for row in rows]
-    left = side == "left"
-    return torch.tensor([f + list(row) if left else list(row) + f for f, row in zip(fill, rows)])
-
-
-def _pad_rows(rows: Sequence[Any], like: Tensor) -> Tensor:
-    """Rows [T_i] into the right-padded shape of `like` [B, T]."""
-    out = torch.zeros_like(like, dtype=torch.float32)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row[: like.shape[1]]
-    return out
+def _mask(lengths: Sequence[int]) -> Tensor:
+    """[B, longest], True on the first lengths[i] places of row i."""
+    return torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
 
 
 def _select(batch: Batch, index: list[int], count: int) -> Batch:

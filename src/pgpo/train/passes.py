@@ -1,0 +1,378 @@
+"""Forward passes that end in hidden states: no [tokens, vocabulary], little padding, shared prompts run once.
+
+    open_forward(model)    model(..., finish=f) returns f(hidden states, head) instead of logits
+    layout                 rows of unequal length -> one padded batch, or one packed row without padding
+    student_pass           hidden states of the completion tokens, with gradient, handed to the loss inside the forward
+    teacher_states         the same for the teacher, without gradient; a prompt that several rows share is run once and
+                           its keys and values serve all their completions
+
+The head is applied inside the wrapped model's own forward, because that is where DDP and FSDP hold whole parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from pgpo.teacher import Teacher
+
+T = TypeVar("T")
+Tokens = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap); without softcap, the argument itself.
+
+    Attributes:
+        weight: [V, H].
+        bias: [V] or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V]."""
+        logits = self.scale * nn.functional.linear(hidden, self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states that predict completion tokens, row after row [N, H], and the head that turns them into logits.
+
+    head None: `hidden` are the logits [N, V] themselves.
+    """
+
+    hidden: Tensor
+    head: Head | None
+
+    def __getitem__(self, index: Tensor) -> States:
+        return States(self.hidden[index], self.head)
+
+
+# The model's own forward --------------------------------------------------------------------------------------------
+
+
+def open_forward(model: nn.Module) -> None:
+    """Let `model(..., finish=f)` return f(hidden [B, L, H], Head); without `finish` nothing changes. Idempotent.
+
+    Patches the causal language model itself (below PEFT), on the instance, so that every wrapper's hooks still run.
+    """
+    inner = causal_lm(model)
+    if getattr(inner, "_pgpo_open", False):
+        return
+    plain = inner.forward
+
+    @functools.wraps(type(inner).forward)  # generate() checks its arguments against this signature
+    def forward(self: Any, *args: Any, finish: Callable[[Tensor, Head], T] | None = None, **kwargs: Any) -> Any:
+        if finish is None:
+            return plain(*args, **kwargs)
+        # Backbone and head are looked up at each call: FSDP and PEFT replace them.
+        return finish(self.base_model(*args, **kwargs).last_hidden_state, _head(self))
+
+    inner.forward = types.MethodType(forward, inner)
+    inner._pgpo_open = True
+
+
+def causal_lm(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def head_problem(model: nn.Module) -> str | None:
+    """Why the logits of this model are no plain head on its last hidden state, as far as its parts tell; or None."""
+    inner = causal_lm(model)
+    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "base_model"):
+        return f"{type(inner).__name__} is no transformers model"
+    head = inner.get_output_embeddings()
+    if head is None:
+        return f"{type(inner).__name__} has no output embeddings"
+    if hasattr(head, "lora_A"):
+        return "LoRA adapts its head"
+    weight = getattr(head, "weight", None)
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        return f"its head {type(head).__name__} has no plain weight"
+    if "position_ids" not in inspect.signature(type(inner).forward).parameters:
+        return "its forward takes no position_ids"
+    return None
+
+
+def head_error(model: nn.Module, ids: Tensor) -> float:
+    """Largest difference between the model's own logits and the head on its hidden states, over their largest size."""
+    with torch.no_grad():
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        ours = model(input_ids=ids, use_cache=False, finish=lambda hidden, head: head.logits(hidden)).float()
+    return float((own - ours).abs().max() / own.abs().max().clamp_min(1e-6))
+
+
+def _head(model: Any) -> Head:
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    return Head(_whole(head.weight), _whole(getattr(head, "bias", None)), _scale(config), _softcap(config))
+
+
+def _scale(config: Any) -> float:
+    """Factor on the logits: Cohere multiplies by logit_scale, Falcon-H1 by lm_head_multiplier, Granite divides by
+    logits_scaling. A model that does something else fails `head_error`."""
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if (value := getattr(config, name, None)) is not None:
+            return float(value)
+    scaling = getattr(config, "logits_scaling", None)
+    return 1.0 if scaling is None else 1.0 / float(scaling)
+
+
+def _softcap(config: Any) -> float | None:
+    value = getattr(config, "final_logit_softcapping", None)
+    return None if value is None else float(value)
+
+
+def _whole(tensor: Any) -> Any:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+# Layout -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch for the model, and where in it the completion tokens are predicted.
+
+    Attributes:
+        ids, positions: [B, L].
+        mask: [B, L], or None for a packed row, whose borders are where positions start again.
+        keep: [N] places in the flattened [B * L] that predict the completion tokens, row after row.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    keep: Tensor
+
+    def to(self, device: torch.device) -> Inputs:
+        moved = [None if t is None else t.to(device) for t in (self.ids, self.positions, self.mask, self.keep)]
+        return Inputs(*moved)  # type: ignore[arg-type]
+
+
+def padded(prompts: Sequence[Tokens], completions: Sequence[Tokens], pad: int) -> Inputs:
+    """Prompts padded left, completions right. A completion's last token predicts nothing and is left out."""
+    width = max(map(len, prompts))
+    tail = max(map(len, completions)) - 1
+    ids, mask = [], []
+    keep: list[int] = []
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        left, right = width - len(prompt), tail - (len(completion) - 1)
+        ids.append([*[pad] * left, *prompt, *completion[:-1], *[pad] * right])
+        mask.append([*[0] * left, *[1] * (width + tail - left - right), *[0] * right])
+        first = i * (width + tail) + width - 1
+        keep.extend(range(first, first + len(completion)))
+    masks = torch.tensor(mask)
+    return Inputs(torch.tensor(ids), (masks.cumsum(1) - 1).clamp_min(0), masks, torch.tensor(keep))
+
+
+def packed(prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> Inputs:
+    """All rows behind one another in a single row; positions start again at every border."""
+    ids: list[int] = []
+    positions: list[int] = []
+    keep: list[int] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        keep.extend(range(len(ids) + len(prompt) - 1, len(ids) + len(prompt) - 1 + len(completion)))
+        ids += [*prompt, *completion[:-1]]
+        positions += range(len(prompt) + len(completion) - 1)
+    return Inputs(torch.tensor([ids]), torch.tensor([positions]), None, torch.tensor(keep))
+
+
+# Passes -------------------------------------------------------------------------------------------------------------
+
+
+class Passes:
+    """Forward passes of one trainer.
+
+    Args:
+        model: the student, unwrapped; its `open_forward` is used unless `whole_logits`.
+        pad: the tokenizer's pad token.
+        device: of the model.
+        pack: one packed row instead of a padded batch; needs an attention that keeps packed rows apart.
+        whole_logits: hand the model's own logits to `finish`, with None for the head: for models whose logits are no
+            plain head on the last hidden state.
+    """
+
+    def __init__(
+        self, model: nn.Module, pad: int, device: torch.device, pack: bool = False, whole_logits: bool = False
+    ) -> None:
+        self.pad, self.device, self.pack, self.whole_logits = pad, device, pack, whole_logits
+        self._takes_positions = "position_ids" in inspect.signature(type(causal_lm(model)).forward).parameters
+
+    def layout(self, prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> Inputs:
+        inputs = packed(prompts, completions) if self.pack else padded(prompts, completions, self.pad)
+        return inputs.to(self.device)
+
+    def run(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Tokens],
+        completions: Sequence[Tokens],
+        finish: Callable[[Tensor, Head | None], T],
+    ) -> T:
+        """finish(hidden [N, H] of the completion tokens, head), called inside the model's forward."""
+        inputs = self.layout(prompts, completions)
+        extra: dict[str, Any] = {"use_cache": False}
+        if inputs.mask is not None:
+            extra["attention_mask"] = inputs.mask
+        if self._takes_positions:
+            extra["position_ids"] = inputs.positions
+        if self.whole_logits:
+            logits = model(input_ids=inputs.ids, **extra).logits
+            return finish(logits.flatten(0, 1)[inputs.keep], None)
+        result: T = model(
+            input_ids=inputs.ids,
+            finish=lambda hidden, head: finish(hidden.flatten(0, 1)[inputs.keep], head),
+            **extra,
+        )
+        return result
+
+    def teacher(
+        self,
+        teacher: Teacher,
+        prompts: Sequence[Tokens],
+        completions: Sequence[Tokens],
+        parts: Callable[[Sequence[tuple[int, int]]], Iterator[list[int]]] | None = None,
+    ) -> States:
+        """The teacher's states of all rows, in their order, without gradient.
+
+        Args:
+            parts: splits (prompt, completion) sizes into runs that fit the memory; given, prompts that several rows
+                share are run once. None = one padded run of all rows.
+        """
+
+        def forward(module: nn.Module) -> States:
+            if parts is None:
+                return self.run(module, prompts, completions, States)
+            return self._in_parts(module, prompts, completions, parts)
+
+        return combined(teacher.outputs(forward))
+
+    def _in_parts(
+        self,
+        module: nn.Module,
+        prompts: Sequence[Tokens],
+        completions: Sequence[Tokens],
+        parts: Callable[[Sequence[tuple[int, int]]], Iterator[list[int]]],
+    ) -> States:
+        keys = [tuple(p) for p in prompts]
+        uses = Counter(keys)
+        shared = [key for key in uses if uses[key] > 1]
+        found: dict[int, Tensor] = {}
+        head: Head | None = None
+        for chunk in parts([(len(key), 1) for key in shared]) if shared else ():
+            own = [shared[i] for i in chunk]
+            rows = [i for i, key in enumerate(keys) if key in set(own)]
+            result = self._shared(module, own, rows, keys, completions, parts)
+            if result is None:  # a cache that cannot be expanded
+                break
+            hidden, head = result
+            found |= hidden
+        rest = [i for i in range(len(prompts)) if i not in found]
+        for part in parts([(len(prompts[i]), len(completions[i])) for i in rest]) if rest else ():
+            rows = [rest[i] for i in part]
+            states = self.run(module, [prompts[i] for i in rows], [completions[i] for i in rows], States)
+            head = states.head
+            found |= dict(zip(rows, states.hidden.split([len(completions[i]) for i in rows]), strict=True))
+        return States(torch.cat([found[i] for i in range(len(prompts))]), head)
+
+    def _shared(
+        self,
+        module: nn.Module,
+        prompts: Sequence[Tokens],
+        rows: Sequence[int],
+        keys: Sequence[Tokens],
+        completions: Sequence[Tokens],
+        parts: Callable[[Sequence[tuple[int, int]]], Iterator[list[int]]],
+    ) -> tuple[dict[int, Tensor], Head] | None:
+        """Hidden states of `rows`, whose prompts are among `prompts`; None if the model's cache cannot be expanded."""
+        start = padded(prompts, [[self.pad]] * len(prompts), self.pad).to(self.device)
+        assert start.mask is not None
+        cache = DynamicCache(config=causal_lm(module).config)
+        last, head = module(
+            input_ids=start.ids,
+            attention_mask=start.mask,
+            position_ids=start.positions,
+            past_key_values=cache,
+            use_cache=True,
+            finish=lambda hidden, head: (hidden[:, -1], head),
+        )
+        width = start.ids.shape[1]
+        if not _expandable(cache, width):
+            return None
+        place = {tuple(p): i for i, p in enumerate(prompts)}
+        found = {i: last[place[tuple(keys[i])]].unsqueeze(0) for i in rows}  # predicts the first token
+        longer = [i for i in rows if len(completions[i]) > 1]
+        for part in parts([(len(keys[i]), len(completions[i])) for i in longer]) if longer else ():
+            mine = [longer[i] for i in part]
+            prefix = max(len(keys[i]) for i in mine)
+            index = torch.tensor([place[tuple(keys[i])] for i in mine], device=self.device)
+            lengths = torch.tensor([len(keys[i]) for i in mine], device=self.device)
+            tails = [completions[i][:-1] for i in mine]
+            ids, seen = (t.to(self.device) for t in _padded_right(tails, self.pad))
+            expanded = DynamicCache(
+                [
+                    (layer.keys[index, :, width - prefix :], layer.values[index, :, width - prefix :])
+                    for layer in cache.layers
+                ]
+            )
+            hidden = module(
+                input_ids=ids,
+                attention_mask=torch.cat([start.mask[index, width - prefix :], seen], 1),
+                position_ids=lengths.unsqueeze(1) + torch.arange(ids.shape[1], device=self.device),
+                past_key_values=expanded,
+                use_cache=True,
+                finish=lambda hidden, head: hidden,
+            )
+            for i, tail, states in zip(mine, tails, hidden, strict=True):
+                found[i] = torch.cat([found[i], states[: len(tail)]])
+        return found, head
+
+
+def combined(outputs: Sequence[tuple[float, States]]) -> States:
+    """One head for a weighted sum of logits: sum_i share_i (h_i W_i^T) = [share_i h_i] [W_i]^T, side by side."""
+    if len(outputs) == 1:
+        return outputs[0][1]
+    shares, states = zip(*outputs, strict=True)
+    if states[0].head is None:
+        return States(sum(share * s.hidden for share, s in zip(shares, states, strict=True)), None)
+    heads = [s.head for s in states]
+    if any(h.softcap is not None for h in heads):
+        raise ValueError("a mixture of soft-capped logits has no head of its own")
+    biases = [share * h.bias for share, h in zip(shares, heads, strict=True) if h.bias is not None]
+    return States(
+        torch.cat([share * s.hidden for share, s in zip(shares, states, strict=True)], 1),
+        Head(
+            torch.cat([h.weight for h in heads], 1),
+            sum(biases[1:], biases[0]) if biases else None,
+            heads[0].scale,
+        ),
+    )
+
+
+def _expandable(cache: DynamicCache, width: int) -> bool:
+    """Whether every layer holds plain keys and values of the whole prompt."""
+    return all(type(layer) is DynamicLayer and layer.get_seq_length() == width for layer in cache.layers)
+
+
+def _padded_right(rows: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask [B, longest]."""
+    width = max(map(len, rows))
+    ids = [[*row, *[pad] * (width - len(row))] for row in rows]
+    return torch.tensor(ids), torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])

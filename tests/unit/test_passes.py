@@ -1,0 +1,335 @@
+"""Hidden-state passes against one plain forward per row; the trainer's fast paths against its slow ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import WORDS, build_model
+from torch import nn
+from trainer_kit import Spy, largest_difference, train, trainer, weights
+
+from pgpo.teacher import Teacher
+from pgpo.train.passes import Passes, States, combined, head_error, head_problem, open_forward, packed, padded
+
+CPU = torch.device("cpu")
+PROMPTS = [[2, 10, 11, 3], [2, 12, 3], [2, 10, 11, 3], [2, 13, 14, 15, 16, 17, 3], [2, 10, 11, 3], [2, 12, 3]]
+COMPLETIONS = [[20, 21, 22, 1], [23], [24, 1], [25, 26, 27, 28, 29, 1], [30], [31, 32, 1]]
+
+
+def row_by_row(model, prompts=PROMPTS, completions=COMPLETIONS):
+    """[N, V], no padding anywhere."""
+    parts = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        out = model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits
+        parts.append(out[0, len(prompt) - 1 : -1])
+    return torch.cat(parts)
+
+
+def passes(model, **options):
+    open_forward(model)
+    return Passes(model, 0, CPU, **options)
+
+
+def small(kind: str, **options):
+    """A tiny model of another family, with weights large enough that logits differ."""
+    import transformers
+
+    torch.manual_seed(0)
+    shape = dict(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        initializer_range=0.3,
+    )
+    config = getattr(transformers, f"{kind}Config")(**(shape | options))
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_hidden_states_predict_what_each_row_alone_predicts(kind, pack):
+    model = build_model(kind=kind).eval()
+    expected = row_by_row(model).detach()
+    got = passes(model, pack=pack).run(model, PROMPTS, COMPLETIONS, lambda hidden, head: head.logits(hidden))
+    torch.testing.assert_close(got.detach(), expected, atol=2e-5, rtol=0)
+
+
+def test_whole_logits_are_handed_over_without_a_head():
+    model = build_model().eval()
+    own = Passes(model, 0, CPU, whole_logits=True)
+    seen = []
+    got = own.run(model, PROMPTS, COMPLETIONS, lambda logits, head: seen.append(head) or logits)
+    torch.testing.assert_close(got, row_by_row(model), atol=2e-5, rtol=0)
+    assert seen == [None]
+
+
+def test_layouts_by_hand():
+    inputs = padded([[5, 6, 7], [8]], [[1, 2], [3, 4, 9]], pad=0)
+    assert inputs.ids.tolist() == [[5, 6, 7, 1, 0], [0, 0, 8, 3, 4]]
+    assert inputs.mask.tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert inputs.positions.tolist() == [[0, 1, 2, 3, 3], [0, 0, 0, 1, 2]]
+    assert inputs.keep.tolist() == [2, 3, 7, 8, 9]
+    row = packed([[5, 6, 7], [8]], [[1, 2], [3, 4, 9]])
+    assert row.ids.tolist() == [[5, 6, 7, 1, 8, 3, 4]]
+    assert row.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert row.keep.tolist() == [2, 3, 4, 5, 6] and row.mask is None
+
+
+def test_an_open_forward_changes_nothing_without_finish():
+    model = build_model().eval()
+    ids = torch.tensor([PROMPTS[0]])
+    before = model(input_ids=ids).logits
+    open_forward(model)
+    open_forward(model)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Gemma2", dict(final_logit_softcapping=3.0)),
+        ("Granite", dict(logits_scaling=4.0)),
+        ("Cohere", dict(logit_scale=0.25)),
+        ("Llama", dict(tie_word_embeddings=False)),
+    ],
+)
+def test_heads_with_a_scale_or_a_cap(kind, options):
+    model = small(kind, **options)
+    assert head_problem(model) is None
+    open_forward(model)
+    assert head_error(model, torch.tensor([PROMPTS[3]])) < 1e-5
+
+
+def test_another_formula_is_noticed():
+    model = build_model().eval()
+    plain = model.forward
+
+    def doubled(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+    model.forward = doubled
+    open_forward(model)
+    assert head_error(model, torch.tensor([PROMPTS[3]])) > 0.3
+
+
+def test_a_head_with_lora_is_refused():
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(build_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert head_problem(adapted) is None
+    untied = small("Llama", tie_word_embeddings=False)
+    adapted = get_peft_model(untied, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    assert "LoRA" in head_problem(adapted)
+    assert "no transformers model" in head_problem(nn.Linear(2, 2))
+
+
+# The teacher ------------------------------------------------------------------------------------------
+
+
+def in_twos(sizes):
+    """Micro-batches of two rows, longest first."""
+    order = sorted(range(len(sizes)), key=lambda i: -sum(sizes[i]))
+    return iter([order[i : i + 2] for i in range(0, len(order), 2)])
+
+
+def at_once(sizes):
+    return iter([list(range(len(sizes)))])
+
+
+@pytest.mark.parametrize("parts", [None, at_once, in_twos])
+@pytest.mark.parametrize("kind", ["ema", "live", "frozen", "trust_region"])
+def test_shared_prompts_give_the_logits_of_each_row_alone(kind, parts):
+    student = build_model()
+    teacher = Teacher(student, kind, 0.25)
+    own = passes(student)
+    if teacher.module is not None:
+        open_forward(teacher.module)
+    with torch.no_grad():
+        for p in student.parameters():  # so that teacher and student differ
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    expected = teacher.logits(row_by_row)
+    states = own.teacher(teacher, PROMPTS, COMPLETIONS, parts)
+    torch.testing.assert_close(states.head.logits(states.hidden), expected, atol=2e-5, rtol=0)
+    assert not states.hidden.requires_grad
+
+
+def counted(model):
+    tokens = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    return tokens
+
+
+def test_a_shared_prompt_is_run_once():
+    student = build_model()
+    teacher, own = Teacher(student, "frozen"), passes(student)
+    open_forward(teacher.module)
+    tokens = counted(teacher.module)
+    prompt = list(range(2, 30))
+    own.teacher(teacher, [prompt] * 8, [[7, 8, 9]] * 8, at_once)
+    assert tokens == [28, 16]  # the prompt, then two tokens of eight completions
+    tokens.clear()
+    own.teacher(teacher, [prompt] * 8, [[7, 8, 9]] * 8)
+    assert tokens == [8 * 30]
+
+
+def test_checkpointing_and_training_mode_do_not_lose_the_prompt():
+    """transformers drops the cache of a layer that is checkpointed in training mode."""
+    student = build_model()
+    student.gradient_checkpointing_enable()
+    student.train()
+    teacher, own = Teacher(student, "live"), passes(student)
+    expected = teacher.logits(row_by_row)
+    states = own.teacher(teacher, PROMPTS, COMPLETIONS, at_once)
+    torch.testing.assert_close(states.head.logits(states.hidden), expected, atol=2e-5, rtol=0)
+    assert student.training
+
+
+def test_a_lora_teacher_runs_its_own_adapter():
+    from peft import LoraConfig, get_peft_model
+
+    student = get_peft_model(
+        build_model(),
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+    )
+    teacher, own = Teacher(student, "ema", 0.25), passes(student)
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if ".default." in name:
+                p.mul_(3.0)
+    expected = teacher.logits(row_by_row)
+    states = own.teacher(teacher, PROMPTS, COMPLETIONS, at_once)
+    torch.testing.assert_close(states.head.logits(states.hidden), expected, atol=2e-5, rtol=0)
+    assert (expected - row_by_row(student)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Mistral", dict(sliding_window=4)),  # a cache that forgets the start of the prompt
+        ("Gemma2", dict(sliding_window=4, final_logit_softcapping=3.0)),  # every other layer forgets
+        ("Qwen2", dict()),
+    ],
+)
+def test_other_families_share_or_fall_back(kind, options):
+    student = small(kind, **options)
+    teacher, own = Teacher(student, "frozen"), passes(student)
+    open_forward(teacher.module)
+    expected = teacher.logits(row_by_row)
+    states = own.teacher(teacher, PROMPTS, COMPLETIONS, at_once)
+    torch.testing.assert_close(states.head.logits(states.hidden), expected, atol=3e-5, rtol=0)
+
+
+def test_mixed_logits_are_one_head_of_both_states():
+    generator = torch.Generator().manual_seed(0)
+    a, b = build_model(1), build_model(2)
+    own, other = (passes(m).run(m, PROMPTS, COMPLETIONS, States) for m in (a, b))
+    mixed = combined([(0.7, own), (0.3, other)])
+    expected = 0.7 * own.head.logits(own.hidden) + 0.3 * other.head.logits(other.hidden)
+    torch.testing.assert_close(mixed.head.logits(mixed.hidden), expected, atol=1e-5, rtol=0)
+    raw = [States(torch.randn(3, 4, generator=generator), None) for _ in range(2)]
+    torch.testing.assert_close(
+        combined([(0.7, raw[0]), (0.3, raw[1])]).hidden, 0.7 * raw[0].hidden + 0.3 * raw[1].hidden
+    )
+
+
+# The trainer's paths ------------------------------------------------------------------------------------------
+
+SGD = dict(optim="sgd", learning_rate=0.5, weight_decay=0.0, max_grad_norm=0.0, max_steps=2)
+SLOW = dict(fused_head=False, share_teacher_prompts=False)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    found = {}
+    for kind in ("ema", "trust_region"):
+        t = trainer(tmp_path_factory.mktemp("slow"), teacher=kind, teacher_rate=0.25, **SGD, **SLOW)
+        found[kind] = train(t), weights(t.model)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ema", "trust_region"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(share_teacher_prompts=False),
+        dict(fused_head=False),
+        dict(packing=True),
+        dict(packing=True, share_teacher_prompts=False, max_tokens_per_microbatch=60),
+        dict(max_tokens_per_microbatch=40),  # several blocks of prompts
+        dict(micro_batch_size=3),
+        dict(gradient_checkpointing=True),
+    ],
+    ids=str,
+)
+def test_every_path_takes_the_step_of_the_slow_one(tmp_path, slow, options, kind):
+    logs, moved = slow[kind]
+    t = trainer(tmp_path, teacher=kind, teacher_rate=0.25, **SGD, **options)
+    own = train(t)
+    assert not t.passes.whole_logits
+    assert largest_difference(weights(build_model()), moved) > 1e-3
+    assert largest_difference(weights(t.model), moved) < 2e-6
+    for a, b in zip(logs, own, strict=True):
+        for name in ("information", "rho", "loss", "divergence", "sampled_kl", "sampled_kl_wrong", "teacher_entropy"):
+            assert a[name] == pytest.approx(b[name], abs=2e-6), name
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "sampled_token"])
+def test_other_divergences_through_both_heads(tmp_path, divergence):
+    moved = []
+    for fused in (True, False):
+        t = trainer(tmp_path, divergence=divergence, fused_head=fused, **SGD)
+        train(t)
+        moved.append(weights(t.model))
+    assert largest_difference(*moved) < 2e-6
+
+
+def test_a_model_whose_logits_are_no_plain_head_still_trains_right(tmp_path, caplog):
+    class Doubled(type(build_model())):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = 2 * out.logits
+            return out
+
+    model = build_model()
+    model.__class__ = Doubled
+    t = trainer(tmp_path, model=copy.deepcopy(model), temperature=2.0, **SGD)
+    spy = Spy(t)
+    with caplog.at_level("WARNING", "pgpo.train.trainer"):
+        (first, _) = train(t)
+    assert t.passes.whole_logits and "holds all logits" in caplog.text and len(caplog.records) == 1
+    # Logits twice as large at temperature 2 are the plain model's at temperature 1.
+    reference = trainer(tmp_path, **SGD)
+    plain = reference._active_rows(spy.batches[0])
+    assert plain
+    (same, _) = train(reference)
+    assert first["loss"] == pytest.approx(same["loss"], abs=1e-6)
+    assert first["information"] == pytest.approx(same["information"], abs=1e-6)
+
+
+def test_the_slow_twin_and_the_switch_are_what_they_say(tmp_path, monkeypatch):
+    import pgpo.train.trainer as module
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the other head ran")
+
+    monkeypatch.setattr(module, "dense_distillation_head", forbidden)
+    train(trainer(tmp_path, **SGD))
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "fused_distillation_head", forbidden)
+    train(trainer(tmp_path, **SGD, **SLOW))
