@@ -1,6 +1,6 @@
 """The `pgpo` command. Each subcommand imports its part when called, so that `pgpo --help` imports no torch.
 
-Exit status: 0 ok; 2 a mistake of the user, told in one sentence; 130 stopped by Ctrl-C; 1 anything else.
+Exit status: 0 ok; 2 a mistake of the user, told in one sentence; 130 stopped by Ctrl-C, 143 by SIGTERM; 1 all else.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ usage: pgpo COMMAND [arguments]
   demo        train the tiny lab model with PGPO and with SDPO, and draw both (about 3 minutes on a laptop)
   train       train a model: the lab by default; --task science_qa --domain physics; --config recipe.yaml
   eval        avg@k, pass@k, maj@k of a model, as a student and reading a right solution
+  study       methods x settings x seeds from one YAML, resumable, with tables: recipes/lab-study.yaml
+  report      one HTML page, and figures, from run directories and study folders
   sde         check the order of weak approximation of the real step
   lab-base    rebuild the lab's base checkpoint from a seed
 
@@ -45,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"pgpo: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("pgpo: stopped.", file=sys.stderr)
-        return 130
+        return getattr(stop, "status", 130)
 
 
 def _demo(argv: list[str]) -> int:
@@ -108,6 +110,46 @@ def _eval(argv: list[str]) -> int:
     return evaluate(argv)
 
 
+def _study(argv: list[str]) -> int:
+    parser = _parser("study", "Run, or go on with, methods x settings x seeds; then write the tables.")
+    parser.add_argument("study", type=Path, help="YAML file, for example recipes/lab-study.yaml")
+    parser.add_argument("--out", type=Path, default=None, help="default: runs/study-NAME")
+    parser.add_argument(
+        "--jobs", type=int, default=None, help="worker processes; default: physical cores, 1 with a GPU"
+    )
+    parser.add_argument("--nice", type=int, default=0, help="added to the workers' niceness")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="SETTING/METHOD", help="patterns allowed; repeat"
+    )
+    parser.add_argument("--list", action="store_true", help="show the plan and the estimated time; run nothing")
+    parser.add_argument("--tables", action="store_true", help="write the tables from what is finished; run nothing")
+    parser.add_argument("--retry-failed", action="store_true", help="run failed runs again")
+    args = parser.parse_args(argv)
+    from pgpo.lab.study import main as study
+
+    return study(
+        args.study,
+        out=args.out,
+        jobs=args.jobs,
+        niceness=args.nice,
+        only=args.only,
+        list_only=args.list,
+        tables_only=args.tables,
+        retry_failed=args.retry_failed,
+    )
+
+
+def _report(argv: list[str]) -> int:
+    parser = _parser("report", "Write one self-contained HTML page about runs and studies.")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="run directories and study folders")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page; replaced if it exists")
+    parser.add_argument("--figures", type=Path, default=None, help="folder for a PNG and an SVG of each setting")
+    args = parser.parse_args(argv)
+    from pgpo.report.page import main as report
+
+    return report(args.paths, out=args.out, figures=args.figures)
+
+
 def _sde(argv: list[str]) -> int:
     parser = _parser("sde", "Measure the weak orders of the real step; exit status 1 if one is not the theorem's.")
     parser.add_argument("--json", type=Path, default=None, help="write all numbers to this file")
@@ -142,6 +184,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "train": _train,
     "eval": _eval,
+    "study": _study,
+    "report": _report,
     "sde": _sde,
     "lab-base": _lab_base,
 }

@@ -20,7 +20,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "pgpo": EVERYTHING,  # lazily: the public names
     "pgpo.__main__": EVERYTHING,
     "pgpo.cli": EVERYTHING,
-    "pgpo.lab": frozenset({"train", "evaluate", "tasks", "report"}),
+    "pgpo.lab": frozenset({"train", "evaluate", "tasks", "report", "runlog"}),
     "pgpo.train": frozenset({"core", "teacher", "tasks", "evaluate", "runlog", "report"}),
     "pgpo.minimal": frozenset({"core", "teacher", "tasks"}),
     "pgpo.sde": frozenset({"core", "runlog"}),

@@ -5,6 +5,7 @@ The expected numbers are written out here, so that a slip in a recipe or in a de
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,20 @@ import yaml
 from trl import GRPOConfig
 
 from pgpo import PGPOConfig
+from pgpo.lab.plan import Study, argv, read_study
 from pgpo.train.arguments import Parsed, parse
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-PAPER = sorted((ROOT / "recipes/paper").glob("*.yaml"))
+STUDIES = (ROOT / "recipes/lab-study.yaml", ROOT / "recipes/paper/table.yaml")
+RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(STUDIES))
+PAPER = sorted((ROOT / "recipes/paper").glob("*/*.yaml"))
 DOMAINS = ("biology", "chemistry", "materials", "physics")
+METHODS = ("sdpo", "pgpo-0.5", "pgpo-1.0", "pgpo-1.5")
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
 
 # bf16 is checked against the hardware of the moment; use_cpu skips that check and changes no other field.
 CPU = "--use_cpu"
@@ -98,6 +107,14 @@ def read(path: Path, tmp_path: Path) -> Parsed:
     return parse(["--config", str(path), "--output_dir", str(tmp_path), CPU])
 
 
+def study(path: Path, monkeypatch) -> Study:
+    """bf16 is checked against the hardware of the moment; a CPU is asked for in its place."""
+    from pgpo.train import arguments
+
+    monkeypatch.setattr(arguments, "parse", lambda words: parse([*words, CPU]))
+    return read_study(path)
+
+
 def differing(a: PGPOConfig, b: PGPOConfig) -> set[str]:
     x, y = a.to_dict(), b.to_dict()
     assert x.keys() == y.keys()
@@ -105,11 +122,12 @@ def differing(a: PGPOConfig, b: PGPOConfig) -> set[str]:
 
 
 def test_the_recipes_are_those_that_are_documented() -> None:
-    assert {p.name for p in PAPER} == {f"{d}-{o}.yaml" for d in DOMAINS for o in ("pgpo", "sdpo")}
-    assert {p.name for p in RECIPES} - {p.name for p in PAPER} == {"lab.yaml", "lab-style.yaml", "science-small.yaml"}
+    assert {f"{p.parent.name}/{p.name}" for p in PAPER} == {f"{d}/{m}.yaml" for d in DOMAINS for m in METHODS}
+    assert {p.name for p in set(RECIPES) - set(PAPER)} == {"lab.yaml", "lab-style.yaml", "science-small.yaml"}
+    assert all(p.exists() for p in STUDIES)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_every_value_of_a_recipe_arrives(path: Path, tmp_path: Path) -> None:
     """A recipe that does not parse, or a name that stands twice and so loses a value."""
     parsed = read(path, tmp_path)
@@ -121,19 +139,19 @@ def test_every_value_of_a_recipe_arrives(path: Path, tmp_path: Path) -> None:
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", PAPER, ids=name_of)
 def test_a_paper_recipe_has_the_papers_numbers(path: Path, tmp_path: Path) -> None:
     parsed = read(path, tmp_path)
-    domain, objective = path.stem.split("-")
+    domain, (objective, _, alpha) = path.parent.name, path.stem.partition("-")
     assert (parsed.run.task, parsed.run.domain, parsed.run.prompt_style) == ("science_qa", domain, "boxed")
     assert parsed.model.model_name_or_path == "Qwen/Qwen3-8B"
     assert parsed.config.objective == objective
-    for name, value in (METHOD | ENGINE).items():
+    for name, value in (METHOD | ENGINE | {"alpha": float(alpha or 1.0)}).items():
         assert getattr(parsed.config, name) == value, name
     assert (parsed.config.max_steps, parsed.config.num_train_epochs) == (-1, 3.0)  # TRL's: the paper gives no steps
 
 
-@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", PAPER, ids=name_of)
 def test_a_paper_recipe_says_that_it_was_not_run_and_how_to_run_it(path: Path) -> None:
     first, *rest = path.read_text(encoding="utf-8").splitlines()
     name = path.relative_to(ROOT).as_posix()
@@ -142,10 +160,61 @@ def test_a_paper_recipe_says_that_it_was_not_run_and_how_to_run_it(path: Path) -
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_pgpo_and_sdpo_differ_in_the_objective_alone(domain: str, tmp_path: Path) -> None:
-    pgpo, sdpo = (read(ROOT / f"recipes/paper/{domain}-{o}.yaml", tmp_path) for o in ("pgpo", "sdpo"))
-    assert differing(pgpo.config, sdpo.config) == {"objective"}
-    assert (pgpo.run, pgpo.model) == (sdpo.run, sdpo.model)
+def test_the_methods_differ_in_objective_and_alpha_alone(domain: str, tmp_path: Path) -> None:
+    sdpo, *pgpo = (read(ROOT / f"recipes/paper/{domain}/{m}.yaml", tmp_path) for m in METHODS)
+    assert [p.config.alpha for p in pgpo] == [0.5, 1.0, 1.5]
+    for other in pgpo:
+        assert differing(other.config, sdpo.config) <= {"objective", "alpha"}
+        assert other.config.objective != sdpo.config.objective
+        assert (other.run, other.model) == (sdpo.run, sdpo.model)
+
+
+def test_the_table_trains_what_the_recipes_train(monkeypatch, tmp_path: Path) -> None:
+    """Every arm of the study and the recipe of that name; the study needs a number of steps and a curve."""
+    arms = {run.arm.name: run.arm for run in study(ROOT / "recipes/paper/table.yaml", monkeypatch).queue}
+    assert {f"{d}/{m}" for d in DOMAINS for m in METHODS} <= arms.keys()
+    for domain in DOMAINS:
+        for method in METHODS:
+            recipe = read(ROOT / f"recipes/paper/{domain}/{method}.yaml", tmp_path)
+            arm = parse([*argv(arms[f"{domain}/{method}"].flags), "--output_dir", str(tmp_path), CPU])
+            assert differing(recipe.config, arm.config) == {"max_steps", "eval_strategy", "do_eval", "eval_steps"}
+            assert dataclasses.replace(recipe.run, samples_per_step=0) == arm.run
+            assert recipe.model == arm.model
+
+
+def test_the_lab_study_is_the_documented_one(monkeypatch) -> None:
+    """Fixed before it was run: a change of a number here is a change of the experiment."""
+    read = study(ROOT / "recipes/lab-study.yaml", monkeypatch)
+    assert read.seeds == list(range(100, 108)) and read.test_k == 16
+    settings = list(dict.fromkeys(run.arm.setting for run in read.queue))
+    rates = {
+        run.arm.setting: (run.arm.learning_rate, run.arm.max_steps) for run in read.queue if run.arm.method == "sdpo"
+    }
+    assert settings[:4] == ["plain-1e-3", "plain-2e-3", "style-3e-4", "style-1e-3"]
+    assert settings[4:8] == ["physics", "chemistry", "biology", "materials"]
+    assert [rates[s] for s in settings] == [
+        (1e-3, 150),
+        (2e-3, 150),
+        (3e-4, 200),
+        (1e-3, 200),
+        *[(1e-3, 150)] * 5,
+        (1e-3, 200),
+    ]
+    alphas = {run.arm.method: run.arm.flags["alpha"] for run in read.queue if "alpha" in run.arm.flags}
+    assert alphas == {"pgpo-0.5": 0.5, "pgpo-1.0": 1.0, "pgpo-1.5": 1.5, "pgpo-two-sided": 1.0}
+    for run in read.queue:
+        reference = run.arm.lr_times_mean_rho_of or run.arm.rho_shuffled_from
+        assert (reference is not None) == ("-lr-" in run.arm.method or "shuffled" in run.arm.method)
+        if reference:
+            assert reference.split("-")[1] == run.arm.method.replace("-shuffled", "").split("-")[-1]
+        assert run.arm.flags.get("domain") == (run.arm.setting if run.arm.setting in DOMAINS else None)
+        assert run.arm.base_seed == (1 if run.arm.setting.endswith("-base-1") else None)
+        assert run.arm.setting.startswith(run.arm.flags["variant"]) or run.arm.setting in DOMAINS
+    for method in ("sdpo-lr-0.5", "sdpo-lr-1.0", "sdpo-lr-1.5"):
+        assert method.replace("sdpo-lr", "pgpo") in read.compare[method]
+    # Each seed of the key arms of the four settings, before anything else.
+    assert {run.arm.method for run in read.queue[:160]} == {"base", "sdpo", "pgpo-1.0", "sdpo-frozen", "sdpo-lr-1.0"}
+    assert [run.seed for run in read.queue[:160]] == sorted([*range(100, 108)] * 20)
 
 
 def test_the_defaults_are_the_papers(tmp_path: Path) -> None:
@@ -157,7 +226,7 @@ def test_the_defaults_are_the_papers(tmp_path: Path) -> None:
 
 def test_a_paper_recipe_changes_no_default_of_the_method(tmp_path: Path) -> None:
     """Whoever writes PGPOConfig() in Python trains what the recipe trains, but for the engine."""
-    parsed = read(ROOT / "recipes/paper/physics-pgpo.yaml", tmp_path)
+    parsed = read(ROOT / "recipes/paper/physics/pgpo-1.0.yaml", tmp_path)
     assert differing(parsed.config, PGPOConfig(str(tmp_path), use_cpu=True)) == {"use_vllm", "vllm_max_model_length"}
 
 

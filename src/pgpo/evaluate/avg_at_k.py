@@ -192,11 +192,23 @@ def paired_bootstrap(
     differ.
     """
     runs_a, runs_b = _runs(records_a), _runs(records_b)
-    if len(runs_a) != len(runs_b):
+    return paired_scores_bootstrap(
+        [scores(run, k) for run in runs_a], [scores(run, k) for run in runs_b], seed, resamples
+    )
+
+
+def paired_scores_bootstrap(
+    runs_a: Sequence[Mapping[str, float]],
+    runs_b: Sequence[Mapping[str, float]],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Difference:
+    """`paired_bootstrap` from scores per question, one mapping per run, as `avg_scores` gives them."""
+    if not runs_a or len(runs_a) != len(runs_b):
         raise UserError(
             f"{len(runs_a)} runs of a and {len(runs_b)} of b cannot be paired; give one run of each per seed."
         )
-    scored = [scores(run, k) for run in (*runs_a, *runs_b)]
+    scored = [*runs_a, *runs_b]
     questions = list(scored[0])
     for other in scored[1:]:
         odd = sorted(set(questions) ^ set(other))

@@ -44,16 +44,27 @@ def plot_runs(runs: Sequence[Run], path: str | os.PathLike[str], title: str | No
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise UserError(f"A figure cannot be written as {path.name}; end the name in .png or .svg.")
+    require_matplotlib()
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        save(draw_runs(runs, title), path)
+
+
+def require_matplotlib() -> None:
+    """Raises UserError, with the remedy, where matplotlib is not installed."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError("Figures need matplotlib, which is not installed; run: pip install 'pgpo[report]'") from error
-    with matplotlib.rc_context(STYLE):
-        figure = draw_runs(runs, title)
-        try:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except OSError as error:
-            raise UserError(f"The figure {path} cannot be written ({error.strerror}); choose another path.") from error
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure, the same bytes each time. Raises UserError for a path that cannot be written."""
+    try:
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except OSError as error:
+        raise UserError(f"The figure {path} cannot be written ({error.strerror}); choose another path.") from error
 
 
 def draw_runs(runs: Sequence[Run], title: str | None = None) -> Figure:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import re
 import shutil
 import signal
 import sys
 import tempfile
+import uuid
 import warnings
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from pgpo.evaluate.avg_at_k import summarize
 from pgpo.evaluate.run import write_records
 from pgpo.runlog import RunLog
 from pgpo.tasks import Row, Task, lab_world
+from pgpo.train import checkpoint as checkpoints
 from pgpo.train.arguments import Parsed, RunArguments, parse
-from pgpo.train.trainer import STATE_FILE, TEACHER_FILE, PGPOTrainer
+from pgpo.train.trainer import PGPOTrainer
 
 console = Console(stderr=True)
 # What a continued run may do differently: how long it goes on, and what it tells on the way.
@@ -47,14 +49,31 @@ RESUMABLE = {
     "data_path",
 }
 INTERRUPTED = 130  # the shell's status for Ctrl-C
+TERMINATED = 143  # and for SIGTERM
+NOT_SAVED = 1  # the last checkpoint could not be written
+RUN_ID = "run_id"  # in config.json and in every checkpoint of the run
 BASE_FOLDER = "base"  # the model made on the spot
 TEST_RECORDS_FILE = "test_records.jsonl"
 SAMPLE_TOKENS = 1000  # ours: a sample's tokens after these are kept as text alone
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM where there is no step to finish."""
+
+    status = TERMINATED
+
+
 def main(argv: Sequence[str]) -> tuple[int, Path]:
-    """Run `pgpo train` with these flags; exit status (0, or 130 after Ctrl-C) and run directory."""
+    """Run `pgpo train` with these flags; exit status and run directory.
+
+    0: done. 130 or 143: stopped after a step, and saved, by Ctrl-C or SIGTERM. 1: the last checkpoint was not written.
+    """
+    with _stopped_by_sigterm():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str]) -> tuple[int, Path]:
     # TRL sets this field of transformers 5 by its old name; nothing a user could change.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     argv, resume = _take_resume(list(argv))
@@ -96,6 +115,9 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
             f"the task has {len(task.train)} training questions, fewer than prompts_per_step = "
             f"{args.prompts_per_step}; lower --prompts_per_step or give more questions."
         )
+    if resume and main:
+        _remove_leftovers(directory)
+    run_id = runlog.read_run(directory).config.get(RUN_ID) if resume else uuid.uuid4().hex
     checkpoint = last_checkpoint(directory) if resume else None
     existing = next(p for p in (directory, *directory.parents) if p.exists())
     if not resume and main:
@@ -119,15 +141,17 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
         args.output_dir = scratch  # nothing is written in the run directory before all parts fit together
         trainer = _trainer(parsed, task, model, tokenizer)
         args.output_dir = str(directory / runlog.CHECKPOINTS_FOLDER)
+        trainer.say = say
+        trainer.run_id = run_id = trainer.gather_objects([run_id])[0]
         if not main:
             log = RunLog(directory)
         elif checkpoint is None:
-            log = _create(parsed, directory, Path(scratch) / BASE_FOLDER)
+            log = _create(parsed, directory, Path(scratch) / BASE_FOLDER, run_id)
         else:
             log = RunLog.resume(directory, checkpoint[0])
-            runlog.update_config(directory, _config(parsed))  # a later --resume must know what this one changed
+            runlog.update_config(directory, _config(parsed, run_id))  # a later --resume must know what this one changed
         try:
-            with log:
+            with _full_disk_explained(directory), log:
                 status = _Session(trainer, log, run, task).go(checkpoint)
         except BaseException:
             if main and checkpoint is None and trainer.state.global_step == 0:
@@ -135,7 +159,14 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
             raise
     if not main:
         return status, directory
-    if status == INTERRUPTED:
+    if trainer.failed_save is not None:
+        saved = checkpoints.steps(directory / runlog.CHECKPOINTS_FOLDER)
+        say(
+            f"step {trainer.state.global_step} is not saved ({trainer.failed_save}), the newest checkpoint is of step "
+            f"{saved[-1] if saved else 0}; the log is complete. Free some space, then: pgpo train --resume {directory}"
+        )
+        status = NOT_SAVED
+    elif status in (INTERRUPTED, TERMINATED):
         say(f"stopped after step {trainer.state.global_step}; continue with: pgpo train --resume {directory}")
     else:
         say(f"run directory: {directory}")
@@ -201,40 +232,45 @@ def check_prompts(tokenizer: Any, rows: Sequence[Row], limit: int | None, templa
 
 
 def last_checkpoint(directory: Path) -> tuple[int, Path]:
-    """Step and path of the newest readable checkpoint; unreadable ones are named and skipped."""
+    """Step and path of the newest checkpoint that is whole and of this run; others are named and skipped."""
     folder = directory / runlog.CHECKPOINTS_FOLDER
-    steps = [p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*")]
-    for step in sorted((int(s) for s in steps if s.isdecimal()), reverse=True):
+    run_id = runlog.read_run(directory).config.get(RUN_ID)
+    found = checkpoints.steps(folder)
+    for step in reversed(found):
         path = folder / f"checkpoint-{step}"
-        problem = checkpoint_problem(path)
+        problem = checkpoints.problem(path, run_id)
         if problem is None:
             return step, path
         say(f"checkpoint {path.name} cannot be read ({problem}); trying the one before.")
+    if not found:
+        raise UserError(
+            f"{directory} has no readable checkpoint, for it was stopped before its first one was written: there is "
+            'nothing to continue, so start it again with the "command" in its config.json, --overwrite and a smaller '
+            "--save_steps."
+        )
     raise UserError(f"{directory} has no readable checkpoint in {runlog.CHECKPOINTS_FOLDER}/; start a new run.")
 
 
-def checkpoint_problem(path: Path) -> str | None:
-    """Why a checkpoint cannot be continued, or None."""
-    from safetensors import safe_open
+@contextmanager
+def _full_disk_explained(directory: Path) -> Iterator[None]:
+    """A log that cannot be written ends the run: it goes on from its last checkpoint, and no line is missing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            raise
+        raise UserError(
+            f"the log in {directory} could not be written ({error.strerror}); free some space, then continue with "
+            f"`pgpo train --resume {directory}`."
+        ) from error
 
-    for name in ("trainer_state.json", STATE_FILE):
-        try:
-            json.loads((path / name).read_text())
-        except (OSError, ValueError) as error:
-            return f"{name}: {type(error).__name__}"
-    weights = [*path.glob("*.safetensors")]
-    if not [w for w in weights if w.name != TEACHER_FILE]:
-        return "no model weights"
-    for file in weights:
-        try:
-            with safe_open(str(file), "pt") as opened:  # checks header and size
-                opened.keys()
-        except Exception as error:
-            return f"{file.name}: {error}"
-    for file in (*path.glob("*.pt"), *path.glob("*.pth")):  # torch.save writes a zip file, whose end holds its index
-        if not zipfile.is_zipfile(file):
-            return f"{file.name}: incomplete"
-    return None
+
+def _remove_leftovers(directory: Path) -> None:
+    """Temporary files and folders of a process that died."""
+    checkpoints.remove_leftovers(directory / runlog.CHECKPOINTS_FOLDER)
+    for file in directory.glob("*.tmp"):
+        if re.fullmatch(r"[\w.]+\.(json|jsonl)\.\d+\.tmp", file.name):  # as runlog.write_atomically names them
+            file.unlink(missing_ok=True)
 
 
 def rewards_of(task: Task) -> Any:
@@ -279,10 +315,13 @@ class _Session(TrainerCallback):
         self.main = trainer.accelerator.is_main_process
         self.accuracy = float("nan")
         self.interrupted = False
+        self.status = INTERRUPTED
         self.bar: Progress | None = None
         rows = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
         trainer.watched = set(self._sampled_rows(rows * trainer.accelerator.num_processes))
         trainer.add_callback(self)
+        if trainer.guard is not None:
+            trainer.guard.report = self._alarm
 
     def go(self, checkpoint: tuple[int, Path] | None) -> int:
         test = self.task.test[: self.run.test_rows]
@@ -294,21 +333,16 @@ class _Session(TrainerCallback):
             # All steps are done. The Trainer would do one more; with no epochs to do it only loads the checkpoint.
             say(f"all {args.max_steps} steps are done; raise --max_steps to go on.")
             args.max_steps, args.num_train_epochs = -1, 0
-        before = signal.signal(signal.SIGINT, self._interrupt) if _in_main_thread() else None
         try:
-            with _progress(args.objective) as (self.bar, self.line):
+            with self._stopped_by_signals(), _progress(args.objective) as (self.bar, self.line):
                 self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint[1]))
         finally:
             self.bar = None
-            if before is not None:
-                signal.signal(signal.SIGINT, before)
         if self.interrupted:
-            return INTERRUPTED
+            return self.status
         step = self.trainer.state.global_step
         if checkpoint is None or step > checkpoint[0] or not self._evaluated("test", step):
-            records = self._evaluate(test, "test", step)
-            if self.main:
-                write_records(self.log.directory / TEST_RECORDS_FILE, records)
+            self._evaluate(test, "test", step, TEST_RECORDS_FILE)
         return 0
 
     def _evaluated(self, split: str, step: int) -> bool:
@@ -316,10 +350,11 @@ class _Session(TrainerCallback):
         lines = runlog.read_run(self.log.directory).evaluations
         return any(line[runlog.SPLIT] == split and line[runlog.STEP] == step for line in lines)
 
-    def _evaluate(self, rows: list[Row], split: str, step: int) -> list[Any]:
+    def _evaluate(self, rows: list[Row], split: str, step: int, file: str | None = None) -> None:
         records = self.trainer.held_out_records(rows)
+        if file is not None and self.main:  # before the line that says that it is done
+            write_records(self.log.directory / file, records)
         self._write_evaluation(step, {"split": split, **summarize(records, self.trainer.args.eval_k).as_dict()})
-        return records
 
     def _write_evaluation(self, step: int, values: dict[str, Any]) -> None:
         if not self.main:
@@ -355,7 +390,9 @@ class _Session(TrainerCallback):
 
     def _samples(self) -> list[dict[str, Any]]:
         rollout, details = self.trainer.last_rollout, self.trainer.token_details
-        samples = []
+        samples: list[dict[str, Any]] = []
+        if rollout is None:
+            return samples
         for i in self._sampled_rows(len(rollout.completions)):
             sample = {
                 "prompt": rollout.prompts[i][-1]["content"],
@@ -374,6 +411,10 @@ class _Session(TrainerCallback):
         values = {k.removeprefix("eval_"): v for k, v in metrics.items()}
         self._write_evaluation(state.global_step, {"split": "validation", **values})
 
+    def _alarm(self, line: dict[str, Any], text: str) -> None:
+        self.log.alarm(line[runlog.STEP], line)
+        say(text)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.interrupted = self.trainer.on_any_rank(self.interrupted)  # ranks stop after the same step
         if self.interrupted:
@@ -381,19 +422,52 @@ class _Session(TrainerCallback):
             control.should_save = True
 
     def _interrupt(self, number: int, frame: Any) -> None:
+        terminated = number == signal.SIGTERM
         if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
+            raise Terminated if terminated else KeyboardInterrupt
+        self.interrupted, self.status = True, TERMINATED if terminated else INTERRUPTED
         say("stopping after this step and saving; press Ctrl-C again to stop at once.")
 
+    @contextmanager
+    def _stopped_by_signals(self) -> Iterator[None]:
+        """Ctrl-C, and SIGTERM where `main` has taken it, end training after the step."""
+        if not _in_main_thread():
+            yield
+            return
+        numbers = [signal.SIGINT, *([signal.SIGTERM] if signal.getsignal(signal.SIGTERM) is _terminate else [])]
+        before = [signal.signal(number, self._interrupt) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before):
+                signal.signal(number, handler)
 
-def _config(parsed: Parsed) -> dict[str, Any]:
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, with what is half-made removed."""
+    if not _in_main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _config(parsed: Parsed, run_id: str) -> dict[str, Any]:
     """Everything that shaped the run; `arguments` alone repeats it."""
     resolved = {k: v for k, v in parsed.config.to_dict().items() if not k.startswith("_")}
     return {
         **resolved,
         **vars(parsed.run),
         "model_name_or_path": parsed.model.model_name_or_path,
+        RUN_ID: run_id,
         "arguments": {
             k: v
             for k, v in parsed.given.items()
@@ -402,9 +476,10 @@ def _config(parsed: Parsed) -> dict[str, Any]:
     }
 
 
-def _create(parsed: Parsed, directory: Path, base: Path) -> RunLog:
+def _create(parsed: Parsed, directory: Path, base: Path, run_id: str) -> RunLog:
     """The run directory of a new run, with the model that was made on the spot, if any."""
-    log = RunLog.create(directory, _config(parsed), {"device": _device(parsed.config)}, overwrite=parsed.run.overwrite)
+    config, device = _config(parsed, run_id), {"device": _device(parsed.config)}
+    log = RunLog.create(directory, config, device, overwrite=parsed.run.overwrite)
     _remove_parts(directory, (BASE_FOLDER, TEST_RECORDS_FILE))  # of a run that is replaced
     if base.exists():
         shutil.copytree(base, directory / BASE_FOLDER)

@@ -47,6 +47,7 @@ from pgpo.evaluate.run import evaluate
 from pgpo.evaluate.runners import TransformersRunner
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
 from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
+from pgpo.train.guard import CollapseGuard, GuardActions
 from pgpo.train.multiplier import StepMultiplier
 from pgpo.train.passes import Passes, States, head_error, head_problem, open_forward
 from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, torch_optimizer
@@ -151,6 +152,7 @@ class PGPOTrainer(SeamTrainer):
         self.meter = self.meters[0]  # of the half-batch at work
         self.multiplier = StepMultiplier(args)
         self.teacher: Teacher | None = None
+        self.guard: GuardActions | None = None
         self.templates = _templates(args)
         self._modulation: Modulation | None = None
         self._modulation_state: dict[str, Any] | None = None
@@ -178,6 +180,10 @@ class PGPOTrainer(SeamTrainer):
                 raise UserError(str(error)) from error
             self.passes = self._open_passes()
             self.add_callback(_TeacherFollows(self))
+        if args.guard != "off":
+            guard = CollapseGuard(args.guarded_signals(), args.guard_warmup, args.guard_patience)
+            self.guard = GuardActions(self, args.guard, guard, args.guard_max_actions)
+            self.add_callback(_GuardWatches(self))
 
     @property
     def distills(self) -> bool:
@@ -555,6 +561,8 @@ class PGPOTrainer(SeamTrainer):
                 loss = self.grpo_loss(model, part) * share
                 self.accelerator.backward(loss)
             total += loss.detach()
+        if self.step_factor != 1:
+            self._arm(1.0)
         return self.accelerator.reduce(total, "mean")
 
     # The signal -----------------------------------------------------------------------------------------------------
@@ -573,9 +581,14 @@ class PGPOTrainer(SeamTrainer):
         gaps = [part.information for part in parts] if halves is not None else []
         rhos = self.multiplier(self.state.global_step, self.state.max_steps, information.information, gaps)
         rho = rhos[0] if halves is None else halves.combine(*rhos)
-        if self.args.objective == "pgpo":
+        if self.args.objective == "pgpo" or self.step_factor != 1:
             self._arm(rho)
         return information, rho
+
+    @property
+    def step_factor(self) -> float:
+        """What the guard multiplies every step by, beside rho."""
+        return 1.0 if self.guard is None else self.guard.step_factor
 
     def _arm(self, rho: float) -> None:
         if self._modulation is None:
@@ -585,7 +598,7 @@ class PGPOTrainer(SeamTrainer):
                 raise UserError(str(error)) from error
             if self._modulation_state is not None:
                 self._modulation.load_state_dict(self._modulation_state)
-        self._modulation.arm(rho)
+        self._modulation.arm(rho * self.step_factor)
 
     def _log_step(self, information: Information, rho: float, sums: Sums, tokens: float) -> None:
         values = {
@@ -599,7 +612,7 @@ class PGPOTrainer(SeamTrainer):
             "divergence": sums.divergence / max(tokens, 1),
             "active_share": information.hinted_samples / information.samples,
             "active_tokens": tokens,
-            "effective_lr": self.base_learning_rate() * rho,
+            "effective_lr": self.base_learning_rate() * rho * self.step_factor,
             "negative_information_share": self._negative_steps / self._signal_steps,
         }
         if tokens:
@@ -611,6 +624,8 @@ class PGPOTrainer(SeamTrainer):
 
     def teacher_follows(self) -> None:
         """After an optimizer step that moved the student. A batch without any teacher moves nothing."""
+        if self.guard is not None and self.guard.teacher_frozen:
+            return
         if self.teacher is not None and self._stepped and not self.accelerator.optimizer_step_was_skipped:
             self.teacher.update()
 
@@ -641,6 +656,7 @@ class PGPOTrainer(SeamTrainer):
             "signal_steps": self._signal_steps,
             "modulation": self._modulation.state_dict() if self._modulation is not None else None,
             "multiplier": self.multiplier.state_dict(),
+            "guard": None if self.guard is None else self.guard.state_dict(),
         }
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -662,6 +678,8 @@ class PGPOTrainer(SeamTrainer):
         if self.args.should_save:
             if tensors:
                 save_file(tensors, directory / TEACHER_FILE)
+            if self.guard is not None:
+                self.guard.save_snapshot(directory)
             (directory / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
 
     def load_extra(self, directory: Path) -> None:
@@ -669,6 +687,8 @@ class PGPOTrainer(SeamTrainer):
 
         state = json.loads((directory / STATE_FILE).read_text())
         self.load_extra_state(state)
+        if self.guard is not None and state.get("guard") is not None:  # else it starts here
+            self.guard.load(state["guard"], directory)
         if self.teacher is None:
             return
         if state.get("teacher") is None:
@@ -781,6 +801,11 @@ class PGPOTrainer(SeamTrainer):
         if self.is_deepspeed_enabled:
             # accelerate steps DeepSpeed's engine inside backward(), that is after every micro-batch and before rho.
             raise UserError("DeepSpeed is not supported, because its engine steps inside backward(); use DDP or FSDP.")
+        if self.args.guard == "rollback" and self.is_fsdp_enabled:
+            raise UserError(
+                "guard='rollback' keeps a copy of weights and optimizer, which is not sharded under FSDP; use "
+                "'rollback_teacher', 'halve_step' or 'warn'."
+            )
         if not self.distills:
             return
         if self.is_multimodal:
@@ -799,6 +824,15 @@ class _TeacherFollows(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.teacher_follows()
+
+
+class _GuardWatches(TrainerCallback):
+    def __init__(self, trainer: PGPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer.guard is not None
+        self.trainer.guard.after_step(state.global_step, self.trainer.step_metrics())
 
 
 def _check_inputs(args: PGPOConfig, train_dataset: Any, reward_funcs: Any, kwargs: Mapping[str, Any]) -> None:

@@ -17,8 +17,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +28,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from pgpo.errors import UserError
+from pgpo.teacher.weights import TEACHER_ADAPTER
+from pgpo.train import checkpoint as checkpoints
 
 Batch = dict[str, Any]
 Prompt = Any  # a list of chat messages, or a plain string
@@ -67,6 +72,15 @@ class SeamTrainer(GRPOTrainer):
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         kwargs["reward_funcs"] = [self._guarded(f) for f in reward_funcs]
         self._captured: tuple[list[Prompt], list[str], Tensor, list[str | None] | None] | None = None
+        self._recorded_before: dict[str, int] = {}  # scalars per name when this training step began
+        self._grad_norm: float | None = None
+        self._scratch: str | None = None  # where a checkpoint is being written
+        self._sampler: Any = None
+        self._unlogged: dict[str, Any] | None = None  # of a checkpoint between two logs, until training goes on
+        self.last_rollout: Rollout | None = None
+        self.run_id: str | None = None  # written into checkpoints
+        self.failed_save: str | None = None  # why the newest checkpoint could not be written
+        self.say: Callable[[str], Any] = warnings.warn
         super().__init__(*args, **kwargs)
 
     # Hooks ----------------------------------------------------------------------------------------------------
@@ -103,6 +117,12 @@ class SeamTrainer(GRPOTrainer):
         """The latest scalar TRL recorded in this step, e.g. 'completions/mean_length'."""
         values = self._metrics["train"].get(name)
         return values[-1] if values else None
+
+    def step_metrics(self) -> dict[str, float]:
+        """What was recorded in the training step that has just ended, and its gradient norm; equal on all ranks."""
+        new = {name: values[self._recorded_before.get(name, 0) :] for name, values in self._metrics["train"].items()}
+        found = {name: sum(values) / len(values) for name, values in new.items() if values}
+        return found if self._grad_norm is None else found | {"grad_norm": self._grad_norm}
 
     def grpo_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """TRL's GRPO loss on a micro-batch of padded tensors."""
@@ -170,6 +190,8 @@ class SeamTrainer(GRPOTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         start = time.perf_counter()
+        self._load_unlogged()
+        self._recorded_before = {name: len(values) for name, values in self._metrics["train"].items()}
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -330,23 +352,197 @@ class SeamTrainer(GRPOTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """transformers asks for it between clipping and the optimizer's step: the last place to stop a bad update."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._grad_norm = None if norm is None else float(norm)
         # With fp16 the gradient scaler skips such a step by itself.
-        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
+        if self._grad_norm is not None and not self.args.fp16 and not math.isfinite(self._grad_norm):
             raise UserError(
-                f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}; nothing was updated. Look "
-                "for inf or nan in rewards, importance ratios or logits, or lower the learning rate."
+                f"the gradient norm is {self._grad_norm} at step {self.state.global_step + 1}; nothing was updated. "
+                "Look for inf or nan in rewards, importance ratios or logits, or lower the learning rate."
             )
         return norm
 
+    # Checkpoints (checkpoint.py) --------------------------------------------------------------------------------
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        directory = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        self.save_extra(directory)
+        """Write aside, seal, rename. A disk that takes no more costs this checkpoint, not the run."""
+        folder, step, best = Path(self._get_output_dir(trial)), self.state.global_step, self.state.best_model_checkpoint
+        name = f"checkpoint-{step}"
+
+        def write() -> None:
+            path = Path(self._get_output_dir(trial)) / name
+            super(SeamTrainer, self)._save_checkpoint(model, trial)
+            if self.state.best_global_step == step:  # transformers saw it where it is written
+                self.state.best_model_checkpoint = str(folder / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(path / TRAINER_STATE_NAME))
+            self._save_progress(path)
+            self.save_extra(path)
+
+        def seal() -> None:
+            if self.args.should_save:
+                checkpoints.commit(folder, step, self.run_id)
+
+        push, self.args.push_to_hub = self.args.push_to_hub, False  # not before it has its name
+        self._scratch = str(folder / checkpoints.WRITING)
+        try:
+            self.failed_save = (
+                self._disk_failure(lambda: checkpoints.begin(folder) if self.args.should_save else None)
+                or self._disk_failure(write)
+                or self._disk_failure(seal)
+            )
+        finally:
+            self.args.push_to_hub, self._scratch = push, None
+        if self.failed_save is not None:
+            self.state.best_model_checkpoint = best
+            if self.args.should_save:
+                checkpoints.remove_leftovers(folder)
+            if self.accelerator.is_main_process:
+                self.say(
+                    f"{name} could not be written in {folder} ({self.failed_save}); training goes on and the next save "
+                    "tries again: free some space there."
+                )
+            return
+        if self.args.should_save:
+            kept = self.state.best_model_checkpoint
+            checkpoints.rotate(folder, step, self.args.save_total_limit, None if kept is None else Path(kept))
+        if push:
+            self._push_from_checkpoint(str(folder / name))
+
+    def _disk_failure(self, action: Callable[[], Any]) -> str | None:
+        """Run a part of a save on every rank; what the disk of some rank said, if it failed."""
+        failure = None
+        try:
+            action()
+        except Exception as error:
+            failure = checkpoints.write_failure(error)
+            if failure is None:
+                raise
+        return next((f for f in self.gather_objects([failure]) if f is not None), None)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(super()._get_output_dir(trial)) if self._scratch is None else self._scratch
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The student alone, for the teacher's adapter has a file of its own; and no pickle of the arguments."""
+        model = self.accelerator.unwrap_model(self.model)
+        adapters = [name for name in getattr(model, "peft_config", {}) if name != TEACHER_ADAPTER]
+        if adapters:
+            model.save_pretrained = functools.partial(type(model).save_pretrained, model, selected_adapters=adapters)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            if adapters:
+                del model.save_pretrained
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_progress(self, directory: Path) -> None:
+        """What TRL and transformers keep in memory only, per rank: counters, scalars not logged yet, and the
+        completions that the next step takes again."""
+        from safetensors.torch import save_file
+
+        directory.mkdir(parents=True, exist_ok=True)
+        progress: dict[str, Any] = {
+            "ranks": self.accelerator.num_processes,
+            "step": self._step,
+            "metrics": self._metrics["train"],
+            "loss": self._tr_loss.item(),
+            "logged": self._globalstep_last_logged,
+        }
+        if self._step % self._generate_every and self._buffered_inputs is not None:
+            tensors, progress["batches"] = checkpoints.pack(self._buffered_inputs)
+            save_file(tensors, directory / self._own_file("rollout", "safetensors"))
+            assert self.last_rollout is not None
+            local = self.last_rollout.local
+            rollout = vars(self.last_rollout) | {"local": [local.start, local.stop]}
+            # A prompt may hold images, of which no sample is written.
+            progress["rollout"] = json.loads(json.dumps(rollout, default=str))
+        (directory / self._own_file("progress", "json")).write_text(json.dumps(progress) + "\n", encoding="utf-8")
+
+    def _load_progress(self, directory: Path) -> None:
+        from safetensors.torch import load_file
+
+        self.state.compute_steps(self.args, self.state.max_steps)  # transformers keeps the checkpoint's save_steps
+        self._skip_permutations(int(self.state.epoch or 0))
+        file = directory / self._own_file("progress", "json")
+        progress: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if progress.get("ranks") != self.accelerator.num_processes:
+            self.say(
+                f"{directory.name} was written by another number of processes: the run goes on, but not bit for bit "
+                "as one that was never stopped."
+            )
+            self._step = self.state.global_step
+            return
+        self._step = progress["step"]
+        self._unlogged = progress
+        if "batches" not in progress:
+            return
+        if len(progress["batches"]) != self.args.steps_per_generation:
+            raise ValueError(
+                f"its steps_per_generation is {len(progress['batches'])}, this run's {self.args.steps_per_generation}"
+            )
+        tensors = load_file(directory / self._own_file("rollout", "safetensors"))
+        self._buffered_inputs: Any = checkpoints.unpack(tensors, progress["batches"], self.accelerator.device)
+        self.last_rollout = Rollout(**(progress["rollout"] | {"local": slice(*progress["rollout"]["local"])}))
+
+    def _load_unlogged(self) -> None:
+        """Scalars between two logs; transformers sets its own to zero when the loop starts."""
+        if self._unlogged is None:
+            return
+        for name, values in self._unlogged["metrics"].items():
+            self._metrics["train"][name] = values
+        self._tr_loss += self._unlogged["loss"]
+        self._globalstep_last_logged: int = self._unlogged["logged"]
+        self._unlogged = None
+
+    @property
+    def _generate_every(self) -> int:
+        return self.args.steps_per_generation * self.num_iterations
+
+    def _own_file(self, what: str, ending: str) -> str:
+        return f"pgpo_{what}-{self.accelerator.process_index}.{ending}"
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        self._sampler = super()._get_train_sampler(*args)
+        return self._sampler
+
+    def _skip_permutations(self, epochs: int) -> None:
+        """TRL's sampler draws one permutation per epoch from its own generator, which starts anew with the process."""
+        if self.shuffle_dataset and self._sampler is not None:
+            for _ in range(epochs):
+                torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with _explained(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is None:
+            return
+        with _explained(checkpoint):
+            if not self.is_fsdp_enabled and not (Path(checkpoint) / OPTIMIZER_NAME).exists():
+                raise ValueError(f"it has no {OPTIMIZER_NAME}, as with save_only_model")
+            super()._load_optimizer_and_scheduler(checkpoint)
+            self._load_progress(Path(checkpoint))
             self.load_extra(Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _explained(str(checkpoint)):
+            super()._load_rng_state(checkpoint)
+
+
+@contextlib.contextmanager
+def _explained(checkpoint: str) -> Iterator[None]:
+    """Name the checkpoint that cannot be read. transformers reads with weights_only, so pickled code is an error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise UserError(
+            f"the checkpoint {Path(checkpoint).name} cannot be continued ({type(error).__name__}: {reason}); remove "
+            "its folder to continue from the one before."
+        ) from error
 
 
 def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:

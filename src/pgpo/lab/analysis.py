@@ -1,0 +1,255 @@
+"""From the records of a study to its summary and tables: pure functions.
+
+Two curves are kept apart. The validation curve (validation questions, every `eval_steps`) gives peak, area, collapse,
+and selects a step. The test questions give `final` (the last step) and `selected` (the step with the best validation
+value, the first of equals), so that no number that is reported was used to choose it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pgpo import runlog
+from pgpo.evaluate.avg_at_k import paired_scores_bootstrap
+
+SCHEMA = 1
+COLLAPSE = 0.10  # ours: a run collapsed if its validation curve ends more than this below its own peak
+ENOUGH_RUNS = 8  # fewer make the interval too narrow (avg_at_k.paired_scores_bootstrap); tables mark them
+
+Record = Mapping[str, Any]
+
+
+def validation_curve(evaluations: Sequence[Record]) -> tuple[list[int], list[float]]:
+    """Steps and avg@k on the validation questions, in the order of the steps."""
+    points = sorted(
+        (line[runlog.STEP], line[runlog.AVG_AT_K]) for line in evaluations if line[runlog.SPLIT] == "validation"
+    )
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def area(steps: Sequence[int], values: Sequence[float]) -> float:
+    """Mean height of the curve between its first and last step (trapezoids); one point is its own mean."""
+    if len(steps) == 1:
+        return values[0]
+    total = sum((b - a) * (x + y) / 2 for a, b, x, y in zip(steps, steps[1:], values, values[1:], strict=False))
+    return total / (steps[-1] - steps[0])
+
+
+def collapsed(values: Sequence[float]) -> bool:
+    """Whether the curve ends more than COLLAPSE below its peak."""
+    return values[-1] < max(values) - COLLAPSE
+
+
+def negative_share(information: Sequence[float]) -> float | None:
+    """Share of the steps with I_k < 0; None where I_k was not measured."""
+    return sum(value < 0 for value in information) / len(information) if information else None
+
+
+def summarize_study(
+    records: Sequence[Record], name: str, document: Mapping[str, Any], compare: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """The summary of a study; lists run over `seeds`, the finished runs in the order of their seeds.
+
+    `compare`: reference method -> methods compared with it, on final and selected test accuracy, paired by seed and
+    by question: mean difference method - reference with its 95 % interval (runs and questions both drawn).
+    """
+    settings: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        settings.setdefault(record["setting"], {}).setdefault(record["method"], []).append(record)
+    return {
+        "schema": SCHEMA,
+        "name": name,
+        "study": document,
+        "environment": _environment(records),
+        "settings": {
+            setting: {
+                "methods": {
+                    method: _method(of_method, {r: methods.get(r, []) for r in compare if method in compare[r]})
+                    for method, of_method in methods.items()
+                }
+            }
+            for setting, methods in settings.items()
+        },
+    }
+
+
+def _method(records: Sequence[Record], references: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
+    ok = _ok(records)
+    curves = [validation_curve(r["evaluations"]) for r in ok]
+    rho = [r["metrics"].get(runlog.RHO) for r in ok]
+    return {
+        "seeds": [r["seed"] for r in ok],
+        "failed": [{"seed": r["seed"], "error": r["error"]} for r in records if r["status"] != "ok"],
+        "initial": round(statistics.fmean(values[0] for _, values in curves), 5) if ok else None,
+        "peak": [max(values) for _, values in curves],
+        "final": [_mean_score(r["test_scores"]) for r in ok],
+        "final_validation": [values[-1] for _, values in curves],
+        "selected": [_mean_score(r["selected_test_scores"]) for r in ok],
+        "selected_step": [r["selected_step"] for r in ok],
+        "auc": [round(area(*curve), 5) for curve in curves],
+        "collapsed": [collapsed(values) for _, values in curves],
+        "mean_rho": [round(statistics.fmean(values), 5) if values else None for values in rho],
+        "negative_information_share": [
+            None if share is None else round(share, 5)
+            for share in (negative_share(r["metrics"].get(runlog.INFORMATION, [])) for r in ok)
+        ],
+        "seconds_per_step": [r["seconds_per_step"] for r in ok],
+        "versus": _versus(ok, references, "test_scores"),
+        "versus_selected": _versus(ok, references, "selected_test_scores"),
+    }
+
+
+def _versus(records: Sequence[Record], references: Mapping[str, Sequence[Record]], scores: str) -> dict[str, Any]:
+    return {
+        name: difference
+        for name, reference in references.items()
+        if (difference := paired_difference(records, _ok(reference), scores)) is not None
+    }
+
+
+def paired_difference(a: Sequence[Record], b: Sequence[Record], scores: str = "test_scores") -> dict[str, Any] | None:
+    """a - b over the seeds that both have, paired by seed and question; None if they share no seed."""
+    of_a, of_b = ({r["seed"]: r[scores] for r in records} for records in (a, b))
+    seeds = sorted(of_a.keys() & of_b.keys())
+    if not seeds:
+        return None
+    found = paired_scores_bootstrap([of_a[seed] for seed in seeds], [of_b[seed] for seed in seeds])
+    return {
+        "value": round(found.value, 5),
+        "low": round(found.low, 5),
+        "high": round(found.high, 5),
+        "runs": found.runs,
+        "questions": found.questions,
+    }
+
+
+def _ok(records: Sequence[Record]) -> list[Record]:
+    return sorted((r for r in records if r["status"] == "ok"), key=lambda r: r["seed"])
+
+
+def _mean_score(scores: Mapping[str, float]) -> float:
+    return round(statistics.fmean(scores.values()), 5)
+
+
+def _environment(records: Sequence[Record]) -> dict[str, Any]:
+    """The most frequent environment of the runs; `commits`: runs per commit, `environments`: how many differ."""
+    found = [r["environment"] for r in records if r.get("environment")]
+    if not found:
+        return {}
+    keys = [repr(sorted((k, repr(v)) for k, v in e.items() if k != "git_commit")) for e in found]
+    frequent = Counter(keys).most_common(1)[0][0]
+    commits = Counter(str(e.get("git_commit")) for e in found)
+    return {
+        **{k: v for k, v in found[keys.index(frequent)].items() if k != "git_commit"},
+        "commits": dict(commits),
+        "environments": len(set(keys)),
+    }
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def tables_markdown(summary: Mapping[str, Any]) -> str:
+    """The summary as Markdown: differences over all settings first, then one table per setting."""
+    settings = summary["settings"]
+    lines = [f"# Study {summary['name']}", "", *_notes(summary), ""]
+    references = list(dict.fromkeys(r for s in settings.values() for m in s["methods"].values() for r in m["versus"]))
+    for reference in references:
+        lines += [*_differences(settings, reference), ""]
+    for name, setting in settings.items():
+        lines += [f"## {name}", "", *_setting(setting["methods"]), ""]
+    return "\n".join(lines)
+
+
+def _notes(summary: Mapping[str, Any]) -> list[str]:
+    differences = [d for s in summary["settings"].values() for m in s["methods"].values() for d in m["versus"].values()]
+    apart = sum(d["low"] > 0 or d["high"] < 0 for d in differences)
+    return [
+        "Test accuracies are avg@k on the test questions, mean over seeds (sd over seeds); *selected* is that of the",
+        "step which the validation questions select. Peak, area (AUC) and collapse come from the validation curve; a",
+        f"run collapsed if the curve ends more than {COLLAPSE:.2f} below its own peak. Differences are paired by seed",
+        "and by question, with 95 % bootstrap intervals (seeds and questions both drawn); from fewer than "
+        f"{ENOUGH_RUNS} seeds",
+        f"(marked †) they are too narrow. {apart} of {len(differences)} intervals of final differences exclude 0; "
+        f"about {0.05 * len(differences):.0f}",
+        "would do so by chance alone if no method differed.",
+    ]
+
+
+def _differences(settings: Mapping[str, Any], reference: str) -> list[str]:
+    """Method x setting: final test accuracy minus the reference's."""
+    methods = list(
+        dict.fromkeys(n for s in settings.values() for n, m in s["methods"].items() if reference in m["versus"])
+    )
+    columns = [n for n, s in settings.items() if any(reference in m["versus"] for m in s["methods"].values())]
+    rows = [
+        [
+            method,
+            *(_difference(settings[c]["methods"].get(method, {}).get("versus", {}).get(reference)) for c in columns),
+        ]
+        for method in methods
+    ]
+    return [f"## Final test accuracy minus {reference}", "", *_table(["method", *columns], rows)]
+
+
+def _setting(methods: Mapping[str, Any]) -> list[str]:
+    references = list(dict.fromkeys(r for m in methods.values() for r in m["versus"]))
+    head = [
+        "method",
+        "seeds",
+        "initial",
+        "final",
+        "selected",
+        "peak",
+        "AUC",
+        "collapsed",
+        "mean rho",
+        "I < 0",
+        "s/step",
+    ]
+    rows = []
+    for name, m in methods.items():
+        runs = len(m["seeds"])
+        failed = f" ({len(m['failed'])} failed)" if m["failed"] else ""
+        rows.append(
+            [
+                name,
+                f"{runs}{failed}",
+                "-" if m["initial"] is None else f"{m['initial']:.3f}",
+                _mean_sd(m["final"]),
+                _mean_sd(m["selected"]),
+                _mean(m["peak"]),
+                _mean(m["auc"]),
+                f"{sum(m['collapsed'])}/{runs}",
+                _mean(m["mean_rho"]),
+                _mean(m["negative_information_share"], ".2f"),
+                _mean(m["seconds_per_step"], ".2f"),
+                *(_difference(m["versus"].get(r)) for r in references),
+            ]
+        )
+    return _table([*head, *(f"final vs {r}" for r in references)], rows)
+
+
+def _difference(d: Mapping[str, Any] | None) -> str:
+    if d is None:
+        return "-"
+    few = "†" if d["runs"] < ENOUGH_RUNS else ""
+    return f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]{few}"
+
+
+def _mean(values: Sequence[float | None], form: str = ".3f") -> str:
+    known = [v for v in values if v is not None]
+    return format(statistics.fmean(known), form) if known else "-"
+
+
+def _mean_sd(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    return f"{statistics.fmean(values):.3f}" + (f" ({statistics.stdev(values):.3f})" if len(values) > 1 else "")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]

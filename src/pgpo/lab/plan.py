@@ -1,0 +1,300 @@
+"""The plan of a study: from its YAML file to a queue of runs, checked before anything runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pgpo.errors import UserError
+
+_STUDY_KEYS = {"name", "seeds", "test_k", "common", "settings", "methods", "groups", "compare"}
+_GROUP_KEYS = {"settings", "methods", "seeds"}
+_METHOD_KEYS = {"train", "lr_times_mean_rho_of", "rho_shuffled_from"}  # what a method says apart from flags
+_SETTING_KEYS = {"base_seed"}
+# Flags of `pgpo train` that the study sets itself.
+_OWN_FLAGS = {"output_dir", "overwrite", "seed", "save_strategy", "save_steps", "save_total_limit", "rho_file"}
+_NAME = re.compile(r"\w[\w.-]*")  # settings and methods are names of folders
+
+# A first guess at the time left, measured on one core of the lab (64 completions a step: .14 s; 1024 evaluated: .55 s).
+SECONDS_PER_COMPLETION = 0.0022
+SECONDS_PER_EVALUATED = 0.00054
+SECONDS_PER_RUN = 1.5
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method in one setting: `flags` are those of `pgpo train`, the rest is done by the study.
+
+    `train` false: the initial model is evaluated, nothing else. `lr_times_mean_rho_of`: a method of the same setting
+    whose run of the same seed gives the factor on the learning rate. `rho_shuffled_from`: likewise, whose multipliers
+    are taken in another order. `base_seed`: the lab's base model rebuilt from this seed is trained.
+    """
+
+    setting: str
+    method: str
+    flags: dict[str, Any]
+    train: bool = True
+    lr_times_mean_rho_of: str | None = None
+    rho_shuffled_from: str | None = None
+    base_seed: int | None = None
+    # As parsed; objective "" does not train.
+    objective: str = ""
+    learning_rate: float = 0.0
+    max_steps: int = 0
+    eval_steps: int = 0
+    seconds: float = 0.0  # of one run, estimated
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}/{self.method}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the YAML says about this arm; a finished run keeps it, and a study that says otherwise is refused."""
+        special = {name: getattr(self, name) for name in sorted(_METHOD_KEYS | _SETTING_KEYS)}
+        defaults = {"train": True}
+        return self.flags | {k: v for k, v in special.items() if v != defaults.get(k)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the queue."""
+
+    arm: Arm
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}/seed-{self.seed}"
+
+    @property
+    def needs(self) -> str | None:
+        """Name of the run that must be finished first."""
+        method = self.arm.lr_times_mean_rho_of or self.arm.rho_shuffled_from
+        return f"{self.arm.setting}/{method}/seed-{self.seed}" if method else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as read: the queue in the order of work, and which methods are compared with which."""
+
+    name: str
+    seeds: list[int]
+    test_k: int
+    queue: list[Run]
+    compare: dict[str, list[str]]  # reference method -> methods compared with it
+    document: dict[str, Any] = field(repr=False)
+
+
+def read_study(path: Path) -> Study:
+    """Read and check a study; every arm's flags are parsed as `pgpo train` would.
+
+    Raises UserError for a file that is no YAML, unknown keys, flags or methods, and numbers that do not fit.
+    """
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"the study {path} cannot be read ({error.strerror}); check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the study {path} is not valid YAML: {_one_line(error)}") from error
+    try:
+        return _study(document)
+    except UserError as error:
+        raise UserError(f"the study {path}: {error}") from error
+
+
+def _study(document: Any) -> Study:
+    if not isinstance(document, dict):
+        raise UserError("it holds no `name: value` lines; see recipes/lab-study.yaml.")
+    _known(document, _STUDY_KEYS, "the study")
+    name = document.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UserError(f"name is {name!r}; give one of letters, digits, '.', '_' and '-'.")
+    seeds = _seeds(document.get("seeds"), "seeds")
+    test_k = document.get("test_k", 16)
+    if type(test_k) is not int or test_k < 1:
+        raise UserError(f"test_k is {test_k!r}; it must be a whole number of completions per test question, 1 or more.")
+    settings = {k: _flags(v, f"setting {k}") for k, v in _names(document, "settings").items()}
+    methods = {k: _flags(v, f"method {k}") for k, v in _names(document, "methods").items()}
+    common = _flags(document.get("common"), "common")
+    groups = document.get("groups", [{}])
+    if not isinstance(groups, list) or not groups:
+        raise UserError("groups must be a list of {settings, methods, seeds}.")
+    arms: dict[str, Arm] = {}
+    queue: dict[str, Run] = {}
+    for number, group in enumerate(groups, 1):
+        place = f"group {number}"
+        if not isinstance(group, dict):
+            raise UserError(f"{place} is no mapping of settings, methods and seeds.")
+        _known(group, _GROUP_KEYS, place)
+        chosen_settings = _chosen(group.get("settings", "all"), settings, f"{place}: settings")
+        chosen_methods = _chosen(group.get("methods", "all"), methods, f"{place}: methods")
+        for seed in _seeds(group["seeds"], f"{place}: seeds") if "seeds" in group else seeds:
+            for setting in chosen_settings:
+                for method in chosen_methods:
+                    key = f"{setting}/{method}"
+                    if key not in arms:
+                        arms[key] = _arm(setting, method, common, settings[setting], methods[method], test_k)
+                    run = Run(arms[key], seed)
+                    queue.setdefault(run.name, run)
+    for run in queue.values():
+        _check_needs(run, queue)
+    compare = document.get("compare") or {}
+    if not isinstance(compare, dict):
+        raise UserError("compare must map a method to `all` or to the methods compared with it.")
+    _chosen(list(compare), methods, "compare", allow_empty=True)
+    references = {
+        reference: [m for m in _chosen(compared, methods, f"compare: {reference}") if m != reference]
+        for reference, compared in compare.items()
+    }
+    return Study(name, seeds, test_k, list(queue.values()), references, document)
+
+
+def _arm(
+    setting: str,
+    method: str,
+    common: dict[str, Any],
+    of_setting: dict[str, Any],
+    of_method: dict[str, Any],
+    test_k: int,
+) -> Arm:
+    """One method in one setting, its flags parsed once; later parts override earlier ones."""
+    from pgpo.train.arguments import parse
+
+    place = f"{setting}/{method}"
+    merged = common | of_setting | of_method
+    special = {k: merged.pop(k) for k in (*_METHOD_KEYS, *_SETTING_KEYS) if k in merged}
+    for name in sorted(_METHOD_KEYS & (common.keys() | of_setting.keys())):
+        raise UserError(f"{name} is said of a setting or in common; say it of a method.")
+    if refused := sorted(_OWN_FLAGS & merged.keys()):
+        raise UserError(f"{place} sets {', '.join(refused)}, which the study sets itself; leave it out.")
+    if type(special.get("train", True)) is not bool:
+        raise UserError(f"{place}: train is {special['train']!r}; it must be true or false.")
+    if "base_seed" in special:
+        if type(special["base_seed"]) is not int or special["base_seed"] < 0:
+            raise UserError(f"{place}: base_seed is {special['base_seed']!r}; it must be a whole number, 0 or more.")
+        if "model_name_or_path" in merged or merged.get("task", "lab_world") != "lab_world":
+            raise UserError(
+                f"{place}: base_seed rebuilds the lab's own base model; it goes with no other task or model."
+            )
+    if len({"lr_times_mean_rho_of", "rho_shuffled_from"} & special.keys()) == 2:
+        raise UserError(f"{place} has both lr_times_mean_rho_of and rho_shuffled_from; make two methods of it.")
+    # Written when the run is started; what it goes with is checked now.
+    later = {"rho_file": "to-come.json"} if "rho_shuffled_from" in special else {}
+    try:
+        parsed = parse(argv(merged | later))
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+    config, run = parsed.config, parsed.run
+    train = special.get("train", True)
+    if train and config.max_steps < 1:
+        raise UserError(f"{place}: max_steps is {config.max_steps}; a study needs the number of steps, 1 or more.")
+    if train and (config.eval_strategy != "steps" or config.eval_steps % 1 or config.max_steps % config.eval_steps):
+        raise UserError(
+            f"{place}: eval_steps is {config.eval_steps}, which does not divide max_steps = {config.max_steps}; the "
+            "validation curve must end at the last step."
+        )
+    evaluated = (run.eval_rows or 128) * config.eval_k + (run.test_rows or 256) * test_k
+    if train:
+        evaluated += (run.eval_rows or 128) * config.eval_k * int(config.max_steps // config.eval_steps)
+        evaluated += (run.test_rows or 256) * (2 * config.eval_k + test_k)
+    seconds = SECONDS_PER_RUN + SECONDS_PER_EVALUATED * evaluated
+    if train:
+        seconds += SECONDS_PER_COMPLETION * config.max_steps * config.prompts_per_step * (config.num_generations or 1)
+    return Arm(
+        setting,
+        method,
+        merged,
+        objective=config.objective if train else "",
+        learning_rate=config.learning_rate,
+        max_steps=config.max_steps if train else 0,
+        eval_steps=int(config.eval_steps) if train else 0,
+        seconds=seconds,
+        **special,
+    )
+
+
+def _check_needs(run: Run, queue: Mapping[str, Run]) -> None:
+    if run.needs is None:
+        return
+    if run.needs not in queue:
+        raise UserError(f"{run.name} needs {run.needs}, which no group runs; add it to a group.")
+    needed = queue[run.needs].arm
+    if needed.objective != "pgpo" or needed.rho_shuffled_from:
+        raise UserError(f"{run.name} needs the multipliers of {run.needs}, which is no PGPO with its own.")
+    if run.arm.rho_shuffled_from and run.arm.max_steps != needed.max_steps:
+        raise UserError(
+            f"{run.name} has {run.arm.max_steps} steps, {run.needs} has {needed.max_steps}; make them equal."
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a name written twice (plain YAML silently keeps the last)."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name!r} stands twice in one place {str(node.start_mark).strip()}")
+        return dict(super().construct_mapping(node, deep))
+
+
+def _known(values: Mapping[Any, Any], known: set[str], place: str) -> None:
+    unknown = sorted(str(k) for k in values.keys() - known)
+    if unknown:
+        raise UserError(f"{place} has unknown names: {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+
+
+def _names(document: Mapping[str, Any], key: str) -> dict[str, Any]:
+    values = document.get(key)
+    if not isinstance(values, dict) or not values:
+        raise UserError(f"{key} is missing or empty; give at least one `name: {{flag: value}}`.")
+    for name in values:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UserError(
+                f"{key} has the name {name!r}; use letters, digits, '.', '_' and '-' (in quotes if digits)."
+            )
+    return values
+
+
+def _flags(values: Any, place: str) -> dict[str, Any]:
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{place} is {values!r}; give flags of `pgpo train`, {{flag: value}}.")
+    for name, value in values.items():
+        if not isinstance(value, (str, int, float, bool)):
+            raise UserError(f"{place}: {name} is {value!r}; give one text, number, true or false.")
+    return values
+
+
+def _seeds(values: Any, place: str) -> list[int]:
+    if not isinstance(values, list) or not values or any(type(s) is not int or s < 0 for s in values):
+        raise UserError(f"{place} is {values!r}; give a list of whole numbers, 0 or more.")
+    if len(set(values)) != len(values):
+        raise UserError(f"{place} has a number twice: {values}; each seed is one run.")
+    return values
+
+
+def _chosen(values: Any, known: Mapping[str, Any], place: str, allow_empty: bool = False) -> list[str]:
+    if values == "all":
+        return list(known)
+    if not isinstance(values, list) or not (values or allow_empty):
+        raise UserError(f"{place} is {values!r}; give a list of names, or all.")
+    for name in values:
+        if name not in known:
+            raise UserError(f"{place} names {name!r}; known are {', '.join(known)}.")
+    return values
+
+
+def argv(flags: Mapping[str, Any]) -> list[str]:
+    return [f"--{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in flags.items()]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,586 @@
+"""`pgpo study`: methods x settings x seeds from one YAML file, trained by `pgpo train`'s own code, resumable.
+
+    STUDY.yaml -> Study, a queue of Runs -> workers -> records.jsonl.gz -> summary.json, tables.md
+
+`records.jsonl.gz` has one line per finished run with all that tables and figures need, and is the resume point: a run
+that stands in it is done, even if its directory is gone. Each worker process trains one run at a time on one thread.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import gzip
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from pgpo import runlog
+from pgpo.errors import UserError
+from pgpo.lab.analysis import summarize_study, tables_markdown, validation_curve
+from pgpo.lab.plan import Arm, Run, Study, argv, read_study
+from pgpo.lab.workers import Job, Pool, Result
+
+RECORDS_FILE = "records.jsonl.gz"
+SUMMARY_FILE = "summary.json"
+TABLES_FILE = "tables.md"
+RUNS_FOLDER = "runs"
+BASES_FOLDER = "bases"
+DIGITS = 5  # significant digits of the floats in a record
+
+# Of the metrics of a step, what a record keeps: what differs between runs and does not follow from the rest.
+METRICS_KEPT = (
+    runlog.INFORMATION,
+    runlog.RHO,
+    runlog.STUDENT_ENTROPY,
+    runlog.TEACHER_ENTROPY,
+    runlog.DIVERGENCE,
+    runlog.ACTIVE_SHARE,
+    runlog.REWARD,
+    runlog.COMPLETION_LENGTH,
+    runlog.GRAD_NORM,
+)
+
+# ---------------------------------------------------------------- records
+
+
+def read_records(path: Path) -> dict[str, dict[str, Any]]:
+    """Run name -> record. Raises UserError for a file that is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            records = [json.loads(line) for line in file]
+        return {f"{r['setting']}/{r['method']}/seed-{r['seed']}": r for r in records}
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the records {path} cannot be read ({_one_line(error)}); restore the file, or move it away."
+        ) from error
+
+
+def write_records(path: Path, records: Mapping[str, dict[str, Any]]) -> None:
+    """All records, in one step: a reader or a crash sees the old file or the new one."""
+    text = "".join(json.dumps(r, separators=(",", ":"), allow_nan=False) + "\n" for r in records.values())
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_unchanged(study: Study, records: Mapping[str, dict[str, Any]]) -> None:
+    """Raises UserError naming the first finished run that was made with other flags than the study now says."""
+    for run in study.queue:
+        record = records.get(run.name)
+        if record is None or record["status"] != "ok":
+            continue
+        before, now = _comparable(record["flags"]), _comparable(run.arm.identity)
+        now["test_k"], before["test_k"] = study.test_k, record["test_k"]
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise UserError(
+                    f"the run {run.name} was finished with {name} = {before.get(name)}, the study now says "
+                    f"{now.get(name)}; undo the change, name the changed arm differently, or choose another --out."
+                )
+
+
+def _comparable(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML reads 1e-3 as text and 0.001 as a number."""
+
+    def number(value: Any) -> Any:
+        try:
+            return value if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            return value
+
+    return {k: number(v) for k, v in flags.items()}
+
+
+def rounded(value: Any) -> Any:
+    """Floats to DIGITS significant digits, non-finite ones to None, within lists and mappings."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v) for v in value]
+    return value
+
+
+# ---------------------------------------------------------------- one run, in a worker
+
+
+def arguments_of(run: Run, records: Mapping[str, dict[str, Any]], out: Path) -> dict[str, Any]:
+    """The flags that `pgpo train` gets for this run; those derived from an earlier run are computed here."""
+    arm = run.arm
+    flags = arm.flags | {"seed": run.seed}
+    if arm.base_seed is not None:
+        flags["model_name_or_path"] = str(base_folder(arm, out))
+    if arm.lr_times_mean_rho_of:
+        rho = records[str(run.needs)]["metrics"][runlog.RHO]
+        flags["learning_rate"] = float(f"{arm.learning_rate * statistics.fmean(rho):.6g}")
+    if arm.rho_shuffled_from:
+        flags["rho_file"] = str(out / RUNS_FOLDER / arm.name / f"seed-{run.seed}.rho.json")
+    return flags
+
+
+def shuffled_rho(run: Run, records: Mapping[str, dict[str, Any]]) -> list[float]:
+    """The multipliers of the run it needs, in an order drawn from this run's seed."""
+    rho = list(records[str(run.needs)]["metrics"][runlog.RHO])
+    random.Random(f"shuffled rho {run.seed}").shuffle(rho)
+    return rho
+
+
+def base_folder(arm: Arm, out: Path) -> Path:
+    """Where the rebuilt base model of an arm lies."""
+    return out / BASES_FOLDER / f"{arm.flags.get('variant', 'plain')}-seed-{arm.base_seed}"
+
+
+def execute(job: Job) -> Result:
+    """Do one job of the queue: {"base": ...} builds a base model, any other trains and tests one run."""
+    if "base" in job:
+        return _build_base(**job["base"])
+    from pgpo.train.arguments import parse
+
+    _quiet_warnings()
+    started = time.monotonic()
+    directory = Path(job["directory"])
+    shutil.rmtree(directory, ignore_errors=True)  # what a killed run left
+    parsed = parse(job["argv"])
+    do = _train_and_test if job["train"] else _test_initial
+    result = rounded(do(parsed, directory, job["test_k"]))
+    return {**result, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _train_and_test(parsed: Any, directory: Path, test_k: int) -> Result:
+    """Train with `pgpo train`; test the last step and the one that validation selects (the first best)."""
+    from pgpo.train.run import BASE_FOLDER, TEST_RECORDS_FILE, model_source, train
+
+    task = parsed.run.load()
+    train(parsed, directory)
+    run = runlog.read_run(directory)
+    steps, values = validation_curve(run.evaluations)
+    last, selected = steps[-1], steps[values.index(max(values))]
+
+    def scores(step: int) -> dict[str, float]:
+        if step:
+            return _test_scores(parsed, task, directory / runlog.CHECKPOINTS_FOLDER / f"checkpoint-{step}", test_k)
+        made = directory / BASE_FOLDER
+        return _test_scores(
+            parsed, task, made if made.exists() else model_source(parsed, task, directory, None), test_k
+        )
+
+    final = scores(last)
+    chosen = final if selected == last else scores(selected)
+    metrics = {name: run.series(name)[1] for name in METRICS_KEPT}
+    for name in (runlog.RHO, runlog.INFORMATION, runlog.GRAD_NORM):
+        if not all(map(math.isfinite, metrics[name])):
+            raise ArithmeticError(f"{name} is not finite")
+    shutil.rmtree(directory / runlog.CHECKPOINTS_FOLDER, ignore_errors=True)
+    (directory / TEST_RECORDS_FILE).unlink(missing_ok=True)  # a megabyte of completions at the trainer's own k
+    return {
+        "environment": run.environment,
+        "steps": [line[runlog.STEP] for line in run.metrics],
+        "metrics": {name: series for name, series in metrics.items() if series},
+        "evaluations": run.evaluations,
+        "test_scores": final,
+        "selected_step": selected,
+        "selected_test_scores": chosen,
+        "seconds_per_step": statistics.median(run.series(runlog.STEP_SECONDS)[1]),
+    }
+
+
+def _test_initial(parsed: Any, directory: Path, test_k: int) -> Result:
+    """The model before training."""
+    from pgpo.evaluate import summarize
+    from pgpo.train.run import model_source
+
+    task = parsed.run.load()
+    with tempfile.TemporaryDirectory() as scratch:
+        source = model_source(parsed, task, Path(scratch), None)
+        k = parsed.config.eval_k
+        validation = summarize(_sample(parsed, task, source, task.validation[: parsed.run.eval_rows], k), k)
+        scores = _test_scores(parsed, task, source, test_k)
+    return {
+        "environment": runlog.environment({"device": parsed.config.device.type}),
+        "steps": [],
+        "metrics": {},
+        "evaluations": [{runlog.STEP: 0, runlog.SPLIT: "validation", **validation.as_dict()}],
+        "test_scores": scores,
+        "selected_step": 0,
+        "selected_test_scores": scores,
+        "seconds_per_step": None,
+    }
+
+
+def _test_scores(parsed: Any, task: Any, source: Path | str, k: int) -> dict[str, float]:
+    from pgpo.evaluate import avg_scores
+
+    return avg_scores(_sample(parsed, task, source, task.test[: parsed.run.test_rows], k), k)
+
+
+def _sample(parsed: Any, task: Any, source: Path | str, rows: Any, k: int) -> Any:
+    """Graded completions of a saved model, sampled as the trainer samples held-out questions."""
+    from pgpo.evaluate import evaluate
+    from pgpo.evaluate.runners import TransformersRunner
+    from pgpo.train.run import load_model, quiet
+
+    quiet()
+    args = parsed.config
+    model, tokenizer = load_model(source, parsed.model.dtype, trust_remote_code=args.trust_remote_code)
+    runner = TransformersRunner(
+        model.to(args.device),
+        tokenizer,
+        temperature=args.eval_temperature,
+        top_p=args.eval_top_p,
+        max_new_tokens=args.max_completion_length,
+        batch_size=args.eval_batch_size,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    return evaluate(rows, runner, task.grade, k, args.seed)
+
+
+def _build_base(variant: str, seed: int, out: str) -> Result:
+    """The lab's base model from a seed, whole or not at all."""
+    from pgpo.lab.base_model import main as build
+
+    temporary = Path(f"{out}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    build(variant=variant, seed=seed, out=temporary)
+    temporary.replace(out)
+    return {}
+
+
+# ---------------------------------------------------------------- the queue
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    runs: Sequence[Run],
+    *,
+    jobs: int,
+    niceness: int = 0,
+    retry_failed: bool = False,
+    do: Callable[[Job], Result] = execute,
+) -> dict[str, dict[str, Any]]:
+    """Run what is not in the records yet, in the order of `runs` as far as needs allow; all records.
+
+    The records are written after each run. A run that fails is recorded with its error and stops no other.
+    Raises UserError before anything runs when a finished run was made with other flags, or `out` is in use.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(_lock(out))
+        records = read_records(out / RECORDS_FILE)
+        check_unchanged(study, records)
+        if retry_failed:
+            names = {run.name for run in runs}
+            records = {k: r for k, r in records.items() if r["status"] == "ok" or k not in names}
+        pool = Pool(do, jobs, out, niceness)
+        stack.callback(pool.close)
+        queue = _Queue(study, out, runs, records)
+        progress = stack.enter_context(_Progress(queue, jobs))
+        while True:
+            while pool.free and (job := queue.next_job()) is not None:
+                pool.start(job)
+            for run, record in queue.take_finished():
+                write_records(out / RECORDS_FILE, records)
+                progress.finished(run, record)
+            if not pool.busy:
+                return records
+            progress.running(pool.running)
+            for name, result, error in pool.finished(timeout=1.0):
+                queue.finish(name, result, error)
+
+
+class _Queue:
+    """What is still to be done, and what of it can be done now; puts finished runs into the records."""
+
+    def __init__(self, study: Study, out: Path, runs: Sequence[Run], records: dict[str, dict[str, Any]]) -> None:
+        self.study, self.out, self.runs, self.records = study, out, runs, records
+        self.waiting = [run for run in runs if run.name not in records]
+        self._started: dict[str, tuple[Run, dict[str, Any]]] = {}  # with the flags it got
+        self._bases: dict[str, str | None] = {}  # base models asked for -> what went wrong
+        self._finished: list[Run] = []
+
+    def next_job(self) -> Job | None:
+        """The first job that can be started; a run whose need has failed is finished as failed on the way."""
+        for run in list(self.waiting):
+            folder = base_folder(run.arm, self.out)
+            base = f"{BASES_FOLDER}/{folder.name}"
+            if run.needs is not None and run.needs not in self.records:
+                continue
+            if run.needs is not None and self.records[run.needs]["status"] != "ok":
+                self._fail(run, f"it needs {run.needs}, which failed")
+            elif run.arm.base_seed is None or folder.exists():
+                self.waiting.remove(run)
+                return self._job(run)
+            elif base not in self._bases:
+                self._bases[base] = None
+                variant = str(run.arm.flags.get("variant", "plain"))
+                return {"name": base, "base": {"variant": variant, "seed": run.arm.base_seed, "out": str(folder)}}
+            elif self._bases[base] is not None:
+                self._fail(run, f"it needs {base}, which failed: {self._bases[base]}")
+        return None
+
+    def finish(self, name: str, result: Result | None, error: str | None) -> None:
+        """Note how a job of `next_job` ended."""
+        if name in self._bases:
+            self._bases[name] = error
+            return
+        run, arguments = self._started.pop(name)
+        self._record(run, arguments, result, error)
+
+    def take_finished(self) -> list[tuple[Run, dict[str, Any]]]:
+        """Runs recorded since the last call."""
+        runs, self._finished = self._finished, []
+        return [(run, self.records[run.name]) for run in runs]
+
+    def seconds_left(self, jobs: int) -> float:
+        """Wall time of what is not finished, on `jobs` workers: the estimate, scaled by what the finished took."""
+        running = [run for run, _ in self._started.values()]
+        return seconds_for([*running, *self.waiting], self.runs, self.records) / jobs
+
+    def _fail(self, run: Run, error: str) -> None:
+        self.waiting.remove(run)
+        self._record(run, {}, None, error)
+
+    def _record(self, run: Run, arguments: dict[str, Any], result: Result | None, error: str | None) -> None:
+        """One line of the records; `arguments` without the place of the study, so that it can move."""
+        self.records[run.name] = {
+            "setting": run.arm.setting,
+            "method": run.arm.method,
+            "seed": run.seed,
+            "status": "ok" if error is None else "failed",
+            "error": error,
+            "flags": run.arm.identity,
+            "arguments": {
+                k: str(v).replace(f"{self.out}{os.sep}", "") if isinstance(v, str) else v for k, v in arguments.items()
+            },
+            "commit": (result or {}).get("environment", {}).get("git_commit"),
+            "test_k": self.study.test_k,
+            **(result or {}),
+        }
+        self._finished.append(run)
+
+    def _job(self, run: Run) -> Job:
+        arguments = arguments_of(run, self.records, self.out)
+        self._started[run.name] = run, arguments
+        if run.arm.rho_shuffled_from:
+            path = Path(arguments["rho_file"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            runlog.write_atomically(path, json.dumps(shuffled_rho(run, self.records)))
+        directory = self.out / RUNS_FOLDER / run.name
+        # A checkpoint at every evaluation (.05 s in the lab), so that the selected step can be tested.
+        saving = {"save_strategy": "steps", "save_steps": run.arm.eval_steps, "save_total_limit": 1_000_000}
+        return {
+            "name": run.name,
+            "argv": argv(arguments | (saving if run.arm.train else {}) | {"output_dir": directory}),
+            "directory": str(directory),
+            "train": run.arm.train,
+            "test_k": self.study.test_k,
+        }
+
+
+def seconds_for(todo: Sequence[Run], runs: Sequence[Run], records: Mapping[str, dict[str, Any]]) -> float:
+    """Worker seconds that `todo` will take: the estimates, times the measured over the estimated of finished runs."""
+    done = [run for run in runs if records.get(run.name, {}).get("seconds")]
+    measured = sum(records[run.name]["seconds"] for run in done)
+    factor = measured / sum(run.arm.seconds for run in done) if done else 1.0
+    return factor * sum(run.arm.seconds for run in todo)
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """One study at a time in a folder: two would overwrite each other's records."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another study is running in {out}; wait for it, or choose another --out.") from error
+        yield
+
+
+class _Progress:
+    """A bar on a terminal, one line per finished run elsewhere; failures are named on both."""
+
+    def __init__(self, queue: _Queue, jobs: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self.queue, self.jobs = queue, jobs
+        self.total = len(queue.runs)
+        self.done = self.total - len(queue.waiting)
+        console = Console(stderr=True)
+        self.terminal = console.is_terminal
+        columns = (TextColumn("study"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self.bar = Progress(*columns, console=console, disable=not self.terminal)
+        self.line = self.bar.add_task("", total=self.total, completed=self.done)
+
+    def __enter__(self) -> _Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def running(self, names: Sequence[str]) -> None:
+        left = duration(self.queue.seconds_left(self.jobs))
+        self.bar.update(self.line, completed=self.done, description=f"{left} left  {'  '.join(names)}")
+
+    def finished(self, run: Run, record: Mapping[str, Any]) -> None:
+        self.done += 1
+        if record["status"] == "ok":
+            scores = record["test_scores"].values()
+            text = f"{run.name}  test avg@{record['test_k']} {statistics.fmean(scores):.3f}  {record['seconds']:.0f} s"
+        else:
+            text = f"{run.name}  FAILED: {record['error']}"
+        if self.terminal:
+            if record["status"] != "ok":
+                self.bar.console.print(text, markup=False, highlight=False)
+        else:
+            left = duration(self.queue.seconds_left(self.jobs))
+            print(f"[{self.done}/{self.total}] {text}  {left} left", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(
+    path: Path,
+    *,
+    out: Path | None = None,
+    jobs: int | None = None,
+    niceness: int = 0,
+    only: Sequence[str] = (),
+    list_only: bool = False,
+    tables_only: bool = False,
+    retry_failed: bool = False,
+) -> int:
+    """`pgpo study`: run or go on with a study, then write its summary and tables. Exit status 1 if a run failed."""
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs is {jobs}; it must be at least 1.")
+    _quiet_warnings()
+    study = read_study(path)
+    out = out or Path("runs") / f"study-{study.name}"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose another --out.")
+    runs = selected_runs(study, only)
+    jobs = jobs or default_jobs()
+    if list_only:
+        print(plan(study, runs, read_records(out / RECORDS_FILE), jobs))
+        return 0
+    if not tables_only:
+        run_study(study, out, runs, jobs=jobs, niceness=niceness, retry_failed=retry_failed)
+    records = read_records(out / RECORDS_FILE)
+    check_unchanged(study, records)
+    if not records:
+        raise UserError(f"there are no finished runs in {out}; run the study first.")
+    write_tables(study, out, records)
+    failed = [run.name for run in study.queue if records.get(run.name, {}).get("status") == "failed"]
+    for name in failed:
+        print(f"failed: {name}: {records[name]['error']}", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} runs failed; logs: {out}/worker-*.log; repeat them with --retry-failed", file=sys.stderr)
+    print(f"tables: {out / TABLES_FILE}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def write_tables(study: Study, out: Path, records: Mapping[str, dict[str, Any]]) -> None:
+    """summary.json and tables.md of the planned runs that are in the records."""
+    planned = [records[run.name] for run in study.queue if run.name in records]
+    summary = summarize_study(planned, study.name, study.document, study.compare)
+    runlog.write_atomically(out / SUMMARY_FILE, _json(summary) + "\n")
+    runlog.write_atomically(out / TABLES_FILE, tables_markdown(summary))
+
+
+def _json(value: Any, indent: str = "") -> str:
+    """JSON with one line per name of a mapping, and lists on one line."""
+    if not isinstance(value, Mapping) or not value:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    inner = indent + " "
+    lines = [f"{inner}{json.dumps(str(k), ensure_ascii=False)}: {_json(v, inner)}" for k, v in value.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+
+def selected_runs(study: Study, only: Sequence[str]) -> list[Run]:
+    """The runs whose setting/method fits one of the patterns (all without one), and what they need, in queue order."""
+    if not only:
+        return study.queue
+    chosen: set[str] = set()
+    for pattern in only:
+        full = pattern if "/" in pattern else f"{pattern}/*"
+        found = [run for run in study.queue if fnmatch.fnmatchcase(run.arm.name, full)]
+        if not found:
+            raise UserError(f"--only {pattern!r} fits no setting/method of the study; --list shows them.")
+        chosen |= {name for run in found for name in (run.name, run.needs) if name is not None}
+    return [run for run in study.queue if run.name in chosen]
+
+
+def plan(study: Study, runs: Sequence[Run], records: Mapping[str, dict[str, Any]], jobs: int) -> str:
+    """One line per arm in the order of the queue, and the estimated time of what is not done."""
+    lines = []
+    for name in dict.fromkeys(run.arm.name for run in runs):
+        of_arm = [run for run in runs if run.arm.name == name]
+        status = [records.get(run.name, {}).get("status") for run in of_arm]
+        failed = f", {status.count('failed')} failed" if "failed" in status else ""
+        todo = [run for run, s in zip(of_arm, status, strict=True) if s is None]
+        lines.append(
+            f"{name:40s} {len(of_arm):3d} runs  {status.count('ok'):3d} done{failed}  "
+            f"{duration(seconds_for(todo, study.queue, records))} to do"
+        )
+    todo = [run for run in runs if run.name not in records]
+    seconds = seconds_for(todo, study.queue, records)
+    known = "measured" if any(r.get("seconds") for r in records.values()) else "estimated, no run is finished"
+    lines.append(
+        f"{len(runs)} runs, {len(todo)} to do: {duration(seconds)} of one core, {duration(seconds / jobs)} on {jobs} "
+        f"worker{'s' if jobs > 1 else ''} ({known}; without base models, about 3 minutes each)"
+    )
+    return "\n".join(lines)
+
+
+def default_jobs() -> int:
+    """Physical cores this process may use; 1 with a GPU, which the workers would share."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    import psutil  # a part of accelerate's installation
+
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+def _quiet_warnings() -> None:
+    """transformers 5 on fields that TRL sets by their old names: once per run, and nothing a user could change."""
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

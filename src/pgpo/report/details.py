@@ -1,0 +1,154 @@
+"""What stands behind the numbers: alarms, settings, environment and commands of runs; plan and failures of a study."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pgpo.report import methods as m
+from pgpo.report.charts import significant
+from pgpo.report.markup import Html, el, join
+from pgpo.report.methods import Setting
+from pgpo.report.sources import RunSource, StudySource, number
+from pgpo.report.tables import scrolling, settings_table
+
+MOST_ALARMS = 200
+_TEXTS = ("signal", "action", "reason")
+_NOT_TOLD = ("seed", "output_dir", "logging_dir")
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """The value if it is a JSON object, else an empty one."""
+    return {str(name): item for name, item in value.items()} if isinstance(value, dict) else {}
+
+
+# Runs ------------------------------------------------------------------------------------------------------------
+
+
+def alarm_marks(runs: Sequence[RunSource]) -> list[tuple[float, str]]:
+    """Step and text of the alarms that have a step."""
+    return [
+        (step, f"{source.name}, step {step:g}: {alarm.get('signal')}, {alarm.get('action')}")
+        for source in runs
+        for alarm in source.alarms[:MOST_ALARMS]
+        if math.isfinite(step := number(alarm.get("step")))
+    ]
+
+
+def alarm_section(runs: Sequence[RunSource]) -> Html | None:
+    alarms = [(source.name, alarm) for source in runs for alarm in source.alarms]
+    if not alarms:
+        return None
+    names = ("step", "signal", "value", "limit", "action", "reason")
+    rows = []
+    for run, alarm in alarms[:MOST_ALARMS]:
+        cells = [el("td", _number_or_text(alarm.get(name)), class_=_side(name)) for name in names]
+        rows.append(el("tr", el("th", run, scope="row"), *cells))
+    heads = [el("th", name, scope="col", class_=_side(name)) for name in names]
+    head = el("tr", el("th", "run", scope="col", class_="left"), *heads)
+    table = el("table", el("thead", head), el("tbody", *rows))
+    left_out = len(alarms) - len(rows)
+    note = f"{left_out} more stand in the runs’ alarms.jsonl." if left_out else "Flags in the charts mark their steps."
+    return el("section", el("h2", "Alarms"), scrolling(table, "Alarms"), el("p", note, class_="note"), id="alarms")
+
+
+def _side(name: str) -> str | None:
+    return "left wrap" if name in _TEXTS else None
+
+
+def _number_or_text(value: object) -> str:
+    return significant(value) if isinstance(value, float) else m.short(value, 200)
+
+
+def configuration_section(runs: Sequence[RunSource], labels: Sequence[str]) -> Html:
+    """What differs first, then what was given, all of it, the environment, the commands."""
+    configs = [{k: v for k, v in source.run.config.items() if k != "arguments"} for source in runs]
+    given = [mapping(source.run.config.get("arguments")) for source in runs]
+    environments = [flat(source.run.environment) | {"pgpo": source.run.version} for source in runs]
+    names = [label if labels.count(label) == 1 else f"{label} ({source.name})" for label, source in zip(labels, runs)]
+    told = [name for name in m.differing(configs) if name not in _NOT_TOLD[1:]]
+    changed = m.differing(environments)
+    parts: list[Html] = []
+    if told:
+        parts.append(settings_table("Settings that differ", names, configs, told, open_=True))
+    if changed:
+        parts.append(settings_table("Environment that differs", names, environments, changed, open_=True))
+    if len(runs) > 1 and not told and not changed:
+        parts.append(el("p", "All runs share their settings and their environment.", class_="note"))
+    if any(given):
+        chosen = list(dict.fromkeys(name for of_run in given for name in of_run))
+        parts.append(settings_table("Settings that were given", names, given, chosen, open_=len(runs) == 1))
+    every = sorted({name for config in configs for name in config})
+    parts.append(settings_table("All settings", names, configs, every))
+    known = list(dict.fromkeys(name for environment in environments for name in environment))
+    parts.append(settings_table("Environment", names, environments, known))
+    commands = [
+        {"command": " ".join(map(str, source.run.command)), "folder": str(source.run.directory)} for source in runs
+    ]
+    parts.append(settings_table("Commands and folders", names, commands, ["command", "folder"]))
+    return el("section", el("h2", "Configuration"), *parts, id="configuration")
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested JSON objects with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return found
+
+
+# Studies ---------------------------------------------------------------------------------------------------------
+
+
+def plan_section(study: StudySource, settings: Sequence[Setting], key: str) -> Html:
+    document = flat(mapping(study.summary.get("study")))
+    environment = flat(mapping(study.summary.get("environment")))
+    return el(
+        "section",
+        el("h2", "Plan and environment"),
+        _failures(study),
+        join(_arguments(study, setting) for setting in settings),
+        settings_table("The study as it was written", [""], [document], list(document)),
+        settings_table("Environment", [""], [environment], list(environment)),
+        el("p", "Folder: ", el("code", str(study.directory)), class_="note"),
+        id=key,
+    )
+
+
+def _failures(study: StudySource) -> Html | None:
+    failed = [record for record in study.records if record.get("status") != "ok"]
+    if not failed:
+        return None
+    rows = [
+        el(
+            "tr",
+            el("th", f"{record['setting']}/{record['method']}, seed {record.get('seed')}", scope="row"),
+            el("td", m.short(record.get("error"), 500)),
+        )
+        for record in failed
+    ]
+    heads = el("tr", el("th", "Run", scope="col", class_="left"), el("th", "Error", scope="col", class_="left"))
+    table = el("table", el("thead", heads), el("tbody", *rows), class_="settings")
+    summary = el("summary", "Failed runs ", el("span", f"({len(failed)})", class_="muted"))
+    return el("details", summary, scrolling(table, "Failed runs"), open=True)
+
+
+def _arguments(study: StudySource, setting: Setting) -> Html | None:
+    """The arguments that differ between the methods of a setting; one that depends on the seed lists its values."""
+    values: dict[str, dict[str, list[str]]] = {}
+    for record in study.records:
+        if str(record["setting"]) == setting.name and record.get("status") == "ok":
+            of_method = values.setdefault(str(record["method"]), {})
+            for name, value in mapping(record.get("arguments")).items():
+                seen = of_method.setdefault(name, [])
+                if (written := m.short(value, 100)) not in seen:
+                    seen.append(written)
+    names = [method for method in setting.methods if method in values]
+    columns = [{name: _listed(seen) for name, seen in values[method].items()} for method in names]
+    told = [name for name in m.differing(columns) if name not in _NOT_TOLD]
+    return settings_table(f"Arguments that differ in {setting.name}", names, columns, told) if told else None
+
+
+def _listed(values: Sequence[str], most: int = 3) -> str:
+    return ", ".join(values[:most]) + (", …" if len(values) > most else "")

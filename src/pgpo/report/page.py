@@ -1,0 +1,293 @@
+"""`pgpo report`: one HTML page that holds everything, opens from disk and asks no network.
+
+    paths --sources--> runs, studies --methods--> settings: rows, curves --setting, tables--> HTML --page--> file
+
+The Content-Security-Policy of the page allows its own script and style by their hash and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pgpo import __version__, runlog
+from pgpo.errors import UserError
+from pgpo.report import methods as m
+from pgpo.report.charts import styles_of
+from pgpo.report.details import alarm_marks, alarm_section, configuration_section, mapping, plan_section
+from pgpo.report.markup import Html, data_block, el, join
+from pgpo.report.methods import Setting
+from pgpo.report.samples import sample_section
+from pgpo.report.setting import Shared, setting_section
+from pgpo.report.sources import RunSource, StudySource, number, read_sources
+from pgpo.report.tables import COLLAPSE_POINTS, overview_table, scrolling
+
+EXPLAINED = (  # the metrics that the page draws
+    runlog.INFORMATION,
+    runlog.RHO,
+    runlog.STUDENT_ENTROPY,
+    runlog.TEACHER_ENTROPY,
+    runlog.DIVERGENCE,
+    runlog.SAMPLED_KL,
+    runlog.SAMPLED_KL_WRONG,
+    runlog.DEMONSTRATION_LOGPROB,
+    runlog.GRAD_NORM,
+    runlog.COMPLETION_LENGTH,
+    runlog.LENGTH_TAIL,
+    runlog.ACTIVE_SHARE,
+)
+
+
+def main(paths: Sequence[Path], out: Path, figures: Path | None = None) -> int:
+    """Write the page, and with `figures` a PNG and an SVG of each setting into that folder; returns the exit status.
+
+    Raises UserError when nothing can be reported, `out` or `figures` cannot be written, or matplotlib is missing.
+    """
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; give --out a file, such as {out / 'report.html'}.")
+    if figures is not None:
+        from pgpo.report.figures import require_matplotlib
+
+        require_matplotlib()
+    report = Report.of(*read_sources(paths))
+    text = page(report)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        runlog.write_atomically(out, text)
+    except OSError as error:
+        raise UserError(f"the report {out} cannot be written ({error.strerror}); choose another --out.") from error
+    print(f"report: {out} ({len(text.encode()) / 1e6:.1f} MB)", file=sys.stderr)
+    if figures is not None:
+        from pgpo.report.method_figures import plot_settings
+
+        for path in plot_settings(report.settings, figures):
+            print(f"figure: {path}", file=sys.stderr)
+    return 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is reported: `of_runs` is the setting of all runs, None without runs; `of_studies` go with `studies`."""
+
+    runs: list[RunSource]
+    studies: list[StudySource]
+    of_runs: Setting | None
+    of_studies: list[list[Setting]]
+
+    @classmethod
+    def of(cls, runs: list[RunSource], studies: list[StudySource]) -> Report:
+        of_runs = m.setting_of_runs(runs, "Runs") if runs else None
+        return cls(runs, studies, of_runs, [m.settings_of_study(study) for study in studies])
+
+    @property
+    def settings(self) -> list[Setting]:
+        of_runs = [self.of_runs] if self.of_runs else []
+        return of_runs + [setting for settings in self.of_studies for setting in settings]
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(method for setting in self.settings for method in setting.methods))
+
+
+def page(report: Report) -> str:
+    """The whole page as text; the same files give the same page."""
+    shared = Shared(styles_of(report.methods), {})
+    sections = [*_sections_of_runs(shared, report), *_sections_of_studies(shared, report)]
+    sections.append(("how-to-read", "How to read", _how_to_read()))
+    links = [el("li", _link(key, text)) for key, text, _ in sections]
+    title = _title(report)
+    style = _asset("page.css") + _toggle_rules(style.index for style in shared.styles.values())
+    script = _asset("page.js")
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
+    )
+    head = el(
+        "head",
+        Html('<meta charset="utf-8">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html('<meta name="color-scheme" content="light dark">'),
+        Html('<meta name="referrer" content="no-referrer">'),
+        el("title", f"{title} · pgpo report"),
+        el("style", Html(style)),
+    )
+    body = el(
+        "body",
+        el("a", "Skip to the results", href="#main", class_="skip"),
+        el(
+            "header",
+            el("p", "pgpo report", class_="eyebrow"),
+            el("h1", title),
+            _lead(),
+            _facts(report),
+            el("nav", el("ul", *links), aria_label="Contents"),
+        ),
+        el("main", *(section for *_, section in sections), id="main"),
+        el("footer", el("p", f"Made by pgpo {__version__}. The page is whole: it loads nothing from elsewhere.")),
+        data_block("readings", shared.readings),
+        el("script", Html(script)),
+    )
+    return f"<!doctype html>\n{el('html', head, body, lang='en')}\n"
+
+
+Section = tuple[str, str, Html]  # id, what the contents call it, markup
+
+
+def _sections_of_runs(shared: Shared, report: Report) -> list[Section]:
+    if report.of_runs is None:
+        return []
+    labels = [track.method for track in report.of_runs.tracks]
+    marks = alarm_marks(report.runs)
+    curves = setting_section(shared, report.of_runs, "runs", "Learning curves", marks, all_open=True)
+    sections: list[tuple[str, str, Html | None]] = [
+        ("runs", "Learning curves", curves),
+        ("samples", "Samples", sample_section(report.runs, labels)),
+        ("alarms", "Alarms", alarm_section(report.runs)),
+        ("configuration", "Configuration", configuration_section(report.runs, labels)),
+    ]
+    return [(key, text, section) for key, text, section in sections if section is not None]
+
+
+def _sections_of_studies(shared: Shared, report: Report) -> list[Section]:
+    sections = []
+    alone = len(report.studies) == 1 and not report.runs
+    for number_, (study, settings) in enumerate(zip(report.studies, report.of_studies), 1):
+        key = f"study-{number_}"
+        title = "Overview" if alone else f"Study {study.name}"
+        links = [_link(f"{key}-{place}", setting.name) for place, setting in enumerate(settings)]
+        table = overview_table(settings, links, shared.styles)
+        sections.append((key, title, el("section", el("h2", title), table, id=key)))
+        for place, setting in enumerate(settings):
+            place_key, name = f"{key}-{place}", f"Setting {setting.name}"
+            sections.append((place_key, setting.name, setting_section(shared, setting, place_key, name, [])))
+        sections.append((f"{key}-plan", "Plan and environment", plan_section(study, settings, f"{key}-plan")))
+    return sections
+
+
+def _asset(name: str) -> str:
+    return (files("pgpo.report") / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _toggle_rules(indices: Iterable[int]) -> str:
+    """The boxes of the legend work by these alone, without a script."""
+    rule = 'section:has(.legend input[value="{0}"]:not(:checked)) svg [data-m="{0}"]{{display:none}}\n'
+    return "".join(rule.format(index) for index in indices)
+
+
+def _link(target: str, text: str) -> Html:
+    return el("a", text, href=f"#{target}")
+
+
+# Head and end ----------------------------------------------------------------------------------------------------
+
+
+def _title(report: Report) -> str:
+    parts = [f"Study {study.name}" for study in report.studies]
+    if report.of_runs is not None:
+        count = f"{len(report.runs)} runs: " if len(report.runs) > 1 else "One run: "
+        parts.insert(0, count + _listed(report.of_runs.methods, 4))
+    return "; ".join(parts)
+
+
+def _lead() -> Html:
+    i_k, rho_k = join([el("i", "I"), el("sub", "k")]), join(["ρ", el("sub", "k")])
+    text = [
+        *(
+            "A student model learns from its own teacher: the same network, shown a right solution. The information ",
+            i_k,
+        ),
+        *(
+            " of step ",
+            el("i", "k"),
+            " is the student’s token entropy minus the teacher’s. PGPO multiplies the step by ",
+        ),
+        *(rho_k, " = min(exp(α ", i_k, "), ρ", el("sub", "max"), "), SDPO takes it as it is, GRPO has no teacher."),
+    ]
+    return el("p", *text, class_="lead")
+
+
+def _facts(report: Report) -> Html:
+    tracks = [track for setting in report.settings for track in setting.tracks]
+    lines = [line for track in tracks for line in track.evaluations]
+    last = [max([*track.steps[-1:], *(line[runlog.STEP] for line in track.evaluations)], default=0) for track in tracks]
+    environments = [source.run.environment for source in report.runs]
+    environments += [mapping(study.summary.get("environment")) for study in report.studies]
+    ks, questions = (_span(line.get(name) for line in lines) for name in (runlog.K, runlog.QUESTIONS))
+    seeds = {track.seed for track in tracks if track.seed}
+    facts = {
+        "Task": _listed(_tasks(report), 4),
+        "Settings": str(len(report.settings)) if report.studies else "",
+        "Methods": str(len(report.methods)),
+        "Runs": f"{len(tracks)} with {len(seeds)} seeds" if len(seeds) > 1 else str(len(tracks)),
+        "Steps": _span(last),
+        "Evaluation": f"avg@{ks} on {questions} questions" if lines else "none",
+        "Device": _listed(_values(environments, "device"), 2),
+        "Commit": _listed([_commit(value) for value in _values(environments, "git_commit")], 2),
+    }
+    return el(
+        "dl", *(el("div", el("dt", name), el("dd", text)) for name, text in facts.items() if text), class_="facts"
+    )
+
+
+def _tasks(report: Report) -> list[str]:
+    configs = [source.run.config for source in report.runs]
+    for study in report.studies:
+        document = mapping(study.summary.get("study"))
+        common = mapping(document.get("common"))
+        configs += [common | mapping(values) for values in mapping(document.get("settings")).values()]
+    keys = ("task", "domain", "variant")
+    found = [" ".join(str(config[key]) for key in keys if config.get(key) is not None) for config in configs]
+    return [text for text in dict.fromkeys(found) if text]
+
+
+def _values(dictionaries: Iterable[Mapping[str, Any]], name: str) -> list[str]:
+    return list(dict.fromkeys(str(values[name]) for values in dictionaries if values.get(name) is not None))
+
+
+def _commit(text: str) -> str:
+    """Ten digits, and whether the source was changed since."""
+    name, _, changed = text.partition("-")
+    return f"{name[:10]}{' (changed)' if changed else ''}"
+
+
+def _span(values: Iterable[Any]) -> str:
+    """The one value, or the smallest and the largest."""
+    known = sorted({value for value in map(number, values) if math.isfinite(value)})
+    return "–".join(f"{value:.10g}" for value in dict.fromkeys((known[0], known[-1]))) if known else "?"
+
+
+def _listed(names: Sequence[str], most: int) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _how_to_read() -> Html:
+    texts = [
+        "Signals: the strong line is a centered mean over 5 % of the steps (geometric on a log scale), the faint line"
+        " is every step. Of several seeds both show the mean, and the band goes from the lowest to the highest smoothed"
+        " seed. A spike of the faint line may leave the chart.",
+        f"A run has collapsed when its last evaluation lies more than {COLLAPSE_POINTS} below its own highest.",
+        "The boxes of a legend hide a method. Point at a chart to read its numbers, or move to it with Tab and then"
+        " with the arrow keys.",
+    ]
+    described = {runlog.AVG_AT_K: runlog.EVALUATIONS[runlog.AVG_AT_K]}
+    described |= {name: runlog.METRICS[name] for name in EXPLAINED}
+    rows = [
+        el("tr", el("th", el("code", name), scope="row"), el("td", "" if unit == "1" else unit), el("td", meaning))
+        for name, (unit, meaning) in described.items()
+    ]
+    heads = [el("th", text, scope="col", class_="left") for text in ("Name in the files", "Unit", "Meaning")]
+    table = el("table", el("thead", el("tr", *heads)), el("tbody", *rows), class_="settings")
+    paragraphs = [el("p", text, class_="lead") for text in texts]
+    return el("section", el("h2", "How to read this page"), *paragraphs, scrolling(table, "Names"), id="how-to-read")

@@ -1,0 +1,227 @@
+"""The section of one setting: legend, learning curves, table, differences, signals over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pgpo import runlog
+from pgpo.report import methods as m
+from pgpo.report.charts import Chart, Point, Style, line_chart, readings, swatch
+from pgpo.report.markup import Html, el
+from pgpo.report.methods import Curve, Setting
+from pgpo.report.sources import Track
+from pgpo.report.tables import COLLAPSE_POINTS, difference_table, method_table
+
+SMALL = (360, 216)
+HERO = {"large": (1080, 350), "mid": (660, 320), "small": (360, 270)}  # page.css shows the one that fits
+CHARTS_OPEN = 3  # of a study: I_k, rho_k, entropies; the rest is one click away
+SHIFT = 7.0  # px between the points of two methods at one step
+
+Alarms = list[tuple[float, str]]  # step, text
+
+
+@dataclass
+class Shared:
+    """What the parts of one page share: the look of each method, and the numbers for page.js, which the parts add."""
+
+    styles: dict[str, Style]
+    readings: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One chart of signals: metric names with what tells them apart (the second is dashed), and their levels."""
+
+    title: str
+    unit: str
+    names: tuple[tuple[str, str], ...]
+    levels: tuple[float, ...] = ()
+    log: bool = False
+
+
+SIGNALS = (
+    Signal("Information I", "nats", ((runlog.INFORMATION, ""),), (0.0,)),
+    Signal("Step multiplier ρ", "×", ((runlog.RHO, ""),), (1.0,)),
+    Signal("Token entropy", "nats", ((runlog.STUDENT_ENTROPY, "student"), (runlog.TEACHER_ENTROPY, "teacher"))),
+    Signal("Gradient norm before clipping", "log scale", ((runlog.GRAD_NORM, ""),), log=True),
+    Signal("Divergence of student and teacher", "nats per token", ((runlog.DIVERGENCE, ""),)),
+    Signal(
+        "Completion length", "tokens", ((runlog.COMPLETION_LENGTH, "mean"), (runlog.LENGTH_TAIL, "95th percentile"))
+    ),
+    Signal("Training reward", "mean", ((runlog.REWARD, ""),)),
+    Signal(
+        "Sampled divergence",
+        "nats per token",
+        ((runlog.SAMPLED_KL, "all completions"), (runlog.SAMPLED_KL_WRONG, "wrong ones")),
+        (0.0,),
+    ),
+    Signal("Teacher on a demonstration it is shown", "log p, nats per token", ((runlog.DEMONSTRATION_LOGPROB, ""),)),
+    Signal("Samples with a teacher", "share", ((runlog.ACTIVE_SHARE, ""),)),
+    Signal("Time per step", "s", ((runlog.STEP_SECONDS, ""),)),
+)
+
+
+def setting_section(
+    shared: Shared, setting: Setting, key: str, title: str, alarms: Alarms, all_open: bool = False
+) -> Html:
+    """`key` is the section's id and begins those of its charts. `all_open`: no signal is folded away."""
+    hero = accuracy_chart(setting, f"{key}-accuracy", alarms)
+    charts = signal_charts(setting, key, alarms)
+    last = _last_step(setting)
+    drawn = [_figure(shared, chart, last) for chart in charts]
+    open_ = len(drawn) if all_open else CHARTS_OPEN
+    folded = None
+    if drawn[open_:]:
+        names = ", ".join(chart.title for chart in charts[open_:])
+        summary = el("summary", "More signals ", el("span", names, class_="muted"))
+        folded = el("details", summary, el("div", *drawn[open_:], class_="charts"))
+    failed = [f"{row.method} seed {', '.join(row.failed)}" for row in setting.rows if row.failed]
+    return el(
+        "section",
+        el("h2", title),
+        _legend(shared, setting),
+        _hero(shared, setting, hero, last) if not hero.empty else el("p", "No evaluation was recorded.", class_="note"),
+        method_table(setting, shared.styles),
+        el("p", "Failed: ", "; ".join(failed), ".", class_="note") if failed else None,
+        difference_table(setting, shared.styles),
+        el("h3", "Signals"),
+        el("div", *drawn[:open_], class_="charts") if drawn else el("p", "No signals were recorded.", class_="note"),
+        folded,
+        id=key,
+    )
+
+
+def accuracy_chart(setting: Setting, key: str, alarms: Alarms) -> Chart:
+    """A line per method on the split of the curve, hollow points on the others, a cross where a run collapsed."""
+    groups = _by_method(setting)
+    curves = [curve for tracks in groups if (curve := m.accuracy_curve(tracks, setting.split))]
+    sparse = all(len(curve.x) <= 2 for curve in curves)  # a line between two points would claim what lies between
+    points = [
+        point
+        for place, tracks in enumerate(groups)
+        for point in _other_points(tracks, None if sparse else setting.split, SHIFT * (place - (len(groups) - 1) / 2))
+    ]
+    for track in setting.tracks:
+        steps, values = m.accuracy(m.evaluated(track, setting.split))
+        if m.has_collapsed(values):
+            told = f"{track.name} ends {100 * (values.max() - values[-1]):.0f} points below its peak"
+            points.append(Point(track.method, float(steps[-1]), 100 * float(values[-1]), cross=True, title=told))
+    ks = {line.get(runlog.K) for track in setting.tracks for line in track.evaluations}
+    title = f"Accuracy, avg@{ks.pop()}" if len(ks) == 1 else "Accuracy, avg@k"
+    if setting.split and not sparse:
+        title += f", {setting.split} questions"
+    lines = [] if sparse else [_in_percent(curve) for curve in curves]
+    return Chart(key, title, "%", lines, points, alarms=alarms, markers=True)
+
+
+def signal_charts(setting: Setting, key: str, alarms: Alarms) -> list[Chart]:
+    """The charts of SIGNALS for which any run has values."""
+    charts = []
+    for signal in SIGNALS:
+        curves = [
+            curve
+            for tracks in _by_method(setting)
+            for place, (name, part) in enumerate(signal.names)
+            if (curve := m.metric_curve(tracks, name, _label(tracks, part), log=signal.log, dashed=place == 1))
+        ]
+        if curves:
+            note = ""
+            if any(curve.dashed for curve in curves):
+                note = f"Solid: {signal.names[0][1]}; dashed: {signal.names[1][1]}."
+            charts.append(
+                Chart(
+                    key=f"{key}-{signal.names[0][0].replace('_', '-')}",
+                    title=signal.title,
+                    unit=signal.unit,
+                    curves=curves,
+                    levels=signal.levels,
+                    alarms=alarms,
+                    log=signal.log,
+                    note=note,
+                )
+            )
+    return charts
+
+
+def _by_method(setting: Setting) -> list[list[Track]]:
+    groups = [[track for track in setting.tracks if track.method == method] for method in setting.methods]
+    return [tracks for tracks in groups if tracks]
+
+
+def _label(tracks: Sequence[Track], part: str) -> str:
+    return f"{tracks[0].method}, {part}" if part else tracks[0].method
+
+
+def _other_points(tracks: Sequence[Track], split: str | None, shift: float) -> list[Point]:
+    """Evaluations on the splits that have no line: one run with its interval, several as mean and range."""
+    points = []
+    for other in dict.fromkeys(name for track in tracks for name in m.splits(track) if name != split):
+        curve = m.accuracy_curve(tracks, other)
+        if curve is None or curve.low is None or curve.high is None:
+            continue
+        for x, y, low, high in zip(curve.x.tolist(), 100 * curve.y, 100 * curve.low, 100 * curve.high):
+            title = f"{curve.method}, {other}, step {x:g}: {y:.1f} % [{low:.1f}, {high:.1f}]"
+            points.append(Point(curve.method, x, float(y), float(low), float(high), shift=shift, title=title))
+    return points
+
+
+def _in_percent(curve: Curve) -> Curve:
+    low, high = (None if edge is None else 100 * edge for edge in (curve.low, curve.high))
+    return Curve(curve.method, curve.label, curve.x, 100 * curve.y, low, high, runs=curve.runs)
+
+
+def _last_step(setting: Setting) -> float:
+    steps = [float(step) for track in setting.tracks for step in track.steps[-1:]]
+    steps += [float(line[runlog.STEP]) for track in setting.tracks for line in track.evaluations]
+    return max([*steps, 1.0])
+
+
+def _legend(shared: Shared, setting: Setting) -> Html:
+    keys = []
+    for row in setting.rows:
+        style = shared.styles[row.method]
+        count = f" ({len(row.seeds)})" if len(row.seeds) > 1 else ""
+        box = Html(f'<input type="checkbox" checked value="{style.index}">')
+        keys.append(el("label", box, swatch(style), el("span", row.method, el("span", count, class_="muted"))))
+    return el("div", *keys, class_="legend", role="group", aria_label="Methods to show in the charts")
+
+
+def _hero(shared: Shared, setting: Setting, chart: Chart, last: float) -> Html:
+    shared.readings[chart.key] = readings(chart, shared.styles)
+    drawn = [
+        el(
+            "div",
+            line_chart(chart, shared.styles, last, size, direct=bool(chart.curves) and name != "small"),
+            class_=name,
+        )
+        for name, size in HERO.items()
+    ]
+    runs = [curve.runs for curve in chart.curves]
+    several, single = any(count > 1 for count in runs), any(count == 1 for count in runs)
+    hollow = [point for point in chart.points if not point.cross]
+    told = [
+        (several, "Line: mean over the seeds of a method; band: from its lowest to its highest seed."),
+        (single, f"Band{' of a method with one run' if several else ''}: 95 % interval over questions."),
+        (bool(hollow), f"Hollow: {_hollow_splits(setting, chart)}, with {_hollow_bars(setting)}."),
+        (len(hollow) < len(chart.points), f"Cross: a run that ends more than {COLLAPSE_POINTS} below its own peak."),
+        (bool(chart.alarms), "Flag: an alarm."),
+    ]
+    caption = " ".join(text for holds, text in told if holds)
+    return el("figure", el("h3", chart.title), el("div", *drawn, class_="hero"), el("figcaption", caption))
+
+
+def _hollow_splits(setting: Setting, chart: Chart) -> str:
+    names = dict.fromkeys(name for track in setting.tracks for name in m.splits(track))
+    return " and ".join(name for name in names if name != setting.split or not chart.curves) + " questions"
+
+
+def _hollow_bars(setting: Setting) -> str:
+    several = any(len(tracks) > 1 for tracks in _by_method(setting))
+    return "the range over seeds" if several else "the 95 % interval over questions"
+
+
+def _figure(shared: Shared, chart: Chart, last: float) -> Html:
+    shared.readings[chart.key] = readings(chart, shared.styles)
+    note = el("figcaption", chart.note) if chart.note else None
+    return el("figure", el("h4", chart.title), line_chart(chart, shared.styles, last, SMALL), note)

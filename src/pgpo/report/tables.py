@@ -1,0 +1,286 @@
+"""Tables of methods: numbers with intervals, every seed as a dot, differences as a forest plot, settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pgpo.report import methods as m
+from pgpo.report.charts import (
+    FOREST,
+    STRIP,
+    Style,
+    fixed,
+    interval_strip,
+    padded,
+    scale_strip,
+    significant,
+    strip,
+    swatch,
+)
+from pgpo.report.markup import Html, el, escape, join
+from pgpo.report.methods import Comparison, Row, Setting
+
+Styles = Mapping[str, Style]
+Format = Callable[[float], str]
+
+MOST_COMPARED = 3  # other methods that have a column of differences; the forest plot has all
+COLLAPSE_POINTS = f"{100 * m.COLLAPSE:.0f} points"
+
+
+def percent(share: float) -> str:
+    return fixed(100 * share, 1)
+
+
+def points(difference: float) -> str:
+    """Percentage points, with their sign."""
+    text = percent(difference)
+    return f"+{text}" if difference > 0 and text != "0.0" else text
+
+
+def breakable(name: str) -> Html:
+    """A name that a narrow column may break after an underscore."""
+    return Html(escape(name).replace("_", "_<wbr>"))
+
+
+def scrolling(table: Html, label: str) -> Html:
+    """A table that scrolls by itself, by touch or by the arrow keys, where it is wider than the page."""
+    return el("div", table, class_="table", tabindex="0", role="region", aria_label=label)
+
+
+# Methods of one setting ------------------------------------------------------------------------------------------
+
+
+def method_table(setting: Setting, styles: Styles) -> Html:
+    """One row per method; what decides comes first, the table scrolls where it is wide."""
+    heads = [el("th", "Method", scope="col", class_="left")]
+    lines = [[_method_head(row, styles[row.method])] for row in setting.rows]
+    foot = [el("th")]
+
+    def column(head: object, unit: str, why: str, cell: Callable[[Row], Html], scale: Html | None = None) -> None:
+        heads.append(el("th", head, el("small", unit or "\xa0"), scope="col", title=why))
+        foot.append(el("td", scale))
+        for row, line in zip(setting.rows, lines):
+            line.append(cell(row))
+
+    def measure(name: str, head: str, unit: str, why: str, form: Format = percent) -> None:
+        if any(len(row.known(name)) for row in setting.rows):
+            intervals = name not in (m.MEAN_RHO, m.NEGATIVE, m.SECONDS)
+            column(head, unit, why, lambda row: _value(row, name, form, intervals, sd=name == setting.outcome))
+
+    curve, outcome = setting.split or "validation", setting.outcome
+    ended = "after the last step" if outcome == m.FINAL else "at the last evaluation during training"
+    several = any(len(row.seeds) > 1 for row in setting.rows)
+    if several:
+        domain = padded([value for row in setting.rows for value in 100 * row.known(outcome)])
+        column(
+            "Final, each seed",
+            f"{'test' if outcome == m.FINAL else curve}, %",
+            "one dot per run, a cross for a collapsed one, a tick at the mean",
+            lambda row: el("td", _dots(row, outcome, domain, styles[row.method])),
+            scale_strip(domain, STRIP),
+        )
+    measure(outcome, "Final", f"{'test' if outcome == m.FINAL else curve}, %", f"mean accuracy {ended}")
+    if any(math.isfinite(row.reference) for row in setting.rows):
+        column("Paper", "one run, %", "published accuracy of a single run, without interval", _reference)
+    for other in list(dict.fromkeys(other for row in setting.rows for other in row.versus))[:MOST_COMPARED]:
+        why = f"final accuracy minus that of {other}, in percentage points; paired, 95 % interval"
+        column(_minus(other), "points", why, lambda row, other=other: _versus(row.versus.get(other)))  # type: ignore[misc]
+    column(
+        "Collapsed", "runs", f"ends more than {COLLAPSE_POINTS} below its own peak, on {curve} questions", _collapsed
+    )
+    if any(row.failed for row in setting.rows):
+        column("Failed", "runs", "stopped with an error", lambda row: el("td", len(row.failed) or "–"))
+    measure(m.PEAK, "Peak", f"{curve}, %", "highest evaluation during training: the best of many, hence biased upward")
+    if outcome != m.FINAL_CURVE:
+        measure(m.FINAL_CURVE, "Final", f"{curve}, %", "last evaluation during training")
+    measure(m.SELECTED, "Selected", "test, %", "test questions at the step with the highest validation accuracy")
+    measure(m.AUC, "Area", f"{curve}, %", "area under the evaluation curve over its range of steps: the mean accuracy")
+    measure(m.MEAN_RHO, "Mean ρ", "", "mean step multiplier over the run", lambda value: fixed(value, 3))
+    measure(m.NEGATIVE, "I < 0", "% of steps", "share of the steps where the teacher was less certain than the student")
+    measure(m.SECONDS, "Time", "s per step", "median wall time of a step", lambda value: significant(value, 2))
+    body = [el("tr", *line, data_m=styles[row.method].index) for row, line in zip(setting.rows, lines)]
+    parts = [el("thead", el("tr", *heads)), el("tbody", *body)]
+    if several:
+        parts.append(el("tfoot", el("tr", *foot), aria_hidden="true"))
+    return join(
+        [
+            scrolling(el("table", *parts, class_="numbers"), f"Methods of {setting.name}"),
+            el("p", _table_note(setting), class_="note"),
+        ]
+    )
+
+
+def _table_note(setting: Setting) -> str:
+    parts = []
+    if any(len(row.seeds) > 1 for row in setting.rows):
+        parts.append(
+            "In brackets: 95 % interval of the mean over seeds (Student’s t), without the sampling of questions; ±:"
+            " standard deviation over seeds."
+        )
+    if any(len(row.seeds) == 1 and row.bounds for row in setting.rows):
+        parts.append("In brackets, of a single run: 95 % interval over questions, without the noise of seeds.")
+    parts.append(
+        f"Collapsed: the last evaluation is more than {COLLAPSE_POINTS} below the run’s own highest; it compares point"
+        " estimates, so that with few questions noise alone can raise it."
+    )
+    return " ".join(parts)
+
+
+def _minus(other: str) -> Html:
+    return el("span", "minus ", breakable(other), class_="wrap")
+
+
+def _method_head(row: Row, style: Style) -> Html:
+    seeds = f"seeds {', '.join(row.seeds)}" if len(row.seeds) > 1 else None
+    return el(
+        "th",
+        el("span", swatch(style), el("span", breakable(row.method)), class_=style.classes),
+        scope="row",
+        title=seeds,
+    )
+
+
+def _value(row: Row, name: str, form: Format, intervals: bool, sd: bool) -> Html:
+    if not len(row.known(name)):
+        return el("td", "–", class_="no")
+    interval, spread = row.interval(name) if intervals else None, row.sd(name) if sd else math.nan
+    return el(
+        "td",
+        form(row.mean(name)),
+        el("span", f" ± {form(spread)}", class_="muted") if math.isfinite(spread) else None,
+        el("span", f"[{form(interval[0])}, {form(interval[1])}]", class_="ci") if interval else None,
+    )
+
+
+def _reference(row: Row) -> Html:
+    return el("td", percent(row.reference), class_=None if math.isfinite(row.reference) else "no")
+
+
+def _versus(found: Comparison | None) -> Html:
+    if found is None:
+        return el("td", "–", class_="no")
+    return el("td", points(found.value), el("span", _bounds(found), class_="ci"), title=_size(found))
+
+
+def _collapsed(row: Row) -> Html:
+    if not row.collapsed:
+        return el("td", "–", class_="no")
+    count = sum(row.collapsed)
+    text = f"{count} of {len(row.collapsed)}" if len(row.collapsed) > 1 else "yes" if count else "no"
+    return el("td", text, class_="flag" if count else "no")
+
+
+def _dots(row: Row, outcome: str, domain: tuple[float, float], style: Style) -> Html:
+    values = 100 * row.values.get(outcome, row.known(outcome))
+    return strip(values.tolist(), row.collapsed, 100 * row.mean(outcome), domain, style)
+
+
+def _bounds(found: Comparison) -> str:
+    return f"[{points(found.low)}, {points(found.high)}]"
+
+
+def _size(found: Comparison) -> str:
+    return f"{found.runs} pairs of runs, {found.questions} questions"
+
+
+# Differences -----------------------------------------------------------------------------------------------------
+
+
+def difference_table(setting: Setting, styles: Styles) -> Html | None:
+    """The forest plot: every comparison of the summary, by the method that is compared with."""
+    pairs = [(other, row, found) for row in setting.rows for other, found in row.versus.items()]
+    if not pairs:
+        return None
+    others = list(dict.fromkeys(other for other, _, _ in pairs))
+    domain = padded([100 * end for *_, found in pairs for end in (found.low, found.high, found.value)], around=0.0)
+    body: list[Html] = []
+    for reference in others:
+        heading = f"minus {reference}"
+        body.append(el("tr", el("th", heading, colspan=4, class_="left muted", scope="colgroup")))
+        for other, row, found in pairs:
+            if other == reference:
+                body.append(_difference(row, found, domain, styles[row.method]))
+    titles = {"Method": "left", "\xa0": None, "Points": None, "Interval": "left"}
+    heads = el("thead", el("tr", *(el("th", text, scope="col", class_=side) for text, side in titles.items())))
+    foot = el("tr", el("th"), el("td", scale_strip(domain, FOREST)), el("td"), el("td"))
+    table = el("table", heads, el("tbody", *body), el("tfoot", foot, aria_hidden="true"), class_="pairs")
+    note = (
+        "Difference in final accuracy, percentage points, with its 95 % interval from paired runs and questions."
+        " Filled: the interval excludes zero; among many comparisons some do so by chance."
+    )
+    return join(
+        [el("h3", "Differences"), el("p", note, class_="note"), scrolling(table, f"Differences in {setting.name}")]
+    )
+
+
+def _difference(row: Row, found: Comparison, domain: tuple[float, float], style: Style) -> Html:
+    drawn = interval_strip(100 * found.value, 100 * found.low, 100 * found.high, domain, style)
+    verdict = "excludes 0" if found.low > 0 or found.high < 0 else "includes 0"
+    cells = [
+        el("th", el("span", swatch(style), el("span", breakable(row.method)), class_=style.classes), scope="row"),
+        el("td", drawn),
+        el("td", points(found.value), el("span", f" {_bounds(found)}", class_="muted")),
+        el("td", verdict, class_="left no", title=_size(found)),
+    ]
+    return el("tr", *cells)
+
+
+# Every method in every setting -----------------------------------------------------------------------------------
+
+
+def overview_table(settings: Sequence[Setting], links: Sequence[Html], styles: Styles) -> Html:
+    """Mean final accuracy of each method (rows) in each setting (columns, whose heads are `links`)."""
+    names = list(dict.fromkeys(method for setting in settings for method in setting.methods))
+    heads = [el("th", "Method", scope="col", class_="left"), *(el("th", link, scope="col") for link in links)]
+    body = []
+    for name in names:
+        rows = [next((row for row in setting.rows if row.method == name), None) for setting in settings]
+        head = el(
+            "th",
+            el("span", swatch(styles[name]), el("span", breakable(name)), class_=styles[name].classes),
+            scope="row",
+        )
+        body.append(el("tr", head, *(_overview(row, setting) for row, setting in zip(rows, settings))))
+    note = (
+        "Final accuracy, %: mean over seeds with the 95 % interval of that mean (Student’s t), and the number of runs"
+        " that collapsed."
+    )
+    if any(math.isfinite(row.reference) for setting in settings for row in setting.rows):
+        note += " Paper: the published accuracy of a single run, without interval."
+    table = el("table", el("thead", el("tr", *heads)), el("tbody", *body), class_="numbers")
+    return join([scrolling(table, "All settings"), el("p", note, class_="note")])
+
+
+def _overview(row: Row | None, setting: Setting) -> Html:
+    if row is None or not len(row.known(setting.outcome)):
+        return el("td", "–", class_="no")
+    interval, lost = row.interval(setting.outcome), sum(row.collapsed)
+    return el(
+        "td",
+        percent(row.mean(setting.outcome)),
+        el("span", f"[{percent(interval[0])}, {percent(interval[1])}]", class_="ci") if interval else None,
+        el("span", f"paper {percent(row.reference)}", class_="ci") if math.isfinite(row.reference) else None,
+        el("span", f"{lost} of {len(row.collapsed)} collapsed", class_="ci flag") if lost else None,
+    )
+
+
+# Settings --------------------------------------------------------------------------------------------------------
+
+
+def settings_table(
+    title: str, names: Sequence[str], values: Sequence[Mapping[str, Any]], chosen: Sequence[str], open_: bool = False
+) -> Html:
+    """A collapsible table, one column per name; what all columns share is written once over all of them."""
+    rows = []
+    for key in chosen:
+        cells = [m.short(column[key], 300) if key in column else "–" for column in values]
+        shared = len(cells) > 1 and len(set(cells)) == 1
+        drawn = [el("td", cells[0], colspan=len(cells))] if shared else [el("td", cell) for cell in cells]
+        rows.append(el("tr", el("th", key, scope="row"), *drawn))
+    heads = [el("th", "Name", scope="col", class_="left")]
+    heads += [el("th", name or "Value", scope="col", class_="left wrap") for name in names]
+    table = el("table", el("thead", el("tr", *heads)), el("tbody", *rows), class_="settings")
+    summary = el("summary", title, " ", el("span", f"({len(chosen)})", class_="muted"))
+    return el("details", summary, scrolling(table, title), open=open_)
