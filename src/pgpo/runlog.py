@@ -226,6 +226,11 @@ class RunLog:
         """Appends one alarm of the collapse guard."""
         self._append(ALARMS_FILE, {STEP: step} | dict(values) | {STEP: step})
 
+    def sync(self) -> None:
+        """Puts every line on the disk, so that no checkpoint written afterwards outlives its log."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()
@@ -274,10 +279,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     """
     directory = Path(directory)
     document = _read_config(directory)
-    logs = {
-        name: _read_log(directory / name) if (directory / name).exists() else []
-        for name in _LOGS
-    }
+    logs = {name: _read_log(directory / name) if (directory / name).exists() else [] for name in _LOGS}
     return Run(
         directory=directory,
         config=document["config"],
