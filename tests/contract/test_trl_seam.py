@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import trl
+from transformers import Trainer
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 import pgpo
 
@@ -30,6 +32,12 @@ OVERRIDES = {
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
+    "_get_output_dir": ["self", "trial"],
+    "_get_train_sampler": ["self", "dataset"],
+    "_save": ["self", "output_dir", "state_dict"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_rng_state": ["self", "checkpoint"],
+    "_load_scaler": ["self", "checkpoint"],
 }
 
 
@@ -47,27 +55,53 @@ def test_log_prob_helper_takes_a_batch_size():
     assert parameters[:3] == ["self", "model", "input_ids"] and "batch_size" in parameters
 
 
-@pytest.mark.parametrize("name", ["_compute_loss", "_prepare_inputs", "_get_learning_rate", "_get_output_dir"])
+@pytest.mark.parametrize("name", ["_compute_loss", "_prepare_inputs", "_get_learning_rate", "_push_from_checkpoint"])
 def test_called_methods_exist(name):
     assert callable(getattr(GRPOTrainer, name))
 
 
 @pytest.mark.parametrize(
     "attribute",
-    ["_metrics", "_step", "_tokenizer", "_is_vlm", "_dist", "_last_loaded_step", "chat_template", "reward_weights"],
+    [
+        *("_metrics", "_step", "_tokenizer", "_is_vlm", "_dist", "_last_loaded_step", "chat_template"),
+        *("reward_weights", "_buffered_inputs", "shuffle_dataset", "num_iterations"),
+    ],
 )
 def test_attributes_are_set_by_trl(attribute):
     assert re.search(rf"self\.{attribute}\b[^\n]*=", inspect.getsource(GRPOTrainer))
 
 
+@pytest.mark.parametrize("attribute", ["_tr_loss", "_globalstep_last_logged"])
+def test_attributes_are_set_by_transformers_before_the_first_step(attribute):
+    source = inspect.getsource(Trainer._inner_training_loop)
+    assert re.search(rf"self\.{attribute}\b[^\n]*=", source[: source.index("self._run_epoch(")])
+
+
+def test_a_checkpoint_is_written_where_get_output_dir_says():
+    """And transformers loads no pickle but as weights."""
+    assert "self._get_output_dir(trial=trial)" in inspect.getsource(Trainer._save_checkpoint)
+    tree = ast.parse(inspect.getsource(inspect.getmodule(Trainer)))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.load"]
+    assert calls and all("weights_only=True" in ast.unparse(call) for call in calls)
+
+
+def test_the_sampler_draws_one_permutation_per_pass():
+    source = inspect.getsource(RepeatSampler)
+    assert source.count("torch.randperm(self.num_samples, generator=self.generator)") == source.count("randperm") == 1
+
+
 def test_every_private_name_of_the_seam_is_listed_here():
     """A new private member in the seam must come with its check."""
-    own = set(methods(SEAM.read_text())) | {"_captured", "_feedback", "_guarded"}
+    own = set(methods(SEAM.read_text())) | {"_captured", "_grad_norm", "_recorded_before"}
+    own |= {"_scratch", "_sampler", "_unlogged"}
     listed = set(OVERRIDES) | {
         "_compute_loss",
         "_prepare_inputs",
         "_get_learning_rate",
-        "_get_output_dir",
+        "_push_from_checkpoint",
+        "_buffered_inputs",
+        "_tr_loss",
+        "_globalstep_last_logged",
         "_metrics",
         "_step",
         "_tokenizer",

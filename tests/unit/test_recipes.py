@@ -242,6 +242,15 @@ def test_every_new_field_of_the_configuration_is_accounted_for() -> None:
         "logging_steps",
         "information_weight",
         "watch_demonstrations",
+        "fused_head",
+        "share_teacher_prompts",
+        "packing",
+        "guard",
+        "guard_signals",
+        "guard_limits",
+        "guard_warmup",
+        "guard_patience",
+        "guard_max_actions",
     }
     assert not ours & METHOD.keys()
     assert set(PGPOConfig.__annotations__) <= ours | METHOD.keys()

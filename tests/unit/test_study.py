@@ -544,6 +544,23 @@ def test_the_command_tells_what_it_cannot_do(tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "empty").exists()
 
 
+def test_the_base_model_is_whole_or_not_there(tmp_path: Path, monkeypatch) -> None:
+    from pgpo.lab import base_model
+    from pgpo.train.run import load_model
+
+    real = base_model.main
+    monkeypatch.setattr(base_model, "measure", lambda *a, **k: {"student": 0.5})
+    monkeypatch.setattr(base_model, "main", lambda **k: real(**k, steps=2))
+    out = tmp_path / "bases/style-seed-3"
+    (tmp_path / "bases/style-seed-3.tmp").mkdir(parents=True)
+    (tmp_path / "bases/style-seed-3.tmp/config.json").write_text("of a killed worker")
+    job = {"name": "bases/style-seed-3", "base": {"variant": "style", "seed": 3, "out": str(out)}}
+    assert study_module.execute(job) == {}
+    assert json.loads((out / "provenance.json").read_text())["command"] == "pgpo lab-base --variant style --seed 3"
+    assert load_model(out)[0].num_parameters() > 100_000
+    assert [p.name for p in out.parent.iterdir()] == ["style-seed-3"]
+
+
 # ---------------------------------------------------------------- the whole, with real training
 
 
@@ -563,7 +580,12 @@ def test_a_real_study_trains_tests_and_compares(tmp_path: Path, capsys) -> None:
             "num_generations": 4,
         },
         "settings": {"plain": {}},
-        "methods": {"base": {"train": False}, "pgpo": {"alpha": 1.5}, "shuffled": {"rho_shuffled_from": "pgpo"}},
+        "methods": {
+            "base": {"train": False},
+            "pgpo": {"alpha": 1.5},
+            "shuffled": {"rho_shuffled_from": "pgpo"},
+            "ruined": {"objective": "sdpo", "learning_rate": 0.3},
+        },
         "compare": {"pgpo": "all"},
     }
     path, out = tmp_path / "tiny.yaml", tmp_path / "out"
@@ -582,8 +604,11 @@ def test_a_real_study_trains_tests_and_compares(tmp_path: Path, capsys) -> None:
     assert base["evaluations"][0]["avg_at_k"] == validation[0]["avg_at_k"]  # the same model, questions and seed
     best = max(e["avg_at_k"] for e in validation)
     assert pgpo["selected_step"] == min(e["step"] for e in validation if e["avg_at_k"] == best)
-    if pgpo["selected_step"] == 0:
-        assert pgpo["selected_test_scores"] == base["test_scores"]
+    ruined = records["plain/ruined/seed-1"]
+    assert sum(ruined["test_scores"].values()) == 0 and ruined["selected_step"] == 0
+    assert ruined["selected_test_scores"] == base["test_scores"]
+    for series in pgpo["metrics"].values():
+        assert len(series) == 3  # one value, or null, for each step
     folder = out / "runs/plain/pgpo/seed-1"
     assert (folder / "metrics.jsonl").exists() and not (folder / "checkpoints").exists()
     assert "final vs pgpo" in (out / "tables.md").read_text()
@@ -596,6 +621,6 @@ def test_a_real_study_trains_tests_and_compares(tmp_path: Path, capsys) -> None:
     assert cli(["study", str(path), "--out", str(moved), "--tables"]) == 0
     assert (moved / "summary.json").read_bytes() == (out / "summary.json").read_bytes()
     assert cli(["study", str(path), "--out", str(moved), "--list"]) == 0
-    assert "3 runs, 0 to do" in capsys.readouterr().out
+    assert "4 runs, 0 to do" in capsys.readouterr().out
     assert cli(["study", str(path), "--out", str(moved)]) == 0
     assert not (moved / "runs").exists()

@@ -79,10 +79,10 @@ def summarize_study(
 def _method(records: Sequence[Record], references: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     ok = _ok(records)
     curves = [validation_curve(r["evaluations"]) for r in ok]
-    rho = [r["metrics"].get(runlog.RHO) for r in ok]
+    rho = [_measured(r, runlog.RHO) for r in ok]
     return {
         "seeds": [r["seed"] for r in ok],
-        "failed": [{"seed": r["seed"], "error": r["error"]} for r in records if r["status"] != "ok"],
+        "failed": sorted(r["seed"] for r in records if r["status"] != "ok"),
         "initial": round(statistics.fmean(values[0] for _, values in curves), 5) if ok else None,
         "peak": [max(values) for _, values in curves],
         "final": [_mean_score(r["test_scores"]) for r in ok],
@@ -94,7 +94,7 @@ def _method(records: Sequence[Record], references: Mapping[str, Sequence[Record]
         "mean_rho": [round(statistics.fmean(values), 5) if values else None for values in rho],
         "negative_information_share": [
             None if share is None else round(share, 5)
-            for share in (negative_share(r["metrics"].get(runlog.INFORMATION, [])) for r in ok)
+            for share in (negative_share(_measured(r, runlog.INFORMATION)) for r in ok)
         ],
         "seconds_per_step": [r["seconds_per_step"] for r in ok],
         "versus": _versus(ok, references, "test_scores"),
@@ -124,6 +124,11 @@ def paired_difference(a: Sequence[Record], b: Sequence[Record], scores: str = "t
         "runs": found.runs,
         "questions": found.questions,
     }
+
+
+def _measured(record: Record, name: str) -> list[float]:
+    """The values of a metric, without the steps that have none."""
+    return [value for value in record["metrics"].get(name, []) if value is not None]
 
 
 def _ok(records: Sequence[Record]) -> list[Record]:
@@ -166,16 +171,17 @@ def tables_markdown(summary: Mapping[str, Any]) -> str:
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:
     differences = [d for s in summary["settings"].values() for m in s["methods"].values() for d in m["versus"].values()]
-    apart = sum(d["low"] > 0 or d["high"] < 0 for d in differences)
+    enough = [d for d in differences if d["runs"] >= ENOUGH_RUNS]
+    apart = sum(d["low"] > 0 or d["high"] < 0 for d in enough)
     return [
         "Test accuracies are avg@k on the test questions, mean over seeds (sd over seeds); *selected* is that of the",
         "step which the validation questions select. Peak, area (AUC) and collapse come from the validation curve; a",
         f"run collapsed if the curve ends more than {COLLAPSE:.2f} below its own peak. Differences are paired by seed",
         "and by question, with 95 % bootstrap intervals (seeds and questions both drawn); from fewer than "
         f"{ENOUGH_RUNS} seeds",
-        f"(marked †) they are too narrow. {apart} of {len(differences)} intervals of final differences exclude 0; "
-        f"about {0.05 * len(differences):.0f}",
-        "would do so by chance alone if no method differed.",
+        f"(marked †) they are too narrow. Of the {len(enough)} others on final accuracy {apart} exclude 0; about "
+        f"{0.05 * len(enough):.0f} would",
+        "do so by chance alone if no method differed.",
     ]
 
 

@@ -49,6 +49,12 @@ METRICS_KEPT = (
     runlog.REWARD,
     runlog.COMPLETION_LENGTH,
     runlog.GRAD_NORM,
+    # Those of the collapse guard that are measured (train/guard.py), so that it can be tried on the records.
+    runlog.CLIPPED_SHARE,
+    runlog.SAMPLED_KL,
+    runlog.SAMPLED_KL_WRONG,
+    runlog.LENGTH_TAIL,
+    runlog.DEMONSTRATION_LOGPROB,
 )
 
 # ---------------------------------------------------------------- records
@@ -183,16 +189,16 @@ def _train_and_test(parsed: Any, directory: Path, test_k: int) -> Result:
 
     final = scores(last)
     chosen = final if selected == last else scores(selected)
-    metrics = {name: run.series(name)[1] for name in METRICS_KEPT}
+    metrics = {name: [line.get(name) for line in run.metrics] for name in METRICS_KEPT}
     for name in (runlog.RHO, runlog.INFORMATION, runlog.GRAD_NORM):
-        if not all(map(math.isfinite, metrics[name])):
+        if not all(value is None or math.isfinite(value) for value in metrics[name]):
             raise ArithmeticError(f"{name} is not finite")
     shutil.rmtree(directory / runlog.CHECKPOINTS_FOLDER, ignore_errors=True)
     (directory / TEST_RECORDS_FILE).unlink(missing_ok=True)  # a megabyte of completions at the trainer's own k
     return {
         "environment": run.environment,
         "steps": [line[runlog.STEP] for line in run.metrics],
-        "metrics": {name: series for name, series in metrics.items() if series},
+        "metrics": {name: values for name, values in metrics.items() if any(v is not None for v in values)},
         "evaluations": run.evaluations,
         "test_scores": final,
         "selected_step": selected,

@@ -22,6 +22,8 @@ from pgpo.train.config import PGPOConfig
 
 T = TypeVar("T")
 
+PROTOCOLS = ("last", "strict", "paper")
+
 # Laptop settings, measured on the prototype of the lab: 8 x 8 completions of at most 24 tokens per step; bf16 and
 # gradient checkpointing cost 1.27x and 1.37x on a CPU. Evaluated at the training temperature, like its base model.
 _SMALL: dict[str, Any] = {
@@ -109,11 +111,23 @@ class RunArguments(TaskArguments):
 
     eval_rows: int | None = field(default=None, metadata={"help": "Validation questions per evaluation; default all."})
     test_rows: int | None = field(default=None, metadata={"help": "Test questions, first and last; default all."})
+    protocol: str = field(
+        default="last",
+        metadata={
+            "help": "Which model is tested: 'last'; 'strict' (also the one that the validation questions select, each "
+            "tested once); 'paper' (no validation split, the curve is that of the test questions and its best step is "
+            "reported, as in the paper)."
+        },
+    )
     samples_per_step: int = field(default=4, metadata={"help": "Completions kept per step in samples.jsonl."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.protocol not in PROTOCOLS:
+            raise UserError(f"protocol is {self.protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
+        if self.protocol == "paper":
+            self.validation_fraction = 0.0
         for name in ("eval_rows", "test_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:

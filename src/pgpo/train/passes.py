@@ -6,7 +6,8 @@
     teacher_states         the same for the teacher, without gradient; a prompt that several rows share is run once and
                            its keys and values serve all their completions
 
-The head is applied inside the wrapped model's own forward, because that is where DDP and FSDP hold whole parameters.
+The head is applied inside the wrapped model's own forward, and there inside the head's own, because that is where DDP
+and FSDP hold whole parameters.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def open_forward(model: nn.Module) -> None:
         if finish is None:
             return plain(*args, **kwargs)
         # Backbone and head are looked up at each call: FSDP and PEFT replace them.
-        return finish(self.base_model(*args, **kwargs).last_hidden_state, _head(self))
+        return _at_head(self, self.base_model(*args, **kwargs).last_hidden_state, finish)
 
     inner.forward = types.MethodType(forward, inner)
     inner._pgpo_open = True
@@ -118,10 +119,24 @@ def head_error(model: nn.Module, ids: Tensor) -> float:
     return float((own - ours).abs().max() / own.abs().max().clamp_min(1e-6))
 
 
-def _head(model: Any) -> Head:
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings()
-    return Head(_whole(head.weight), _whole(getattr(head, "bias", None)), _scale(config), _softcap(config))
+def _at_head(model: Any, hidden: Tensor, finish: Callable[[Tensor, Head], T]) -> T:
+    """finish(hidden, head) in place of the head module's forward: FSDP holds the weight whole there, and reduces its
+    gradient, whatever unit the head is in."""
+    module, config = model.get_output_embeddings(), model.config.get_text_config()
+
+    def forward(hidden: Tensor) -> T:
+        return finish(hidden, Head(module.weight, getattr(module, "bias", None), _scale(config), _softcap(config)))
+
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        result: T = module(hidden)
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+    return result
 
 
 def _scale(config: Any) -> float:
@@ -137,10 +152,6 @@ def _scale(config: Any) -> float:
 def _softcap(config: Any) -> float | None:
     value = getattr(config, "final_logit_softcapping", None)
     return None if value is None else float(value)
-
-
-def _whole(tensor: Any) -> Any:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 # Layout -------------------------------------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ NOT_SAVED = 1  # the last checkpoint could not be written
 RUN_ID = "run_id"  # in config.json and in every checkpoint of the run
 BASE_FOLDER = "base"  # the model made on the spot
 TEST_RECORDS_FILE = "test_records.jsonl"
+RESULT_FILE = "result.json"  # what --protocol paper or strict reports
+SELECTED = "test_selected"  # the test questions at the step that the validation questions select
 SAMPLE_TOKENS = 1000  # ours: a sample's tokens after these are kept as text alone
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
@@ -110,6 +112,7 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
             torch.set_num_threads(1)  # models that fit a CPU gain nothing from more, and spinning threads lose a lot
     main = args.process_index == 0  # the other ranks write no run log
     task = run.load()
+    _prepare_selection(parsed, task)
     if len(task.train) < args.prompts_per_step:
         raise UserError(
             f"the task has {len(task.train)} training questions, fewer than prompts_per_step = "
@@ -273,6 +276,21 @@ def _remove_leftovers(directory: Path) -> None:
             file.unlink(missing_ok=True)
 
 
+def _prepare_selection(parsed: Parsed, task: Task) -> None:
+    """What `--protocol` asks of the trainer: a checkpoint at every evaluation, the best one kept."""
+    run, args = parsed.run, parsed.config
+    if run.protocol == "last":
+        return
+    if args.eval_strategy == "no":
+        raise UserError(f"--protocol {run.protocol} selects a step by its evaluation; add --eval_strategy steps.")
+    if run.protocol == "paper":
+        return
+    if not task.validation:
+        raise UserError("--protocol strict selects by validation questions; give --validation_fraction above 0.")
+    args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps
+    args.metric_for_best_model, args.greater_is_better = f"eval_{runlog.AVG_AT_K}", True
+
+
 def rewards_of(task: Task) -> Any:
     """The task's grader as a TRL reward function."""
 
@@ -286,7 +304,9 @@ def rewards_of(task: Task) -> Any:
 
 def _trainer(parsed: Parsed, task: Task, model: Any, tokenizer: Any) -> PGPOTrainer:
     validation = task.validation[: parsed.run.eval_rows]
-    if not validation:
+    if parsed.run.protocol == "paper":
+        validation = task.test[: parsed.run.test_rows]
+    elif not validation:
         validation = task.test[: parsed.run.eval_rows]
     try:
         trainer = PGPOTrainer(
@@ -313,6 +333,8 @@ class _Session(TrainerCallback):
     def __init__(self, trainer: PGPOTrainer, log: RunLog, run: RunArguments, task: Task) -> None:
         self.trainer, self.log, self.run, self.task = trainer, log, run, task
         self.main = trainer.accelerator.is_main_process
+        trainer.before_seal = log.sync
+        self.curve = "test" if run.protocol == "paper" else "validation"
         self.accuracy = float("nan")
         self.interrupted = False
         self.status = INTERRUPTED
@@ -327,7 +349,8 @@ class _Session(TrainerCallback):
         test = self.task.test[: self.run.test_rows]
         if checkpoint is None:
             self._evaluate(test, "test", 0)
-            self._evaluate(self.trainer.eval_dataset, "validation", 0)
+            if self.curve == "validation":
+                self._evaluate(self.trainer.eval_dataset, "validation", 0)
         args = self.trainer.args
         if checkpoint is not None and 0 < args.max_steps <= checkpoint[0]:
             # All steps are done. The Trainer would do one more; with no epochs to do it only loads the checkpoint.
@@ -343,7 +366,39 @@ class _Session(TrainerCallback):
         step = self.trainer.state.global_step
         if checkpoint is None or step > checkpoint[0] or not self._evaluated("test", step):
             self._evaluate(test, "test", step, TEST_RECORDS_FILE)
+        if self.run.protocol != "last":
+            self._select(test, step)
         return 0
+
+    def _select(self, test: list[Row], last: int) -> None:
+        """The step that the curve selects (the first of equals, the start included), and its test accuracy."""
+        step, tested = self.trainer.gather_objects([self._selection()])[0]  # the main process has read what it wrote
+        if not tested:
+            self.trainer.load_weights(self.log.directory / runlog.CHECKPOINTS_FOLDER / f"checkpoint-{step}")
+            self._evaluate(test, SELECTED, step)
+        if not self.main:
+            return
+        lines = runlog.read_run(self.log.directory).evaluations
+        found = {line[runlog.STEP]: line for line in lines if line[runlog.SPLIT] in ("test", SELECTED)}
+        result = {
+            "protocol": self.run.protocol,
+            "selected_by": self.curve,
+            "last": found[last],
+            "selected": found[step],
+        }
+        runlog.write_atomically(self.log.directory / RESULT_FILE, runlog.json_line(result))
+        at_last, at_best = found[last][runlog.AVG_AT_K], found[step][runlog.AVG_AT_K]
+        say(
+            f"{self.run.protocol}: test avg@{self.trainer.args.eval_k} {at_last:.3f} at the last step {last}, "
+            f"{at_best:.3f} at step {step}, which the {self.curve} questions select"
+        )
+
+    def _selection(self) -> tuple[int, bool]:
+        """Selected step, and whether the test questions were asked there."""
+        lines = runlog.read_run(self.log.directory).evaluations
+        curve = [line for line in lines if line[runlog.SPLIT] == self.curve]
+        step = max(curve, key=lambda line: (line[runlog.AVG_AT_K], -line[runlog.STEP]))[runlog.STEP]
+        return step, any(line[runlog.STEP] == step for line in lines if line[runlog.SPLIT] in ("test", SELECTED))
 
     def _evaluated(self, split: str, step: int) -> bool:
         """Whether a run that is resumed has this evaluation already."""
@@ -354,7 +409,8 @@ class _Session(TrainerCallback):
         records = self.trainer.held_out_records(rows)
         if file is not None and self.main:  # before the line that says that it is done
             write_records(self.log.directory / file, records)
-        self._write_evaluation(step, {"split": split, **summarize(records, self.trainer.args.eval_k).as_dict()})
+        if not (self.curve == split == "test" and step and self._evaluated("test", step)):  # the curve has it already
+            self._write_evaluation(step, {"split": split, **summarize(records, self.trainer.args.eval_k).as_dict()})
 
     def _write_evaluation(self, step: int, values: dict[str, Any]) -> None:
         if not self.main:
@@ -409,7 +465,7 @@ class _Session(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
         values = {k.removeprefix("eval_"): v for k, v in metrics.items()}
-        self._write_evaluation(state.global_step, {"split": "validation", **values})
+        self._write_evaluation(state.global_step, {"split": self.curve, **values})
 
     def _alarm(self, line: dict[str, Any], text: str) -> None:
         self.log.alarm(line[runlog.STEP], line)
@@ -480,7 +536,7 @@ def _create(parsed: Parsed, directory: Path, base: Path, run_id: str) -> RunLog:
     """The run directory of a new run, with the model that was made on the spot, if any."""
     config, device = _config(parsed, run_id), {"device": _device(parsed.config)}
     log = RunLog.create(directory, config, device, overwrite=parsed.run.overwrite)
-    _remove_parts(directory, (BASE_FOLDER, TEST_RECORDS_FILE))  # of a run that is replaced
+    _remove_parts(directory, (BASE_FOLDER, TEST_RECORDS_FILE, RESULT_FILE))  # of a run that is replaced
     if base.exists():
         shutil.copytree(base, directory / BASE_FOLDER)
     return log

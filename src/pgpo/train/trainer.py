@@ -15,6 +15,7 @@ Departures from lasgroup/SDPO and from TRL's SDPOTrainer are listed in docs/METH
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import json
@@ -46,10 +47,12 @@ from pgpo.evaluate.avg_at_k import Record, summarize
 from pgpo.evaluate.run import evaluate
 from pgpo.evaluate.runners import TransformersRunner
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
+from pgpo.teacher.weights import reshard
 from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
 from pgpo.train.guard import CollapseGuard, GuardActions
 from pgpo.train.multiplier import StepMultiplier
 from pgpo.train.passes import Passes, States, head_error, head_problem, open_forward
+from pgpo.train.sharding import keep_precision, shard
 from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, torch_optimizer
 
 TEACHER_FILE = "pgpo_teacher.safetensors"
@@ -172,6 +175,8 @@ class PGPOTrainer(SeamTrainer):
             **kwargs,
         )
         self._check_model(train_dataset)
+        if self.is_fsdp_enabled:
+            keep_precision(self.accelerator)
         if self.distills:
             # TRL has patched model.forward by now; Teacher strips such closures from its copy and checks the rest.
             try:
@@ -179,6 +184,8 @@ class PGPOTrainer(SeamTrainer):
             except ValueError as error:
                 raise UserError(str(error)) from error
             self.passes = self._open_passes()
+            if self.is_fsdp_enabled and self.teacher.module is not None:
+                shard(self.teacher.module, self.accelerator)
             self.add_callback(_TeacherFollows(self))
         if args.guard != "off":
             guard = CollapseGuard(args.guarded_signals(), args.guard_warmup, args.guard_patience)
@@ -283,6 +290,7 @@ class PGPOTrainer(SeamTrainer):
         self.token_details = {}
         self._check_head(model, batch)
         parts = 1 + _splits(self.args)
+        reshard(model)
         halves = CrossFit(model.parameters()) if parts == 2 else None
         for half in range(parts):
             mine = [r for r in rows if parts == 1 or r.half == half]
@@ -402,7 +410,8 @@ class PGPOTrainer(SeamTrainer):
 
     def _teacher_states(self, rows: list[Row]) -> States:
         assert self.teacher is not None
-        with self.accelerator.autocast():  # the student's forward autocasts by itself once prepared
+        # The student's forward autocasts by itself once prepared; under FSDP the weights of both are cast instead.
+        with contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.autocast():
             return self.passes.teacher(
                 self.teacher,
                 [r.teacher_prompt for r in rows],
@@ -671,7 +680,7 @@ class PGPOTrainer(SeamTrainer):
         state = self.extra_state()
         tensors: dict[str, Tensor] = {}
         if self.teacher is not None:
-            saved = self.teacher.state_dict()
+            saved = self.teacher.state_dict(keep=self.args.should_save)
             state["teacher"] = {"kind": saved["kind"], "rate": saved["rate"]}
             for part in ("parameters", "buffers"):
                 tensors |= {f"{part}/{name}": t.contiguous() for name, t in saved[part].items()}
@@ -733,12 +742,12 @@ class PGPOTrainer(SeamTrainer):
         seed = self.args.seed if seed is None else seed
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         mine = rows[rank::ranks]
+        filled = mine
+        if len(mine) * ranks < len(rows) and (self.args.use_vllm or self.is_fsdp_enabled):
+            # vLLM and FSDP need every rank in every call: a short rank repeats a question and drops it again.
+            filled = [*mine, {**rows[0], "id": "filler"}]
         if self.args.use_vllm:
-            # Every rank calls the engine with equally many prompts: a short rank repeats one and drops it again.
-            short = len(mine) * ranks < len(rows)
-            filled = [*mine, {**rows[0], "id": "filler"}] if short else mine
             records = evaluate(filled, self._vllm_generate, self._grade, self.args.eval_k, seed)
-            records = records[: len(mine) * self.args.eval_k]
         else:
             with self.generation_model() as model:
                 runner = TransformersRunner(
@@ -750,8 +759,8 @@ class PGPOTrainer(SeamTrainer):
                     batch_size=self.args.eval_batch_size,
                     chat_template_kwargs=self.args.chat_template_kwargs,
                 )
-                records = evaluate(mine, runner, self._grade, self.args.eval_k, seed) if mine else []
-        return self.gather_objects(records)
+                records = evaluate(filled, runner, self._grade, self.args.eval_k, seed) if filled else []
+        return self.gather_objects(records[: len(mine) * self.args.eval_k])
 
     def _vllm_generate(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:
         """TRL's vLLM engine as a `generate` callable, with the evaluation's sampling; its seed is the engine's."""
@@ -800,7 +809,7 @@ class PGPOTrainer(SeamTrainer):
             )
         if self.is_deepspeed_enabled:
             # accelerate steps DeepSpeed's engine inside backward(), that is after every micro-batch and before rho.
-            raise UserError("DeepSpeed is not supported, because its engine steps inside backward(); use DDP or FSDP.")
+            raise UserError("DeepSpeed is not supported, because its engine steps inside backward(); use DDP or FSDP2.")
         if self.args.guard == "rollback" and self.is_fsdp_enabled:
             raise UserError(
                 "guard='rollback' keeps a copy of weights and optimizer, which is not sharded under FSDP; use "
@@ -810,12 +819,8 @@ class PGPOTrainer(SeamTrainer):
             return
         if self.is_multimodal:
             raise UserError("self-distillation of vision-language models is not supported; use objective='grpo'.")
-        separate = self.args.teacher != "live" and not hasattr(self.model, "peft_config")
-        if separate and self.is_fsdp_enabled:
-            raise UserError(
-                f"teacher={self.args.teacher!r} keeps a second full model, which is not sharded under FSDP; use DDP, "
-                "train LoRA (peft_config), or teacher='live'."
-            )
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise UserError("FSDP1 cannot shard a teacher; set fsdp_version: 2 in accelerate's configuration.")
 
 
 class _TeacherFollows(TrainerCallback):

@@ -81,6 +81,7 @@ class SeamTrainer(GRPOTrainer):
         self.run_id: str | None = None  # written into checkpoints
         self.failed_save: str | None = None  # why the newest checkpoint could not be written
         self.say: Callable[[str], Any] = warnings.warn
+        self.before_seal: Callable[[], Any] = lambda: None
         super().__init__(*args, **kwargs)
 
     # Hooks ----------------------------------------------------------------------------------------------------
@@ -136,13 +137,18 @@ class SeamTrainer(GRPOTrainer):
 
         return gather_object(local)
 
+    def load_weights(self, checkpoint: Path) -> None:
+        """The student's weights of a checkpoint, nothing else of it."""
+        self._load_from_checkpoint(str(checkpoint))
+
     def base_learning_rate(self) -> float:
         """The scheduler's learning rate of this step, before any modulation."""
         return float(self._get_learning_rate())
 
     def exchange(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Context of forward and backward of a micro-batch: ranks exchange gradients in the last one only."""
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+        """Context of forward and backward of a micro-batch: ranks exchange gradients in the last one only, but under
+        FSDP in each, because what is not exchanged is a whole gradient on every rank."""
+        return contextlib.nullcontext() if last or self.is_fsdp_enabled else self.accelerator.no_sync(model)
 
     def render(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, ready for generation, by the same template as the student's prompts."""
@@ -380,6 +386,7 @@ class SeamTrainer(GRPOTrainer):
 
         def seal() -> None:
             if self.args.should_save:
+                self.before_seal()
                 checkpoints.commit(folder, step, self.run_id)
 
         push, self.args.push_to_hub = self.args.push_to_hub, False  # not before it has its name
@@ -524,6 +531,10 @@ class SeamTrainer(GRPOTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             self._load_progress(Path(checkpoint))
             self.load_extra(Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _explained(str(checkpoint)):
+            super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _explained(str(checkpoint)):

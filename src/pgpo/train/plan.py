@@ -1,0 +1,800 @@
+"""`pgpo plan`: memory per GPU of a training step, from the model's config alone. No weights are read.
+
+A step has five moments; each has its own peak, and the largest is the step's:
+
+    rollout    generation with transformers (keys and values, logits of one token), or vLLM's fixed share
+    teacher    the teacher's states of a block of completions, its prompts' keys and values
+    loss       the student's forward up to and including the heads: everything autograd has saved, one chunk of logits
+    backward   the same without the chunk, plus what the first layer to be differentiated needs
+    step       gradients, optimizer, teacher average
+
+Every number is counted from the code that runs, none is fitted: transformers' Llama block (`layer_activations`),
+core/fused_head.py (`Step._head`), passes.py and trainer.py (`Step.teacher`), teacher/weights.py (`static`), torch's
+autograd and AdamW. benchmarks/plan_accuracy.py compares them with measured peaks.
+
+Assumptions: every prompt and completion is as long as allowed; a micro-batch is full; every completion has a teacher;
+two or more micro-batches have passed, so that gradients lie in memory, if there are two or more. Not planned: the copy
+of the gradient that information_source='cross_fit' holds, guard snapshots, a divergence over the full vocabulary with
+fused_head=False.
+
+Symbols in docstrings: N positions of a micro-batch, H hidden size, Q = heads * head size, K the same of keys, I
+intermediate size, V vocabulary; w bytes of a parameter, c of a matmul (2 under autocast), always in bytes per element.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pgpo.errors import UserError
+
+GIB = 2**30
+# Decoder blocks whose saved tensors tests/unit/test_plan.py compares with autograd's, byte by byte.
+BLOCKS = ("llama", "mistral", "qwen2", "qwen3")
+HELD = 8  # trainer._HELD
+BUCKET = 2**26  # teacher.weights._BUCKET
+CHUNK_LOGITS = {"cpu": 40_000_000, "cuda": 160_000_000}  # core.fused_head
+TRL_TILE = (4096, 32768)  # trl.kernels.chunked_logprob: tokens and vocabulary of one tile
+FP32 = 4
+# Ours, not measured: CUDA context, libraries and NCCL's buffers, and the allocator's fragmentation.
+RESERVE = GIB
+RESERVE_SHARE = 0.05
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the memory of a decoder depends on.
+
+    Attributes:
+        positions: longest sequence.
+        tied: the head is the embedding.
+        head_norms: queries and keys are normalised per head (Qwen3).
+        expandable: every layer attends to the whole prefix, so that a prompt's cache can be shared.
+        parameters: of the whole model, counted once.
+        matrices: {name: (in, out)} of one block.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    positions: int
+    tied: bool
+    head_norms: bool
+    expandable: bool
+    parameters: int
+    matrices: dict[str, tuple[int, int]]
+
+    @property
+    def queries(self) -> int:
+        """Q."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """K."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def block(self) -> int:
+        """Elements of one block's matrices."""
+        return sum(a * b for a, b in self.matrices.values())
+
+    @property
+    def head(self) -> int:
+        """Elements of the head, V H."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def largest(self) -> int:
+        """Elements of a block's largest matrix."""
+        return max(a * b for a, b in self.matrices.values())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is; defaults are PGPOConfig's.
+
+    Attributes:
+        lora: rank, or None to train all parameters.
+        lora_targets: names of the adapted matrices (PEFT's default for these models: q_proj, v_proj).
+        lora_dropout: whether the adapters' dropout is on (TRL's default rate is 0.05).
+        parameter_bytes: 4 (float32) or 2 (bfloat16); adapters are fp32 always (PEFT's autocast_adapter_dtype).
+        autocast: matmuls in bfloat16 (`bf16`, the trainer's default).
+        attention: "sdpa", "flash" or "eager".
+        vllm_share: part of the memory that vLLM keeps (vllm_gpu_memory_utilization); None = transformers generates.
+        fsdp: parameters, gradients and optimizer state are sharded (FSDP2).
+        device: "cuda" or "cpu".
+    """
+
+    gpus: int = 1
+    max_completion_length: int = 8192
+    max_prompt_length: int = 2048
+    teacher_prompt_length: int = 10240
+    prompts_per_step: int = 32
+    num_generations: int = 8
+    objective: str = "pgpo"
+    teacher: str = "ema"
+    lora: int | None = None
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    lora_dropout: bool = True
+    parameter_bytes: int = 4
+    autocast: bool = True
+    optimizer: str = "adamw"
+    fused_head: bool = True
+    gradient_checkpointing: bool = True
+    attention: str = "sdpa"
+    vllm_share: float | None = None
+    fsdp: bool = False
+    device: str = "cuda"
+
+    @property
+    def distills(self) -> bool:
+        return self.objective != "grpo"
+
+    @property
+    def full(self) -> bool:
+        """Whether the base parameters train."""
+        return self.lora is None
+
+    @property
+    def matmul(self) -> int:
+        """c."""
+        return 2 if self.autocast else self.parameter_bytes
+
+    @property
+    def stream(self) -> int:
+        """w where parameters meet activations; also of the residual stream and of every norm's output.
+
+        transformers: the embedding's dtype, and type promotion keeps it. FSDP2's mixed precision gathers in bf16.
+        """
+        return self.matmul if self.fsdp else self.parameter_bytes
+
+    @property
+    def packed(self) -> bool:
+        """PGPOConfig.packing: by default with flash attention on CUDA."""
+        return self.attention == "flash" and self.device == "cuda"
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def read_model(source: str) -> ModelShape:
+    """Shapes and exact parameter count of a model folder or hub id: its config, instantiated without memory.
+
+    Raises:
+        UserError: no such folder, no or a broken config, an architecture whose blocks are not known here.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"the folder {source} has no config.json; give a model's folder or a hub id.")
+    elif not _HUB_ID.fullmatch(source):
+        raise UserError(f"there is no model folder {source}; give one with a config.json, or a hub id.")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise UserError(
+            f"the config of {source!r} cannot be read ({type(error).__name__}: {reason}); give a folder with a "
+            "config.json, or a hub id."
+        ) from error
+    kind = str(config.model_type)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{source} is an encoder-decoder ({kind}); the trainer needs a decoder-only language model.")
+    if kind not in BLOCKS:
+        raise UserError(f"{source} is a {kind} model, whose blocks are not known here; known: {', '.join(BLOCKS)}.")
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+        block = model.base_model.layers[0]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise UserError(
+            f"no model can be made from the config of {source!r} ({type(error).__name__}: {reason}); mend it."
+        ) from error
+    matrices = {
+        name.split(".")[-1]: (part.in_features, part.out_features)
+        for name, part in block.named_modules()
+        if isinstance(part, torch.nn.Linear)
+    }
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelShape(
+        name=source,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads or config.num_attention_heads,
+        head_dim=head_dim,
+        vocabulary=config.vocab_size,
+        positions=config.max_position_embeddings,
+        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        head_norms=hasattr(block.self_attn, "q_norm"),
+        expandable=_attends_to_all(config),
+        parameters=sum(p.numel() for p in model.parameters()),
+        matrices=matrices,
+    )
+
+
+def _attends_to_all(config: Any) -> bool:
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return all(kind == "full_attention" for kind in types)
+    return getattr(config, "sliding_window", None) is None
+
+
+def check(model: ModelShape, setting: Setting) -> None:
+    """Raise UserError for a setting that is wrong, or that the trainer refuses."""
+    s = setting
+    for name in (
+        "gpus",
+        "max_completion_length",
+        "max_prompt_length",
+        "teacher_prompt_length",
+        "prompts_per_step",
+        "num_generations",
+    ):
+        if getattr(s, name) < 1:
+            raise UserError(f"{name} is {getattr(s, name)}; it must be at least 1.")
+    if s.lora is not None and s.lora < 1:
+        raise UserError(f"the LoRA rank is {s.lora}; it must be at least 1.")
+    if unknown := [name for name in s.lora_targets if name not in _LORA_LAYERS]:
+        raise UserError(f"{unknown[0]!r} is no matrix of these models; choose among {', '.join(_LORA_LAYERS)}.")
+    if s.vllm_share is not None and not 0 < s.vllm_share < 1:
+        raise UserError(f"the vLLM share is {s.vllm_share}; it is a part of the GPU's memory, in (0, 1).")
+    if (s.prompts_per_step * s.num_generations) % s.gpus:
+        raise UserError(
+            f"prompts_per_step * num_generations = {s.prompts_per_step * s.num_generations} completions do not divide "
+            f"evenly by {s.gpus} GPUs; change prompts_per_step."
+        )
+    prompt = max(s.max_prompt_length, s.teacher_prompt_length if s.distills else 0)
+    if prompt + s.max_completion_length > model.positions:
+        raise UserError(
+            f"a prompt of {prompt} tokens and a completion of {s.max_completion_length} are longer than the "
+            f"{model.positions} positions of {model.name}; lower max_completion_length or the prompt lengths."
+        )
+    if s.fsdp and s.gpus == 1:
+        raise UserError("FSDP shards over several GPUs, but gpus is 1; give more, or leave FSDP out.")
+
+
+# What does not depend on the micro-batch ----------------------------------------------------------------------------
+
+
+def adapter_parameters(model: ModelShape, setting: Setting) -> int:
+    """r (in + out) for every adapted matrix (LoRA, arXiv 2106.09685, section 4.1); 0 without LoRA."""
+    if setting.lora is None:
+        return 0
+    return model.layers * sum(setting.lora * sum(model.matrices[name]) for name in set(setting.lora_targets))
+
+
+def static(model: ModelShape, setting: Setting) -> dict[str, float]:
+    """Bytes that stay from step to step.
+
+        parameters       P w, and 4 per adapter parameter
+        optimizer        AdamW: two moments in the parameter's dtype (torch.optim.AdamW); SGD without momentum: none
+        teacher          ema, frozen: a second model P w, or with LoRA a second adapter; live: none (teacher/weights.py)
+        teacher average  ema of a bf16 model: fp32 shadows of what trains (teacher/weights.py, `_masters`)
+        buckets          DDP copies gradients for the exchange (torch: gradient_as_bucket_view=False, accelerate's
+                         default)
+
+    FSDP2 divides all of them by the GPUs (train/sharding.py); accelerate raises what trains to fp32 there.
+    """
+    s = setting
+    shards = s.gpus if s.fsdp else 1
+    adapters = adapter_parameters(model, s)
+    base = FP32 if s.fsdp and s.full and s.autocast else s.parameter_bytes
+    trained = gradients(model, s)
+    result = {
+        "parameters": (model.parameters * base + adapters * FP32) / shards,
+        "optimizer": (2 if s.optimizer == "adamw" else 0) * trained,
+    }
+    if s.distills and s.teacher != "live":
+        result["teacher"] = (model.parameters * s.parameter_bytes if s.full else adapters * FP32) / shards
+        if s.teacher == "ema" and s.full and s.parameter_bytes < FP32:
+            result["teacher average"] = model.parameters * FP32 / shards
+    if s.gpus > 1 and not s.fsdp:
+        result["gradient buckets (DDP)"] = trained
+    return result
+
+
+def gradients(model: ModelShape, setting: Setting) -> float:
+    """Bytes of all gradients of one GPU, in the dtype of what trains."""
+    s = setting
+    if not s.full:
+        return adapter_parameters(model, s) * FP32 / (s.gpus if s.fsdp else 1)
+    return model.parameters * (FP32 / s.gpus if s.fsdp and s.autocast else s.parameter_bytes / (s.gpus if s.fsdp else 1))
+
+
+# What autograd saves ------------------------------------------------------------------------------------------------
+
+
+def layer_activations(model: ModelShape, setting: Setting, width: int, masked: bool) -> float:
+    """Bytes per position that one block's forward leaves for its backward (transformers' Llama and Qwen3 blocks).
+
+    A norm over D keeps its input and 1/rms in fp32, and what it multiplies by its weight:  4 D + 4 + w D.
+        Two norms over H; Qwen3 also over Q and K, of the matmuls' dtype.
+    A matrix keeps its input, c D. Autocast casts an fp32 input once per matrix: three times before q, k, v and twice
+        before gate, up. A frozen matrix keeps nothing but itself; its adapter keeps its input and its r values.
+    sdpa and flash (arXiv 2205.14135): query, key, value, output, and 4 per head for the log-normaliser. A mask, needed
+        as soon as rows differ in length, costs c times the width, and keys and values repeated for every query head.
+    eager: the softmax in fp32, and a bf16 copy: (4 + c) heads * width.
+    SwiGLU: gate, silu(gate), up and their product, c I each. Residual sums keep nothing.
+
+    Args:
+        width: tokens of the longest row, for what grows with its square.
+        masked: whether the micro-batch has a mask.
+    """
+    s, m = setting, model
+    h, q, k, c = m.hidden, m.queries, m.keys, s.matmul
+    eager = s.attention == "eager"
+
+    def norm(size: int, heads: int, precision: int) -> int:
+        return FP32 * size + FP32 * heads + (precision * size if s.full else 0)
+
+    total: float = 2 * norm(h, 1, s.stream)
+    total += _inputs(s, h, s.stream, ("q_proj", "k_proj", "v_proj"))
+    if m.head_norms:
+        total += norm(q, m.heads, c) + norm(k, m.kv_heads, c)
+    repeated = m.heads > m.kv_heads and (eager or (masked and s.attention == "sdpa"))
+    total += c * q + 2 * c * (q if repeated else k)
+    if eager:
+        total += m.heads * width * (FP32 + (c if c < FP32 else 0))
+        total += _inputs(s, q, c, ("o_proj",))
+    else:
+        total += c * q + FP32 * m.heads + (c * width if masked and s.attention == "sdpa" else 0)
+        # the attention's own output is what the matrix after it keeps
+        total += 0 if s.full or _shares_input(s, c) else _inputs(s, q, c, ("o_proj",))
+        total += 0 if s.full else _adapter_values(s, ("o_proj",)) if _shares_input(s, c) else 0
+    total += _inputs(s, h, s.stream, ("gate_proj", "up_proj"))
+    total += 3 * c * m.intermediate + _inputs(s, m.intermediate, c, ("down_proj",))
+    return total
+
+
+def _inputs(setting: Setting, size: int, precision: int, names: tuple[str, ...]) -> int:
+    """Bytes per position that matrices keep of a common input of `size` elements of `precision` bytes."""
+    s = setting
+    if s.full:
+        return s.matmul * size * (1 if precision == s.matmul else len(names))
+    adapted = [name for name in names if name in s.lora_targets]
+    copies = min(1, len(adapted)) if _shares_input(s, precision) else len(adapted)
+    noise = (1 if s.device == "cuda" else FP32) if s.lora_dropout else 0  # CUDA keeps a mask, a CPU the factors
+    return _adapter_precision(s) * size * copies + noise * size * len(adapted) + _adapter_values(s, names)
+
+
+def _adapter_values(setting: Setting, names: tuple[str, ...]) -> int:
+    rank = setting.lora or 0
+    return sum(_adapter_precision(setting) * rank for name in names if name in setting.lora_targets)
+
+
+def _adapter_precision(setting: Setting) -> int:
+    """PEFT runs adapters in their own dtype, fp32, unless autocast makes it bf16."""
+    return 2 if setting.autocast else FP32
+
+
+def _shares_input(setting: Setting, precision: int) -> bool:
+    """Whether an adapter keeps its input as it is: no dropout, no cast."""
+    return not setting.lora_dropout and not setting.autocast and precision == FP32
+
+
+def last_activations(model: ModelShape, setting: Setting) -> float:
+    """Bytes per position outside the blocks: last norm, cosines and sines, token ids; and the last hidden state."""
+    s = setting
+    norm = FP32 * model.hidden + FP32 + (s.stream * model.hidden if s.full else 0)
+    return norm + s.stream * model.hidden + 2 * s.stream * model.head_dim + 8
+
+
+# One step -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """Memory of one GPU over a training step with a token budget. Items are in bytes."""
+
+    model: ModelShape
+    setting: Setting
+    budget: int  # max_tokens_per_microbatch
+
+    @property
+    def rows(self) -> int:
+        """Completions of one GPU."""
+        return self.setting.prompts_per_step * self.setting.num_generations // self.setting.gpus
+
+    @property
+    def row(self) -> int:
+        """Tokens of the longest prompt and completion."""
+        return self.setting.max_prompt_length + self.setting.max_completion_length
+
+    @property
+    def teacher_row(self) -> int:
+        return self.setting.teacher_prompt_length + self.setting.max_completion_length
+
+    @property
+    def shares(self) -> bool:
+        """Teacher prompts are run once (trainer._shares_prompts; passes._expandable)."""
+        return not self.setting.fsdp and self.model.expandable
+
+    @property
+    def fitting(self) -> int:
+        """Rows of full length in a micro-batch; one row may exceed the budget (trainer._micro_batches)."""
+        slot = self.row
+        if self.setting.distills and (self.setting.fsdp or not self.shares):
+            slot = max(slot, self.teacher_row)
+        return max(1, min(self.rows, self.budget // slot))
+
+    @property
+    def positions(self) -> int:
+        """N: a full micro-batch."""
+        return min(max(self.budget, self.row), self.rows * self.row)
+
+    @property
+    def completions(self) -> int:
+        """Completion tokens among them."""
+        return math.ceil(self.positions * self.setting.max_completion_length / self.row)
+
+    @property
+    def several(self) -> bool:
+        """More than one micro-batch, so that gradients lie in memory during the later ones."""
+        return self.rows > self.fitting
+
+    @property
+    def masked(self) -> bool:
+        return self.fitting > 1 and not self.setting.packed
+
+    @property
+    def held(self) -> int:
+        """Completion tokens whose teacher states are held: _HELD budgets, but whole groups (trainer._schedule)."""
+        everything = self.rows * self.setting.max_completion_length
+        if not self.shares:
+            return min(self.completions, everything)
+        group = self.setting.num_generations * self.setting.max_completion_length
+        return min(everything, max(HELD * self.budget, group))
+
+    @property
+    def blocks(self) -> int:
+        return math.ceil(self.rows * self.setting.max_completion_length / self.held)
+
+    # Moments --------------------------------------------------------------------------------------------------------
+
+    def moments(self, memory: float = 0.0) -> dict[str, dict[str, float]]:
+        """{moment: {item: bytes}}; `memory` is what vLLM's share is a part of."""
+        s = self.setting
+        shared = static(self.model, s)
+        if s.vllm_share is not None:
+            shared["vLLM"] = s.vllm_share * memory
+        found = {
+            "rollout": self.rollout() if s.vllm_share is None else {},
+            "teacher": self.teacher() if s.distills else {},
+            "loss": self.loss(),
+            "backward": self.backward(),
+            "step": self.step(),
+        }
+        if not s.distills:
+            del found["teacher"]
+        for items in found.values():
+            items |= {name: size + items.get(name, 0) for name, size in shared.items()}
+            if s.device == "cuda":
+                items["reserve"] = RESERVE + RESERVE_SHARE * sum(v for k, v in items.items() if k != "vLLM")
+        return found
+
+    def rollout(self) -> dict[str, float]:
+        """transformers' generate on all rows at once (DynamicCache, sampling without top-k or top-p).
+
+        Keys w K and values c K per layer and token, one layer twice while it grows; or the prompts' forward. Logits of
+        one token per row: as computed, in fp32, copied, as probabilities, and multinomial's noise.
+        """
+        s, m = self.setting, self.model
+        per_token = m.layers * self._cache()
+        prompts = self.rows * s.max_prompt_length
+        logits = self.rows * m.vocabulary * (s.matmul + 4 * FP32)
+        first = per_token * prompts + self._forward(prompts, prompts, s.max_prompt_length, self.rows > 1)
+        last = (per_token + self._cache()) * self.rows * self.row + logits
+        items = {"generation": max(first, last)}
+        if s.autocast and s.stream == FP32:
+            items["weights in bf16 (autocast)"] = 2.0 * (m.layers * m.block if s.full else m.largest)
+        return items | self._gathered()
+
+    def teacher(self) -> dict[str, float]:
+        """A teacher pass in the last block: gradients and the block before are still there (trainer._with_teacher).
+
+        States: w H per completion token held, twice while they are put together. Shared prompts: keys and values of
+        the prompts, of the expanded copies (twice while they are handed over), and of the completions behind them.
+        """
+        s, m = self.setting, self.model
+        states = float(self.held * m.hidden * s.stream)
+        if self.shares:
+            groups = math.ceil(self.held / (s.num_generations * s.max_completion_length))
+            prompt = s.teacher_prompt_length
+            prompts = min(max(self.budget, prompt), groups * prompt)
+            rows = max(1, min(self.budget // self.teacher_row, math.ceil(self.held / s.max_completion_length)))
+            cache = m.layers * self._cache()
+            first = cache * prompts + self._forward(prompts, prompts, prompt, groups > 1)
+            kept = cache * prompts + prompts * m.hidden * s.stream
+            copies = 2 * cache * rows * prompt
+            tokens = rows * s.max_completion_length
+            after = cache * rows * self.teacher_row + self._forward(
+                tokens, rows * self.teacher_row, self.teacher_row, masked=True
+            )
+            passing = max(first, kept + copies, kept + after)
+        else:
+            tokens = min(max(self.budget, self.teacher_row), self.rows * self.teacher_row)
+            passing = self._forward(tokens, tokens, self.teacher_row, self.masked)
+        items = {"teacher states": states * (2 if self.blocks > 1 else 1), "teacher pass": max(passing, states)}
+        if s.autocast and s.stream == FP32:
+            cached = s.full and s.teacher == "live"  # autocast keeps what it casts only of parameters that train
+            items["weights in bf16 (autocast)"] = 2.0 * (m.layers * m.block if cached else m.largest)
+        if self.blocks > 1:
+            items["gradients"] = gradients(m, s)
+        return items | self._gathered()
+
+    def loss(self) -> dict[str, float]:
+        """The end of the student's forward, where the heads run."""
+        items = self._saved() | self._states() | self._head()
+        if self.several:
+            items["gradients"] = gradients(self.model, self.setting)
+        s, m = self.setting, self.model
+        if s.autocast and s.stream == FP32:
+            if s.full:  # kept by autocast until the forward ends
+                items["weights in bf16 (autocast)"] = 2.0 * m.layers * m.block
+            else:  # kept by autograd
+                items["weights in bf16 (autocast)"] = 2.0 * (m.largest if s.gradient_checkpointing else m.layers * m.block)
+        return items | self._gathered()
+
+    def backward(self) -> dict[str, float]:
+        """The backward pass in its first block, or at its end, where embeddings get their gradient.
+
+        First block: its saved tensors (made anew with checkpointing), the gradient of the stream w H, and in the MLP
+        the gradients of silu(gate), up and their product, c I each, less the product itself; with eager attention the
+        gradients of the softmax. End: all gradients, and V H for the embedding, which a tied head's waits for.
+        """
+        s, m, n = self.setting, self.model, self.positions
+        c, w = s.matmul, s.stream
+        items = self._saved() | self._states()
+        mlp = (2 if s.full or "down_proj" in s.lora_targets else 3) * c * m.intermediate
+        if s.attention == "eager":
+            mlp = max(mlp, 2 * FP32 * m.heads * (self.row - 1) - 4 * c * m.intermediate)
+        items["block in backward"] = float(n * (w * m.hidden + mlp) + (c * m.largest if s.full else 0))
+        if s.gradient_checkpointing:
+            items["block in backward"] += n * layer_activations(m, s, self.row - 1, self.masked)
+        if not s.fused_head and s.distills:  # log-probabilities, their gradient and the logits'
+            items["logits"] = float(self.completions * m.vocabulary * 3 * FP32)
+        if s.autocast and s.stream == FP32:
+            items["weights in bf16 (autocast)"] = 2.0 * m.block * (1 if s.gradient_checkpointing else m.layers)
+        total = gradients(m, s)
+        head = float(w * m.head) if s.full else 0.0
+        if not s.distills and s.full:  # TRL's kernel adds up in fp32
+            head += FP32 * m.head + FP32 * self.completions * m.hidden
+        items["head gradient"] = head if m.tied or not self.several or not s.distills else 0.0
+        if self.several:
+            items["gradients"] = total
+        late = self._states() | {
+            "gradients": total,
+            "block in backward": float(w * n * m.hidden),
+            "head gradient": w * m.head * (1 + (m.tied and self.several)) * (m.tied or self.several) if s.full else 0.0,
+        }
+        later = sum(late.values()) > sum(items.values())
+        return (late if later else items) | self._gathered()
+
+    def step(self) -> dict[str, float]:
+        """Fused AdamW works in place; the teacher's average takes an fp32 copy of a bf16 student in buckets."""
+        s, m = self.setting, self.model
+        items = {"gradients": gradients(m, s)}
+        if "teacher average" in static(m, s):
+            items["teacher average"] = float(min(m.parameters, max(BUCKET, m.head)) * FP32)
+        return items
+
+    # Parts ----------------------------------------------------------------------------------------------------------
+
+    def _cache(self) -> float:
+        """Bytes of keys (after rotation, w) and values (c) per token and layer."""
+        return self.model.keys * (self.setting.stream + self.setting.matmul)
+
+    def _forward(self, queries: int, keys: int, width: int, masked: bool) -> float:
+        """Bytes alive in a block's forward without gradient: stream and norm w H each, and the larger of
+
+            MLP         silu(gate), up and their product, c I each
+            attention   query and output; keys and values repeated for masked rows, and cast; mask; eager: two fp32
+                        matrices of scores
+        """
+        s, m = self.setting, self.model
+        c, w = s.matmul, s.stream
+        cast = c if w != c else 0
+        mlp = queries * (3 * c * m.intermediate + cast * m.hidden)
+        grows = m.heads > m.kv_heads and (s.attention == "eager" or (masked and s.attention == "sdpa"))
+        per_key = (m.queries * (w + c) if grows else 0) + 2 * cast * (m.queries if grows else m.keys)
+        attention = float(queries * m.queries * (w + cast + c) + keys * per_key)
+        if s.attention == "eager":
+            attention += queries * width * m.heads * 2 * FP32
+        elif masked and s.attention == "sdpa":
+            attention += queries * width * (1 + c)
+        return queries * 2 * w * m.hidden + max(mlp, attention)
+
+    def _saved(self) -> dict[str, float]:
+        """What autograd holds of the student's forward; with checkpointing the blocks' inputs and masks."""
+        s, m, n = self.setting, self.model, self.positions
+        width = self.row - 1
+        if s.gradient_checkpointing:
+            mask = (s.stream if s.attention == "eager" else 1) * width if self.masked and s.attention != "flash" else 0
+            blocks = float(n * (m.layers * s.stream * m.hidden + mask))
+        else:
+            blocks = float(n * m.layers * layer_activations(m, s, width, self.masked))
+        return {"activations": blocks + n * last_activations(m, s)}
+
+    def _states(self) -> dict[str, float]:
+        """Teacher states: of the block, and the micro-batch's copy."""
+        s, m = self.setting, self.model
+        if not s.distills:
+            return {}
+        held = self.held + (self.completions if self.shares else 0)
+        return {"teacher states": float(held * m.hidden * s.stream)}
+
+    def _head(self) -> dict[str, float]:
+        """Heads of student and teacher.
+
+        Fused (core/fused_head.py): buffers for a chunk of the student's logits and half as many of the teacher's, on
+        CUDA in fp32 and a third in the matmul's dtype;
+        the student's kept states and their gradient, w H each; the weight's gradient, in fp32 where it is added up in
+        fp32, and rounded; under autocast bf16 copies of both heads and both states.
+        All logits: both sides in fp32, and in the entropy log-probabilities, probabilities, the two masked and
+        multiplied: 6 [N, V] in fp32.
+        GRPO: one tile of TRL's kernel.
+        """
+        s, m = self.setting, self.model
+        tokens, c, w = self.completions, s.matmul, s.stream
+        kept = float(w * m.hidden * tokens)
+        if not s.distills:
+            n = tokens if s.device == "cuda" else self.positions
+            tile = min(n, TRL_TILE[0]) * min(m.vocabulary, TRL_TILE[1])
+            return {"logits": float(tile * (c + (0 if s.device == "cuda" else 3 * FP32))), "head states": kept}
+        casts = 0.0 if w == c else 2.0 * c * (tokens * m.hidden + m.head)
+        if not s.fused_head:
+            return {"logits": 6.0 * FP32 * m.vocabulary * tokens, "head states": kept, "head in bf16": casts}
+        wide = s.device == "cuda" and c == 2
+        chunk = max(1, CHUNK_LOGITS[s.device] // m.vocabulary)
+        step = math.ceil(tokens / math.ceil(tokens / chunk))
+        gradient = 0
+        if s.full:
+            gradient = (FP32 if wide or c != w else w) * m.head + (w * m.head if wide and w < FP32 else 0)
+        return {
+            "logits": float(m.vocabulary * (FP32 if wide else c) * (step + math.ceil(step / 2)))
+            + (2.0 * step * m.vocabulary if wide else 0.0),
+            "head states": 2 * kept,
+            "head gradient": float(gradient),
+            "head in bf16": casts,
+        }
+
+    def _gathered(self) -> dict[str, float]:
+        """FSDP2, not measured: embedding and head whole from forward to backward, and the teacher's; three blocks (the
+        one that runs and two ahead); gradients of a block and of the head, whole and in fp32 for their reduction."""
+        s, m = self.setting, self.model
+        if not s.fsdp:
+            return {}
+        heads = m.head * (1 if m.tied else 2) * (2 if "teacher" in static(m, s) and s.full else 1)
+        reduced = (m.block + m.head) * (s.stream + FP32) if s.full else 0
+        return {"gathered (FSDP)": float(s.stream * (heads + 3 * m.block) + reduced)}
+
+
+# Answers ------------------------------------------------------------------------------------------------------------
+
+
+def peak(step: Step, memory: float = 0.0) -> tuple[str, float]:
+    """The moment with the largest sum, and that sum in bytes."""
+    sums = {name: sum(items.values()) for name, items in step.moments(memory).items()}
+    moment = max(sums, key=lambda name: sums[name])
+    return moment, sums[moment]
+
+
+def largest_budget(model: ModelShape, setting: Setting, memory: float) -> int | None:
+    """Largest max_tokens_per_microbatch whose peak fits `memory` bytes, at most all rows; None if not even one row."""
+
+    def fits(budget: int) -> bool:
+        return peak(Step(model, setting, budget), memory)[1] <= memory
+
+    low = Step(model, setting, 1).row
+    high = Step(model, setting, 1).rows * low
+    if not fits(low):
+        return None
+    if fits(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def advice(model: ModelShape, setting: Setting, memory: float) -> str:
+    """One sentence: the single changes with which one completion fits, or that none of them is enough."""
+
+    def fits(changed: Setting) -> bool:
+        try:
+            check(model, changed)
+        except UserError:
+            return False
+        return peak(Step(model, changed, 1), memory)[1] <= memory
+
+    s = setting
+    changes = {
+        "--gradient-checkpointing": replace(s, gradient_checkpointing=True),
+        "--fused-head": replace(s, fused_head=True),
+        "--attention flash": replace(s, attention="flash"),
+        "--vllm-share 0.3": replace(s, vllm_share=0.3),
+        "--teacher live": replace(s, teacher="live"),
+        "--dtype bfloat16": replace(s, parameter_bytes=2),
+        "--lora 16": replace(s, lora=16),
+        "--fsdp --teacher live": replace(s, fsdp=True, teacher="live"),
+        "--lora 16 --vllm-share 0.3": replace(s, lora=16, vllm_share=0.3),
+        "--lora 16 --dtype bfloat16 --vllm-share 0.3": replace(s, lora=16, parameter_bytes=2, vllm_share=0.3),
+    }
+    for gpus in (2, 4, 8, 16):
+        changes[f"--gpus {gpus} --fsdp"] = replace(s, gpus=gpus, fsdp=True)
+        changes[f"--gpus {gpus} --fsdp --teacher live --vllm-share 0.3"] = replace(
+            s, gpus=gpus, fsdp=True, teacher="live", vllm_share=0.3
+        )
+    shorter = next((n for n in _halves(s.max_completion_length) if fits(replace(s, max_completion_length=n))), None)
+    found = [text for text, changed in changes.items() if changed != s and fits(changed)][:3]
+    if shorter is not None:
+        found.append(f"--max-completion-length {shorter}")
+    if not found:
+        return "no single change is enough: take a smaller model or GPUs with more memory."
+    return f"it fits with {' or with '.join(found)}."
+
+
+def _halves(length: int) -> list[int]:
+    return [length // 2**i for i in range(1, length.bit_length())]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answers of `pgpo plan`, in bytes and tokens."""
+
+    model: ModelShape
+    setting: Setting
+    memory: float
+    budget: int
+    moments: dict[str, dict[str, float]]
+    peak_moment: str
+    peak: float
+    largest_budget: int | None
+    advice: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "fits": self.peak <= self.memory, "reserve_share": RESERVE_SHARE}
+
+
+def plan(model: ModelShape, setting: Setting, memory: float, budget: int = 16384) -> Plan:
+    """Peak at a token budget (PGPOConfig's by default), largest budget, and what to change if nothing fits.
+
+    Raises:
+        UserError: a value outside its range, or a setting that the trainer refuses.
+    """
+    if not (math.isfinite(memory) and memory > 0):
+        raise UserError(f"memory is {memory / GIB:g} GiB per GPU; it must be a positive number.")
+    if budget < 1:
+        raise UserError(f"max_tokens_per_microbatch is {budget}; it must be at least 1.")
+    check(model, setting)
+    step = Step(model, setting, budget)
+    moment, bytes_ = peak(step, memory)
+    largest = largest_budget(model, setting, memory)
+    return Plan(
+        model=model,
+        setting=setting,
+        memory=memory,
+        budget=budget,
+        moments=step.moments(memory),
+        peak_moment=moment,
+        peak=bytes_,
+        largest_budget=largest,
+        advice=advice(model, setting, memory) if largest is None else None,
+    )

@@ -1,0 +1,339 @@
+"""`pgpo train --resume`: what a kill, a signal, a full disk or a foreign file leaves, and that nothing of it shows."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import gc
+import io
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from pgpo import PGPOTrainer, cli, runlog
+from pgpo.cli import main
+from pgpo.runlog import RunLog, read_run
+from pgpo.tasks import lab_world
+from pgpo.train import checkpoint, run
+from pgpo.train.arguments import parse
+
+# Checkpoints of steps 3, within a generation of two steps, and 4; evaluations at 0, 2 and 4.
+FLAGS = [
+    *("--domain", "physics", "--test_rows", "2", "--eval_rows", "2", "--eval_k", "2", "--max_steps", "4"),
+    *("--prompts_per_step", "2", "--num_generations", "4", "--num_iterations", "2", "--alpha", "1.5"),
+    *("--eval_steps", "2", "--save_steps", "3"),
+]
+TIMES = {runlog.STEP_SECONDS, runlog.GENERATION_SECONDS, runlog.UPDATE_SECONDS}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """No pictures, the questions drawn and rendered once, and no search for garbage among what the imports made."""
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_draw", lambda *_: None)
+        patch.setattr(lab_world, "load", functools.cache(lab_world.load))
+        patch.setattr(run, "check_prompts", lambda *_: None)
+        yield
+    gc.unfreeze()
+
+
+def pgpo(*words: object) -> tuple[int, list[str]]:
+    """Exit status and lines on stderr of a command line."""
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        status = main([str(word) for word in words])
+    return status, err.getvalue().splitlines()
+
+
+@pytest.fixture
+def new(tmp_path):
+    """The words that start the run in tmp_path/run."""
+    return ["train", "--output_dir", tmp_path / "run", *FLAGS]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The run that nothing happened to."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    status, err = pgpo("train", "--output_dir", directory, *FLAGS)
+    assert status == 0, err
+    return directory
+
+
+def story(directory: Path) -> dict:
+    """Everything that a run tells, but for the times."""
+    told = read_run(directory)
+    folder = directory / "checkpoints/checkpoint-4"
+    weights = load_file(folder / "model.safetensors") | load_file(folder / "pgpo_teacher.safetensors")
+    return {
+        "metrics": [{k: v for k, v in line.items() if k not in TIMES} for line in told.metrics],
+        "evaluations": told.evaluations,
+        "samples": told.samples,
+        "records": (directory / "test_records.jsonl").read_text(),
+        "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
+        "files": {p.name for p in directory.iterdir()},
+        "checkpoints": checkpoint.steps(directory / "checkpoints"),
+    }
+
+
+def assert_resumes_to(whole: Path, directory: Path, more: frozenset[str] = frozenset()) -> list[str]:
+    """Of the files in the directory, `more` were there before."""
+    status, err = pgpo("train", "--resume", directory)
+    assert status == 0, err
+    told, expected = story(directory), story(whole)
+    assert told.pop("files") == expected.pop("files") | more
+    assert told == expected
+    return err
+
+
+def test_the_run_saves_within_a_generation_and_learns(whole):
+    assert (whole / "checkpoints/checkpoint-3/pgpo_rollout-0.safetensors").exists()
+    last = read_run(whole).metrics[-1]  # the step that is repeated below
+    assert last["rho"] != 1 and last["grad_norm"] > 0
+
+
+# Killed ---------------------------------------------------------------------------------------------------------------
+
+
+def test_lines_past_the_checkpoint_and_leftovers_of_a_kill_go(whole, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(whole, directory)
+    folder = directory / "checkpoints"
+    (folder / ".writing").mkdir()
+    (folder / "checkpoint-4").rename(folder / ".writing/checkpoint-4")  # killed just before the rename
+    (folder / ".removing/checkpoint-2").mkdir(parents=True)
+    (directory / "test_records.jsonl").unlink()
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rho"')
+    (directory / "metrics.jsonl.4711.tmp").write_text("half")
+    (directory / "thesis.tmp").write_text("the user's own")
+    err = assert_resumes_to(whole, directory, frozenset({"thesis.tmp"}))
+    assert not any("cannot be read" in line for line in err)
+    assert {p.name for p in folder.iterdir()} == {"README.md", "checkpoint-3", "checkpoint-4"}
+
+
+def test_killed_before_the_first_checkpoint(whole, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(whole, directory)
+    shutil.rmtree(directory / "checkpoints")
+    (directory / "checkpoints/.writing/checkpoint-3").mkdir(parents=True)
+    status, err = pgpo("train", "--resume", directory)
+    assert status == 2
+    assert err == [
+        f"pgpo: {directory} has no readable checkpoint, for it was stopped before its first one was written: there is "
+        'nothing to continue, so start it again with the "command" in its config.json, --overwrite and a smaller '
+        "--save_steps."
+    ]
+
+
+def test_the_command_in_the_configuration_starts_it_again(new, whole, tmp_path):
+    """The remedy of the sentence above."""
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    assert pgpo(*new)[0] == 2
+    assert pgpo(*new, "--overwrite")[0] == 0
+    assert story(tmp_path / "run") == story(whole)
+
+
+@pytest.mark.parametrize("when", ["records", "line"])
+def test_killed_in_the_last_evaluation(new, whole, tmp_path, monkeypatch, when):
+    """Neither without its line nor without its records."""
+    plain_records, plain_line = run.write_records, RunLog.evaluation
+
+    def records(path, values):
+        plain_records(path, values)
+        raise KeyboardInterrupt
+
+    def line(self, step, values):
+        if step == 4 and values["split"] == "test":
+            raise KeyboardInterrupt
+        plain_line(self, step, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_records", records) if when == "records" else patch.setattr(RunLog, "evaluation", line)
+        assert pgpo(*new)[0] == 130
+    err = assert_resumes_to(whole, tmp_path / "run")
+    assert "all 4 steps are done; raise --max_steps to go on." in err
+
+
+# Foreign and broken checkpoints ---------------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_of_another_run_is_named_and_not_used(new, whole, tmp_path):
+    assert pgpo(*new, "--seed", "7")[0] == 0
+    directory = tmp_path / "mine"
+    shutil.copytree(whole, directory)
+    shutil.rmtree(directory / "checkpoints/checkpoint-4")
+    shutil.copytree(tmp_path / "run/checkpoints/checkpoint-4", directory / "checkpoints/checkpoint-4")
+    err = assert_resumes_to(whole, directory)
+    assert err[0] == (
+        "checkpoint checkpoint-4 cannot be read (manifest.json: another run wrote it); trying the one before."
+    )
+
+
+def test_a_copied_run_is_the_same_run(whole, tmp_path):
+    """Also once it was resumed: the id is kept."""
+    shutil.copytree(whole, tmp_path / "run")
+    for steps in ("5", "6"):
+        status, err = pgpo("train", "--resume", tmp_path / "run", "--max_steps", steps)
+        assert (status, [line for line in err if "cannot be read" in line]) == (0, [])
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Call something in the middle of a step."""
+    plain = PGPOTrainer.optimize
+
+    def arrange(step: int | None, action=lambda: None) -> None:
+        def optimize(self, model, batch):
+            if self.state.global_step + 1 == step:
+                action()
+            return plain(self, model, batch)
+
+        monkeypatch.setattr(PGPOTrainer, "optimize", optimize)
+
+    return arrange
+
+
+def terminate(times: int = 1):
+    def action() -> None:
+        for _ in range(times):
+            signal.raise_signal(signal.SIGTERM)
+
+    return action
+
+
+def test_sigterm_ends_the_step_saves_and_tells_the_shell(new, whole, tmp_path, at_step):
+    handler = signal.getsignal(signal.SIGTERM)
+    at_step(1, terminate())
+    status, err = pgpo(*new, "--save_total_limit", "3")
+    assert status == 143
+    assert f"stopped after step 1; continue with: pgpo train --resume {tmp_path / 'run'}" in err
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == [1]
+    assert signal.getsignal(signal.SIGTERM) is handler
+    at_step(None)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert pgpo("train", "--resume", tmp_path / "copy", "--save_total_limit", "2")[0] == 0
+    assert story(tmp_path / "copy") == story(whole)
+
+
+def test_a_second_sigterm_stops_at_once(new, tmp_path, at_step):
+    at_step(2, terminate(2))
+    status, err = pgpo(*new)
+    assert (status, err[-1]) == (143, "pgpo: stopped.")
+    assert [line["step"] for line in read_run(tmp_path / "run").metrics] == [1]
+
+
+def test_sigterm_before_the_first_step_leaves_nothing(new, tmp_path, monkeypatch):
+    monkeypatch.setattr(PGPOTrainer, "held_out_records", lambda *_: signal.raise_signal(signal.SIGTERM))
+    status, err = pgpo(*new)
+    assert (status, err[-1]) == (143, "pgpo: stopped.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_is_left_to_whoever_calls_train_for_himself(new, tmp_path, at_step):
+    """A worker process of a study dies of it at once; only the command takes it."""
+    seen = []
+    at_step(1, lambda: seen.append(signal.getsignal(signal.SIGTERM)))
+    words = [str(w) for w in new[1:]] + ["--max_steps", "1", "--eval_strategy", "no"]
+    with contextlib.redirect_stderr(io.StringIO()):
+        assert run.train(parse(words), tmp_path / "run")[0] == 0
+    assert seen == [signal.SIG_DFL]
+
+
+# A disk that takes no more --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_at(monkeypatch):
+    """No checkpoint of these steps can be written."""
+
+    def arrange(*steps: int) -> None:
+        plain = PGPOTrainer.save_extra
+
+        def save_extra(self, directory):
+            if self.state.global_step in steps:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory / "pgpo_state.json"))
+            plain(self, directory)
+
+        monkeypatch.setattr(PGPOTrainer, "save_extra", save_extra)
+
+    yield arrange
+    monkeypatch.undo()
+
+
+def test_a_full_disk_in_between_is_told_and_forgotten(new, whole, tmp_path, full_at):
+    full_at(3)
+    status, err = pgpo(*new)
+    assert status == 0
+    folder = tmp_path / "run/checkpoints"
+    assert [line for line in err if "could not" in line] == [
+        f"checkpoint-3 could not be written in {folder} (No space left on device); training goes on and the next save "
+        "tries again: free some space there."
+    ]
+    told, expected = story(tmp_path / "run"), story(whole)
+    assert (told.pop("checkpoints"), expected.pop("checkpoints")) == ([4], [3, 4])
+    assert told == expected
+
+
+def test_a_full_disk_at_the_end_is_exit_status_1_and_the_log_is_whole(new, whole, tmp_path, full_at, monkeypatch):
+    full_at(4)
+    status, err = pgpo(*new)
+    directory = tmp_path / "run"
+    assert status == 1
+    assert (
+        "step 4 is not saved (No space left on device), the newest checkpoint is of step 3; the log is complete. Free "
+        f"some space, then: pgpo train --resume {directory}" in err
+    )
+    assert read_run(directory).evaluations == read_run(whole).evaluations
+    assert len(read_run(directory).metrics) == 4
+    monkeypatch.undo()
+    assert_resumes_to(whole, directory)
+
+
+def test_interrupted_on_a_full_disk(new, tmp_path, full_at, at_step):
+    at_step(2, terminate())
+    full_at(2)
+    status, err = pgpo(*new)
+    assert status == 1
+    assert any(
+        line.startswith("step 2 is not saved (No space left on device), the newest checkpoint is of step 0")
+        for line in err
+    )
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_in_one_sentence(new, whole, tmp_path, monkeypatch):
+    plain = RunLog.metrics
+
+    def metrics(self, step, values):
+        if step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(self, step, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "metrics", metrics)
+        status, err = pgpo(*new)
+    assert (status, err[-1]) == (
+        2,
+        f"pgpo: the log in {tmp_path / 'run'} could not be written (No space left on device); free some space, then "
+        f"continue with `pgpo train --resume {tmp_path / 'run'}`.",
+    )
+    assert_resumes_to(whole, tmp_path / "run")
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_has_its_name(new, tmp_path, monkeypatch):
+    order = []
+    plain_sync, plain_commit = RunLog.sync, checkpoint.commit
+    monkeypatch.setattr(RunLog, "sync", lambda self: (order.append("sync"), plain_sync(self)))
+    monkeypatch.setattr(checkpoint, "commit", lambda *a: (order.append("commit"), plain_commit(*a)))
+    assert pgpo(*new, "--max_steps", "1")[0] == 0
+    assert order == ["sync", "commit"]
