@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo science test test-slow check bench clean
+.PHONY: demo science test test-slow test-browser check bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ test: $(STAMP)  ## the default suite: < 10 minutes on 2 cores, no GPU, no networ
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(STAMP)  ## the report's page in a real browser; Debian: apt-get install chromium
+	$(BIN)/python -m pytest -m browser tests/browser
 
 check: $(STAMP)  ## what pre-commit runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pgpo import __version__
 from pgpo.errors import UserError
@@ -23,6 +23,7 @@ usage: pgpo COMMAND [arguments]
   train       train a model: the lab by default; --task science_qa --domain physics; --config recipe.yaml
   eval        avg@k, pass@k, maj@k of a model, as a student and reading a right solution
   study       methods x settings x seeds from one YAML, resumable, with tables: recipes/lab-study.yaml
+  plan        memory per GPU of a training step, from a model's config alone: pgpo plan MODEL --memory 80
   report      one HTML page, and figures, from run directories and study folders
   sde         check the order of weak approximation of the real step
   lab-base    rebuild the lab's base checkpoint from a seed
@@ -139,6 +140,59 @@ def _study(argv: list[str]) -> int:
     )
 
 
+def _plan(argv: list[str]) -> int:
+    parser = _parser("plan", "Peak memory per GPU and the largest token budget, from the model's config alone.")
+    from pgpo.train.plan import MATRICES, Setting
+    from pgpo.train.plan import main as plan
+
+    default = Setting()
+
+    def add(name: str, help: str, **options: Any) -> None:
+        options.setdefault("default", getattr(default, name.replace("-", "_"), None))
+        if options["default"] is not None:
+            help += f"; default: {options['default']}"
+        parser.add_argument(f"--{name}", help=help, **options)
+
+    parser.add_argument("model", help="folder with a config.json, or a hub id")
+    add("gpus", "GPUs, one process each", type=int, metavar="N")
+    add("memory", "GiB per GPU", type=float, required=True, metavar="G")
+    add("max-completion-length", "tokens", type=int, metavar="L")
+    add("max-prompt-length", "tokens", type=int, metavar="P")
+    add("teacher-prompt-length", "tokens, the trainer's max_teacher_prompt_length", type=int, metavar="P")
+    add("max-tokens-per-microbatch", "the budget that the table is for", type=int, default=16384, metavar="N")
+    add("prompts-per-step", "questions per step, all GPUs together", type=int, metavar="N")
+    add("num-generations", "completions per question", type=int, metavar="N")
+    add("objective", "pgpo, sdpo or grpo", choices=("pgpo", "sdpo", "grpo"))
+    add("teacher", "its weights", choices=("ema", "frozen", "live"))
+    add("lora", "adapters' rank; without it all parameters train", type=int, metavar="RANK")
+    add(
+        "lora-targets", "adapted matrices, with commas between, or all-linear", default="q_proj,v_proj", metavar="NAMES"
+    )
+    add("dtype", "of the parameters", choices=("float32", "bfloat16"), default="float32")
+    add("autocast", "matmuls in bfloat16, the trainer's bf16", action=BooleanOptionalAction)
+    add("optimizer", "of the step", choices=("adamw", "sgd"))
+    add("gradient-checkpointing", "make activations anew in the backward pass", action=BooleanOptionalAction)
+    add("fused-head", "logits in chunks", action=BooleanOptionalAction)
+    add("attention", "flash: packed rows", choices=("sdpa", "flash", "eager"))
+    add("vllm-share", "of the memory, kept by vLLM; without it transformers generates", type=float, metavar="F")
+    add("fsdp", "shard over the GPUs with FSDP2 (not measured)", action=BooleanOptionalAction)
+    add("device", "what runs it", choices=("cuda", "cpu"))
+    parser.add_argument("--json", type=Path, default=None, help="write all numbers to this file", metavar="FILE")
+    values = vars(parser.parse_args([_dashed(word) for word in argv]))
+    source, memory, budget = values.pop("model"), values.pop("memory"), values.pop("max_tokens_per_microbatch")
+    json_out = values.pop("json")
+    values["parameter_bytes"] = 4 if values.pop("dtype") == "float32" else 2
+    targets = values["lora_targets"]
+    values["lora_targets"] = MATRICES if targets == "all-linear" else tuple(targets.split(","))
+    return plan(source, Setting(**values), memory, budget, json_out)
+
+
+def _dashed(word: str) -> str:
+    """--max_prompt_length, as `pgpo train` spells it, is --max-prompt-length."""
+    name, equals, value = word.partition("=")
+    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
+
+
 def _report(argv: list[str]) -> int:
     parser = _parser("report", "Write one self-contained HTML page about runs and studies.")
     parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="run directories and study folders")
@@ -185,6 +239,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "study": _study,
+    "plan": _plan,
     "report": _report,
     "sde": _sde,
     "lab-base": _lab_base,

@@ -402,12 +402,19 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 def _remove_run(directory: Path) -> None:
     if not (directory / CONFIG_FILE).exists():
-        raise UserError(f"{directory} is not empty and not a run, it is not overwritten; choose another --output_dir.")
+        begun = [p for p in directory.iterdir() if p.name.startswith((ENVIRONMENT_FILE, f"{CONFIG_FILE}."))]
+        if len(begun) < len(list(directory.iterdir())):
+            raise UserError(
+                f"{directory} is not empty and not a run, it is not overwritten; choose another --output_dir."
+            )
+        for path in begun:  # all that a run killed while it was created had written
+            path.unlink()
+        return
     _read_config(directory)
+    if (directory / CHECKPOINTS_FOLDER).exists():  # first: a log without its checkpoints is never continued
+        shutil.rmtree(directory / CHECKPOINTS_FOLDER)
     for name in (*_LOGS, FIGURE_FILE):
         (directory / name).unlink(missing_ok=True)
-    if (directory / CHECKPOINTS_FOLDER).exists():
-        shutil.rmtree(directory / CHECKPOINTS_FOLDER)
 
 
 def _not_writable(directory: Path, error: OSError) -> UserError:

@@ -40,11 +40,11 @@ def test_the_page_points_to_something():
     assert len(CODE) > 40 and len(TESTS) > 30
 
 
-@pytest.mark.parametrize(("file", "name"), CODE, ids=":".join)
+@pytest.mark.parametrize(("file", "name"), CODE, ids=str)
 def test_code_that_the_page_names(file, name):
     assert name in definitions(ROOT / "src/pgpo" / file)
 
 
-@pytest.mark.parametrize(("file", "name"), TESTS, ids="::".join)
+@pytest.mark.parametrize(("file", "name"), TESTS, ids=str)
 def test_tests_that_the_page_names(file, name):
     assert name in definitions(ROOT / "tests" / file)

@@ -1,4 +1,7 @@
-"""Two processes give what one gives, whatever each of them holds, and none waits for the other forever."""
+"""Two processes give what one gives, whatever each of them holds, and none waits for the other forever.
+
+Under DDP each holds everything; under FSDP2 half of the student and half of the teacher.
+"""
 
 from __future__ import annotations
 
@@ -9,52 +12,128 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_kit import largest_difference
+from trainer_kit import bitwise_equal, largest_difference
 from two_ranks import CASES
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 NOT_COMPARED = ("seconds", "step_time", "epoch", "num_tokens")
 
 
-def launch(out: Path, ranks: int) -> list[dict]:
+def launch(out: Path, ranks: int, *arguments: str) -> list[dict]:
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
     # A hang ends as TimeoutExpired.
     done = subprocess.run(
-        [*launcher, str(SCRIPT), str(out)], env=environment, capture_output=True, text=True, timeout=400
+        [*launcher, str(SCRIPT), str(out), *arguments], env=environment, capture_output=True, text=True, timeout=400
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-6000:]
     return [torch.load(f"{out}.{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    return launch(folder / "one", 1), launch(folder / "two", 2)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    return launch(folder / "one", 1)[0]
+
+
+@pytest.fixture(scope="module")
+def ddp(folder):
+    return launch(folder / "ddp", 2)
+
+
+@pytest.fixture(scope="module")
+def fsdp2(folder):
+    return launch(folder / "fsdp2", 2, "fsdp2")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_equal_one(results, case):
-    (one,), two = ([r[case] for r in part] for part in results)
-    assert [t["ranks"] for t in two] == [2, 2]
-    assert largest_difference(two[0]["weights"], two[1]["weights"]) == 0
-    assert largest_difference(one["weights"], two[0]["weights"]) < 1e-5
-    if one["teacher"]:
-        assert largest_difference(one["teacher"], two[0]["teacher"]) < 1e-5
-    assert [one["records"], two[0]["records"], two[1]["records"]] == [20, 20, 20]  # 5 questions x 4, gathered
-    for a, b in zip(one["logs"], two[0]["logs"], strict=True):
-        for name in a:
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_equal_one(kind, case, one, request):
+    a, (b, c) = one[case], [results[case] for results in request.getfixturevalue(kind)]
+    assert [b["ranks"], c["ranks"]] == [2, 2]
+    assert largest_difference(b["weights"], c["weights"]) == 0
+    assert largest_difference(a["weights"], b["weights"]) < 1e-5
+    if a["teacher"]:
+        assert largest_difference(a["teacher"], b["teacher"]) < 1e-5
+    assert [len(x["records"]) for x in (a, b, c)] == [20, 20, 20]  # 5 questions x 4, gathered
+    assert len(a["logs"]) == len(b["logs"]) == 3
+    for x, y in zip(a["logs"], b["logs"], strict=True):
+        for name in x:
             if not name.endswith(NOT_COMPARED):
-                assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-4), (case, name)
+                assert x[name] == pytest.approx(y[name], abs=1e-5, rel=1e-4), (case, name)
 
 
-def test_the_cases_are_what_they_claim(results):
-    (one,), (first, second) = results
+def test_the_cases_are_what_they_claim(one, ddp):
+    first, second = ddp
     empty = first["one_rank_without_teacher"]["active_rows"]
     assert empty == [0, 0, 0] and min(second["one_rank_without_teacher"]["active_rows"]) > 0
     assert first["nobody"]["active_rows"] == second["nobody"]["active_rows"] == [0, 0, 0]
     assert min(first["split_groups"]["active_rows"]) > 0
     for case in ("plain", "split_groups", "one_rank_without_teacher", "micro_batches"):
         assert one[case]["logs"][0]["rho"] > 1.001
+    assert one["untied"]["logs"][0]["grad_norm"] > 0.1  # it is clipped
+    assert "lm_head.weight" in one["untied"]["weights"] and "lm_head.weight" not in one["plain"]["weights"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_ranks_that_are_asked_unequally_often_answer_as_one(kind, one, request):
+    for results in request.getfixturevalue(kind):
+        assert sorted(results["untied"]["records"]) == sorted(one["untied"]["records"])
+
+
+# FSDP2 ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_rank_holds_half_of_student_and_teacher(case, one, fsdp2):
+    assert one[case]["held"] == [1.0] * len(one[case]["held"])
+    assert len(one[case]["held"]) == (1 if case in ("grpo", "live", "lora") else 2)
+    for held in zip(*(results[case]["held"] for results in fsdp2), strict=True):
+        assert sum(held) == pytest.approx(1) and max(held) < 0.51
+
+
+def test_no_gradient_waits_whole_for_the_last_micro_batch(ddp, fsdp2):
+    assert ddp[0]["micro_batches"]["deferred"] > 0
+    assert fsdp2[0]["micro_batches"]["deferred"] == 0
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_a_resumed_run_equals_one_that_was_never_stopped(kind, fsdp2):
+    for results in fsdp2:
+        first, second = results[kind]["first"], results[kind]["second"]
+        for part in ("weights", "teacher"):
+            assert bitwise_equal(first[part], second[part])
+        assert largest_difference(first["weights"], first["teacher"]) > 1e-3
+
+
+def test_a_full_checkpoint_is_a_plain_model(fsdp2):
+    full = fsdp2[0]["full"]
+    assert bitwise_equal({n: full["saved"][n] for n in full["first"]["weights"]}, full["first"]["weights"])
+    assert fsdp2[0]["sharded"]["saved"] == {}
+
+
+def test_in_half_precision_student_and_teacher_compute_alike(fsdp2):
+    """The same prompt, the same weights: not one bit of information. What the loss returns is not rounded to bf16."""
+    for results in fsdp2:
+        got = results["half_precision"]
+        assert got["first_step"]["information"] == 0.0 and abs(got["first_step"]["divergence"]) < 1e-8
+        assert set(got["dtypes"]) == {torch.float32}
+        assert max(got["held"]) < 0.51  # bf16 weights and fp32 average
+
+
+def test_weights_that_rank_0_alone_has_read_reach_student_and_teacher(one, fsdp2):
+    for results in fsdp2:
+        for part in ("weights", "teacher"):
+            assert largest_difference(results["loaded_by_rank_0"][part], one["plain"][part]) < 1e-5
+
+
+def test_what_cannot_be_sharded_is_refused(fsdp2):
+    refusals = fsdp2[0]["refusals"]
+    assert "set fsdp_offload_params: false" in refusals["offload"]
+    assert "set eval_on_start" in refusals["evaluation"]

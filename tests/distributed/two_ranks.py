@@ -1,18 +1,28 @@
 """Run plainly or under torchrun: trains the tiny model on every case and saves what this rank saw.
 
-usage: two_ranks.py OUT
+usage: two_ranks.py OUT [fsdp2]
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import trainer_kit
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from conftest import build_model
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+from pgpo.errors import UserError
+
+FSDP2 = dict(fsdp=True, fsdp_config=dict(version=2))
 
 
 def first_half_fails(prompts, completions, **kwargs):
@@ -25,6 +35,17 @@ def nobody_succeeds(prompts, completions, **kwargs):
     return [0.0] * len(prompts)
 
 
+def untied():
+    model = build_model()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(1).clone())
+    return model
+
+
+def lora():
+    return LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+
+
 CASES: dict[str, dict] = {
     "plain": {},
     "split_groups": dict(prompts_per_step=3),  # 12 rows in groups of 4: the middle group lies on both ranks
@@ -34,29 +55,154 @@ CASES: dict[str, dict] = {
     "cross_fit": dict(information_source="cross_fit"),
     "watched": dict(watch_demonstrations=True),
     "grpo": dict(objective="grpo"),
+    "frozen": dict(teacher="frozen"),
+    "live": dict(teacher="live"),
+    "trust_region": dict(teacher="trust_region"),
+    # evaluation is greedy, in 5 calls of `generate` on one rank, in 3 and 2 on two
+    "untied": dict(model=untied, micro_batch_size=3, max_grad_norm=0.1, eval_temperature=0.0, eval_batch_size=4),
+    "checkpointed": dict(gradient_checkpointing=True, fused_head=False),
+    "lora": dict(peft_config=lora),
 }
 
 
+def shard_on_cpu() -> None:
+    """Let accelerate shard without accelerators: it reads its FSDP plugin on those alone. All else is its own code."""
+    plain = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+def make(folder: str, **options):
+    options = {k: v() if k in ("model", "peft_config") else v for k, v in options.items()}
+    return trainer_kit.trainer(folder, **(dict(optim="sgd", learning_rate=0.5, max_steps=3) | options))
+
+
+def whole(tensors: dict) -> dict:
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+
+
+def held(tensors) -> float:
+    """Share of the elements that this rank holds."""
+    tensors = list(tensors)
+    local = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors)
+    return local / sum(t.numel() for t in tensors)
+
+
+def state(t) -> dict:
+    return {
+        "weights": whole(trainer_kit.weights(t.accelerator.unwrap_model(t.model))),
+        "teacher": t.teacher.state_dict()["parameters"] if t.teacher else {},
+    }
+
+
 def run(options: dict, folder: str) -> dict:
-    t = trainer_kit.trainer(folder, **(dict(optim="sgd", learning_rate=0.5, max_steps=3) | options))
-    hinted = []
-    plain = t._active_rows
-    t._active_rows = lambda batch: hinted.append(rows := plain(batch)) or rows
+    t = make(folder, **options)
+    hinted, deferred = [], []
+    active_rows, no_sync = t._active_rows, t.accelerator.no_sync
+    t._active_rows = lambda batch: hinted.append(rows := active_rows(batch)) or rows
+    t.accelerator.no_sync = lambda model: deferred.append(model) or no_sync(model)
     logs = trainer_kit.train(t)
     questions = [dict(row, id=str(i)) for i, row in enumerate(trainer_kit.dataset(5))]
     return {
+        **state(t),
         "logs": logs,
-        "weights": trainer_kit.weights(t.accelerator.unwrap_model(t.model)),
-        "teacher": trainer_kit.weights(t.teacher.module) if t.teacher else {},
+        "held": [held(m.parameters()) for m in (t.model, t.teacher and t.teacher.module) if m is not None],
+        "deferred": len(deferred),
         "ranks": t.accelerator.num_processes,
         "rank": t.accelerator.process_index,
         "active_rows": [len(rows) for rows in hinted],
-        "records": len(t.held_out_records(questions)),
+        "records": [(r["question_id"], r["sample"], r["completion"]) for r in t.held_out_records(questions)],
+    }
+
+
+# Under FSDP2 alone ----------------------------------------------------------------------------------------------------
+
+
+def resumed(kind: str, folder: str) -> dict:
+    """Four steps, and the last two of them again from the checkpoint."""
+    options = dict(optim="adamw_torch", learning_rate=1e-2, max_steps=4)
+    options |= dict(fsdp=True, fsdp_config=dict(version=2, state_dict_type=kind))
+    first = make(folder, save_strategy="steps", save_steps=2, **options)
+    trainer_kit.train(first)
+    second = make(folder, **options)
+    trainer_kit.train(second, resume_from_checkpoint=f"{folder}/checkpoint-2")
+    saved = Path(folder, "checkpoint-4", "model.safetensors")
+    result = {"first": state(first), "second": state(second), "saved": load_file(saved) if saved.exists() else {}}
+    first.accelerator.wait_for_everyone()
+    return result
+
+
+def half_precision(folder: str) -> dict:
+    """A teacher that reads what the student reads, weights and activations in bf16."""
+    t = make(folder, model=lambda: build_model(dtype=torch.bfloat16), bf16=True, **FSDP2)
+    active_rows, run = t._active_rows, t.passes.run
+    t._active_rows = lambda batch: [dataclasses.replace(r, teacher_prompt=r.prompt) for r in active_rows(batch)]
+    outputs = []
+    t.passes.run = lambda *args: outputs.append(run(*args)) or outputs[-1]
+    logs = trainer_kit.train(t)
+    (student,) = [o for o in outputs if hasattr(o, "loss")][:1]
+    return {
+        "first_step": logs[0],
+        "dtypes": [v.dtype for v in vars(student).values()],
+        "held": [held(tensors) for tensors in (t.teacher.module.parameters(), t.teacher._shadow.values())],
+    }
+
+
+def loaded_by_rank_0(folder: str) -> dict:
+    """Only the first rank has read the weights from the disk."""
+
+    def model():
+        model = build_model()
+        if not PartialState().is_main_process:
+            for parameter in model.parameters():
+                parameter.data.zero_()
+        return model
+
+    t = make(folder, model=model, fsdp=True, fsdp_config=dict(version=2, cpu_ram_efficient_loading=True))
+    trainer_kit.train(t)
+    return state(t)
+
+
+def refusals(folder: str) -> dict:
+    def text(action) -> str:
+        try:
+            action()
+        except UserError as error:
+            return str(error)
+        return ""
+
+    untrained = make(folder, **FSDP2)
+    return {
+        "offload": text(lambda: make(folder, fsdp=True, fsdp_config=dict(version=2, cpu_offload=True))),
+        "evaluation": text(lambda: untrained.evaluate([dict(row) for row in trainer_kit.dataset(2)])),
+    }
+
+
+def sharded_only(folder: str) -> dict:
+    return {
+        "full": resumed("FULL_STATE_DICT", f"{folder}/full"),
+        "sharded": resumed("SHARDED_STATE_DICT", f"{folder}/sharded"),
+        "half_precision": half_precision(folder),
+        "loaded_by_rank_0": loaded_by_rank_0(folder),
+        "refusals": refusals(folder),
     }
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        results = {name: run(options, folder) for name, options in CASES.items()}
+    out, fsdp2 = Path(sys.argv[1]), sys.argv[2:] == ["fsdp2"]
+    if fsdp2:
+        shard_on_cpu()
+    folder = str(out.parent / f"{out.name}-runs")  # the ranks share it
+    results = {name: run(options | (FSDP2 if fsdp2 else {}), folder) for name, options in CASES.items()}
     rank = results["plain"]["rank"]
-    torch.save(results, f"{sys.argv[1]}.{rank}.pt")
+    if fsdp2:
+        results |= sharded_only(folder)
+    torch.save(results, f"{out}.{rank}.pt")

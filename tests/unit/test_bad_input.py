@@ -26,7 +26,7 @@ from trl import GRPOConfig
 from pgpo import PGPOTrainer
 from pgpo.cli import main
 from pgpo.errors import UserError
-from pgpo.train.run import checkpoint_problem
+from pgpo.train.checkpoint import problem
 
 SMALL = [
     *("--test_rows", "2", "--eval_rows", "2", "--eval_k", "2", "--max_steps", "4", "--prompts_per_step", "2"),
@@ -414,22 +414,23 @@ def test_resume_skips_a_broken_newest_checkpoint_and_names_it(folder, finished, 
     assert "trying the one before" in err
     steps = [json.loads(line)["step"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
-    assert checkpoint_problem(folder / "run/checkpoints/checkpoint-4") is None  # written anew
+    assert problem(folder / "run/checkpoints/checkpoint-4") is None  # written anew
 
 
 @pytest.mark.parametrize("name", BREAK)
 def test_every_broken_part_of_a_checkpoint_is_found(tmp_path, finished, name):
     path = tmp_path / "checkpoint-4"
     shutil.copytree(finished / "checkpoints/checkpoint-4", path)
-    assert checkpoint_problem(path) is None
+    assert problem(path) is None
     BREAK[name](path / name)
-    assert name in checkpoint_problem(path)
+    assert name in problem(path)
 
 
 def test_a_checkpoint_without_weights_is_found(tmp_path, finished):
-    shutil.copytree(finished / "checkpoints/checkpoint-4", tmp_path / "c")
-    (tmp_path / "c/model.safetensors").unlink()  # the teacher's are still there
-    assert checkpoint_problem(tmp_path / "c") == "no model weights"
+    path = tmp_path / "checkpoint-4"
+    shutil.copytree(finished / "checkpoints/checkpoint-4", path)
+    (path / "model.safetensors").unlink()  # the teacher's are still there
+    assert problem(path) == "model.safetensors: missing"
 
 
 # The Python API -------------------------------------------------------------------------------------------------------

@@ -489,3 +489,63 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path, size):
     assert not (tmp_path / "full/.writing").exists()
     assert checkpoint.problem(tmp_path / "full/checkpoint-3") is None
     assert t.failed_save is None
+
+
+def test_a_last_save_that_fails_is_remembered(tmp_path):
+    t = trainer(tmp_path, max_steps=2)
+    full_at(t, {2}, 2000)
+    with pytest.warns(UserWarning, match=r"checkpoint-2 could not be written"):  # without a run log to tell it
+        trainer_kit.train(t)
+    assert t.failed_save is not None
+    assert checkpoint.steps(tmp_path) == [1]
+
+
+def test_any_other_error_while_saving_is_raised(tmp_path):
+    t = trainer(tmp_path, max_steps=1)
+    t.save_extra = lambda _: {}["state"]
+    with pytest.raises(KeyError, match="state"):
+        trainer_kit.train(t)
+    assert checkpoint.steps(tmp_path) == []
+    assert t._get_output_dir(None) == str(tmp_path)  # not the place aside
+    trained(tmp_path, max_steps=1)  # which the next save clears
+    assert {p.name for p in tmp_path.iterdir()} == {"README.md", "checkpoint-1"}
+
+
+# What transformers does with a checkpoint of its own ------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
+    """Step 1 is the best; its path is the final one, also in the state that step 3 saves."""
+    values = iter([0.9, 0.1, 0.2])
+    options = dict(eval_strategy="steps", eval_steps=1, save_total_limit=2, max_steps=3)
+    t = trainer(tmp_path, eval_dataset=[{"prompt": "w1"}], metric_for_best_model="avg", **options)
+    t.args.load_best_model_at_end = t.args.greater_is_better = True
+
+    def evaluate(**_):
+        metrics = {"eval_avg": next(values)}
+        t.control = t.callback_handler.on_evaluate(t.args, t.state, t.control, metrics)
+        return metrics
+
+    t.evaluate = evaluate
+    trainer_kit.train(t)
+    assert checkpoint.steps(tmp_path) == [1, 3]
+    best = str(tmp_path / "checkpoint-1")
+    for step in (1, 3):
+        saved = json.loads((tmp_path / f"checkpoint-{step}/trainer_state.json").read_text())
+        assert saved["best_model_checkpoint"] == best
+        assert checkpoint.problem(tmp_path / f"checkpoint-{step}") is None
+    first = load_file(tmp_path / "checkpoint-1/model.safetensors")
+    assert all(torch.equal(p, first[n]) for n, p in t.model.named_parameters())
+
+
+def test_a_checkpoint_is_pushed_when_it_has_its_name(tmp_path):
+    t = trainer(tmp_path, max_steps=1)
+    t.args.push_to_hub = True
+    pushed = []
+    t._push_from_checkpoint = lambda folder: pushed.append((folder, checkpoint.problem(Path(folder))))
+    t._save_checkpoint, save = (lambda *_: None), t._save_checkpoint
+    t.push_to_hub = lambda *_, **__: None
+    trainer_kit.train(t)
+    save(t.model, None)
+    assert pushed == [(str(tmp_path / "checkpoint-1"), None)]
+    assert t.args.push_to_hub is True

@@ -20,7 +20,7 @@ from pgpo.cli import main
 from pgpo.errors import UserError
 from pgpo.runlog import RunLog
 from pgpo.tasks import lab_world
-from pgpo.train import evaluation
+from pgpo.train import checkpoint, evaluation
 from pgpo.train import run as train_run
 
 COMMANDS = ("demo", "train", "eval", "sde", "lab-base")
@@ -277,14 +277,14 @@ def test_a_run_directory_stands_for_its_newest_readable_checkpoint(tmp_path, cap
     run = tmp_path / "run"
     RunLog.create(run, {"objective": "pgpo"}).close()
     for step in (9, 10, 11):
-        checkpoint = run / f"checkpoints/checkpoint-{step}"
-        shutil.copytree(plain, checkpoint)
-        for name in ("trainer_state.json", "pgpo_state.json"):
-            (checkpoint / name).write_text("{}")
-    weights = load_file(run / "checkpoints/checkpoint-10/model.safetensors")
-    weights["model.norm.weight"] *= 0.3
-    save_file(weights, run / "checkpoints/checkpoint-10/model.safetensors", metadata={"format": "pt"})
-    (run / "checkpoints/checkpoint-11/trainer_state.json").write_text("{")
+        written = checkpoint.begin(run / "checkpoints") / f"checkpoint-{step}"
+        shutil.copytree(plain, written)
+        if step == 10:
+            weights = load_file(written / "model.safetensors")
+            weights["model.norm.weight"] *= 0.3
+            save_file(weights, written / "model.safetensors", metadata={"format": "pt"})
+        checkpoint.commit(run / "checkpoints", step)
+    (run / "checkpoints/checkpoint-11/config.json").write_text("{")
 
     found = lab_eval(tmp_path, str(run), "--no_hint")
     assert "checkpoint-11 cannot be read" in capsys.readouterr().err

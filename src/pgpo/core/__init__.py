@@ -10,7 +10,6 @@ all of it from hidden states        fused_head.py
 
 from .divergence import divergence, sampled_token_divergence
 from .fused_head import HeadOutput, dense_distillation_head, distillation_of_logits, fused_distillation_head
-from .fused_head import HeadOutput, dense_distillation_head, fused_distillation_head
 from .information import Information, InformationMeter, token_entropy
 from .sources import CrossFit, EarlierInformation
 from .stepping import modulate, modulate_reference
@@ -21,15 +20,12 @@ __all__ = [
     "EarlierInformation",
     "ExponentialLaw",
     "HeadOutput",
-    "HeadOutput",
     "Information",
     "InformationMeter",
     "SmoothExponentialLaw",
     "dense_distillation_head",
     "distillation_of_logits",
-    "dense_distillation_head",
     "divergence",
-    "fused_distillation_head",
     "fused_distillation_head",
     "linear_schedule",
     "modulate",

@@ -1,4 +1,4 @@
-"""Figures from run directories; reads runs, never models."""
+"""Figures and one HTML page from run directories and studies; reads runs, never models."""
 
 from __future__ import annotations
 

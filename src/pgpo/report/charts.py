@@ -19,7 +19,7 @@ from pgpo.report.sources import Array
 COLORS = 7  # as figures.COLORS; page.css has the values
 INSET = 8.0  # px between the frame and the first and last step
 STRIP, FOREST = (140, 6), (200, 8)  # width of a strip and its margin, px
-SHAPES = ("circle", "square", "triangle", "wedge", "plus", "star", "bar", "hexagon")  # 7 x 8: 56 methods differ
+SHAPES = ("circle", "square", "triangle", "wedge", "plus", "star", "bar", "diamond")  # 7 x 8: 56 methods differ
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def _grid(frame: _Frame, unit: str, sparse: bool) -> Html:
             marks.append(el("text", label, x=x, y=_f(frame.bottom + 16), text_anchor="middle"))
     base = f"M{_f(frame.left)} {_f(frame.bottom)}H{_f(frame.right)}"
     marks.append(el("path", d=base, class_="axis"))
-    marks.append(el("text", unit, x=2, y=11, class_="unit"))
+    marks.append(el("text", unit, x=0, y=11, class_="unit"))
     marks.append(el("text", "step", x=_f(frame.left - 8), y=_f(frame.bottom + 16), text_anchor="end", class_="unit"))
     return el("g", *marks, class_="frame")
 
@@ -330,7 +330,7 @@ def _names(frame: _Frame, chart: Chart, styles: Mapping[str, Style]) -> Html:
     ends = []
     for curve in chart.curves:
         known = np.flatnonzero(np.isfinite(curve.y))
-        if len(known):
+        if len(known) and curve.x[known[-1]] > frame.x[1] / 2:  # an earlier end is too far from its name
             ends.append((frame.place_y(curve.y[known[-1]]), curve))
     ends.sort(key=lambda end: end[0])
     gap = min(14.0, (frame.bottom - frame.top) / max(1, len(ends)))
@@ -365,7 +365,7 @@ def _marker(shape: str, x: float, y: float, r: float) -> str:
     """The outline of a marker around (x, y) as path data."""
     if shape == "circle":
         return f"M{_f(x - r)} {_f(y)}a{_f(r)} {_f(r)} 0 1 0 {_f(2 * r)} 0a{_f(r)} {_f(r)} 0 1 0 {_f(-2 * r)} 0Z"
-    return "M" + "L".join(f"{_f(x + r * dx)} {_f(y + r * dy)}" for dx, dy in _OUTLINES[shape]) + "Z"
+    return "M" + "L".join(f"{_f(x + r * dx)} {_f(y + r * dy)}" for dx, dy in OUTLINES[shape]) + "Z"
 
 
 def _star(points: int, inner: float) -> list[tuple[float, float]]:
@@ -375,7 +375,7 @@ def _star(points: int, inner: float) -> list[tuple[float, float]]:
 
 
 _ARM = 0.36  # half the width of the arms of a plus
-_OUTLINES = {
+OUTLINES: dict[str, list[tuple[float, float]]] = {  # of radius about 1; y points down
     "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
     "triangle": [(0, -1.15), (1.1, 0.85), (-1.1, 0.85)],
     "wedge": [(0, 1.15), (1.1, -0.85), (-1.1, -0.85)],
@@ -385,7 +385,7 @@ _OUTLINES = {
     ],
     "star": _star(5, 0.5),
     "bar": [(-0.5, -1.2), (0.5, -1.2), (0.5, 1.2), (-0.5, 1.2)],
-    "hexagon": [(math.cos(math.pi * i / 3), math.sin(math.pi * i / 3)) for i in range(6)],
+    "diamond": [(0, -1.3), (1, 0), (0, 1.3), (-1, 0)],
 }
 
 

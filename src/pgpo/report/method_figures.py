@@ -13,23 +13,12 @@ import numpy as np
 from pgpo import runlog
 from pgpo.errors import UserError
 from pgpo.report import figures
-from pgpo.report.charts import COLORS, Style, styles_of
+from pgpo.report.charts import COLORS, OUTLINES, Style, styles_of
 from pgpo.report.methods import Curve, Setting, accuracy_curve, metric_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-MARKERS = {
-    "circle": "o",
-    "square": "s",
-    "triangle": "^",
-    "wedge": "v",
-    "plus": "P",
-    "star": "*",
-    "bar": "d",
-    "hexagon": "h",
-}
 
 
 def plot_settings(settings: Sequence[Setting], folder: Path) -> list[Path]:
@@ -115,7 +104,8 @@ def draw_setting(setting: Setting, styles: Mapping[str, Style]) -> Figure:
 
 
 def _look(style: Style) -> dict[str, Any]:
-    marker = MARKERS[style.shape]
+    """Colour and marker are those of the page; matplotlib takes the outline of a marker as points."""
+    marker = [(x, -y) for x, y in OUTLINES[style.shape]] if style.shape in OUTLINES else "o"
     return {"color": figures.COLORS[style.index % COLORS], "marker": marker, "markersize": 5, "linewidth": 1.8}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,8 +40,8 @@ class Comparison:
     value: float
     low: float
     high: float
-    runs: str
-    questions: str
+    runs: float
+    questions: float
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,10 @@ def method_labels(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
         for key in clash:
             parts = [label, *(f"{name} {short(groups[key].get(name))}" for name in told)]
             labels[key] = ", ".join(part for part in parts if part) or names[keys.index(key)]
-    for key in groups:  # three settings may not suffice
-        if list(labels.values()).count(labels[key]) > 1:
-            labels[key] = f"{labels[key]} ({names[keys.index(key)]})"
+    counts = Counter(labels.values())
+    for key, label in labels.items():
+        if counts[label] > 1:  # three settings did not suffice
+            labels[key] = f"{label} ({names[keys.index(key)]})"
     return [labels[key] for key in keys]
 
 
@@ -175,12 +177,16 @@ def curve_split(tracks: Sequence[Track]) -> str | None:
 
 
 def splits(track: Track) -> list[str]:
-    return list(dict.fromkeys(str(line.get(runlog.SPLIT)) for line in track.evaluations))
+    return list(dict.fromkeys(split_of(line) for line in track.evaluations))
+
+
+def split_of(line: Mapping[str, Any]) -> str:
+    return str(line.get(runlog.SPLIT) or "held-out")
 
 
 def evaluated(track: Track, split: str | None) -> list[dict[str, Any]]:
     """The evaluations on a split by step; of two at one step the last."""
-    lines = {line[runlog.STEP]: line for line in track.evaluations if str(line.get(runlog.SPLIT)) == split}
+    lines = {line[runlog.STEP]: line for line in track.evaluations if split_of(line) == split}
     return [lines[step] for step in sorted(lines)]
 
 
@@ -321,20 +327,25 @@ def _summary_row(method: str, values: Mapping[str, Any], reference: float) -> Ro
         seeds=[str(seed) for seed in seeds] if isinstance(seeds, list) else [],
         values={name: numbers(values.get(name)) for name in MEASURES},
         collapsed=[bool(value) for value in collapsed] if isinstance(collapsed, list) else [],
-        failed=[str(seed) for seed in failed] if isinstance(failed, list) else [],
+        failed=[_seed(entry) for entry in failed] if isinstance(failed, list) else [],
         versus={
             str(other): Comparison(
                 value=number(found.get("value")),
                 low=number(found.get("low")),
                 high=number(found.get("high")),
-                runs=short(found.get("runs")),
-                questions=short(found.get("questions")),
+                runs=number(found.get("runs")),
+                questions=number(found.get("questions")),
             )
             for other, found in (versus if isinstance(versus, dict) else {}).items()
             if isinstance(found, dict) and math.isfinite(number(found.get("value")))
         },
         reference=reference,
     )
+
+
+def _seed(entry: object) -> str:
+    """A failed run is listed as {"seed", "error"}, or as its seed alone."""
+    return str(entry.get("seed") if isinstance(entry, dict) else entry)
 
 
 # Curves ----------------------------------------------------------------------------------------------------------
@@ -372,9 +383,9 @@ def accuracy_curve(tracks: Sequence[Track], split: str | None) -> Curve | None:
 
 
 def metric_curve(
-    tracks: Sequence[Track], name: str, label: str, log: bool = False, dashed: bool = False
+    tracks: Sequence[Track], name: str, label: str, log: bool = False, dashed: bool = False, points: int = POINTS
 ) -> Curve | None:
-    """A metric of the runs of a method, smoothed; over several runs their mean and range, at most POINTS points.
+    """A metric of the runs of a method, smoothed; over several runs their mean and range; at most `points` points.
 
     `log` takes means of the logarithm (the line is a geometric mean) and leaves out what has none.
     """
@@ -387,11 +398,11 @@ def metric_curve(
     steps, raw = _table(found)
     raw[~np.isfinite(raw)] = np.nan
     smoothed = np.stack([smooth(values) for values in raw])
-    x, y = _thinned(steps, _mean(smoothed))
+    x, y = _thinned(steps, _mean(smoothed), points)
     low, high = None, None
     if len(found) > 1:
-        low, high = (_thinned(steps, edge)[1] for edge in _extremes(smoothed))
-    spikes = _spikes(steps, _mean(raw))
+        low, high = (_thinned(steps, edge, points)[1] for edge in _extremes(smoothed))
+    spikes = _spikes(steps, _mean(raw), points)
     if log:
         y, low, high = np.exp(y), None if low is None else np.exp(low), None if high is None else np.exp(high)
         spikes = spikes[0], np.exp(spikes[1])
@@ -424,20 +435,24 @@ def _bins(count: int, most: int) -> list[npt.NDArray[np.int64]]:
     return [part for part in np.array_split(np.arange(count), most) if len(part)]
 
 
-def _thinned(steps: Array, values: Array) -> tuple[Array, Array]:
-    """At most POINTS points: the mean of each bin of steps, nan where a bin has no value."""
-    if len(steps) <= POINTS:
+def _thinned(steps: Array, values: Array, points: int) -> tuple[Array, Array]:
+    """At most `points` points: the mean of each bin of steps, nan where a bin has no value."""
+    if len(steps) <= points:
         return steps, values
-    bins = _bins(len(steps), POINTS)
-    return np.array([steps[part].mean() for part in bins]), np.array([_mean(values[part, None])[0] for part in bins])
+    starts = [part[0] for part in _bins(len(steps), points)]
+    sizes = np.diff([*starts, len(steps)])
+    known = np.isfinite(values)
+    counts = np.add.reduceat(known.astype(np.float64), starts)
+    sums = np.add.reduceat(np.where(known, values, 0.0), starts)
+    return np.add.reduceat(steps, starts) / sizes, np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def _spikes(steps: Array, values: Array) -> tuple[Array, Array]:
+def _spikes(steps: Array, values: Array, points: int) -> tuple[Array, Array]:
     """As `_thinned`, but each bin keeps its smallest and its largest value, so that no spike is lost."""
-    if len(steps) <= 2 * POINTS:
+    if len(steps) <= 2 * points:
         return steps, values
     kept: list[int] = []
-    for part in _bins(len(steps), POINTS):
+    for part in _bins(len(steps), points):
         known = part[np.isfinite(values[part])]
         if len(known):
             kept += sorted({int(known[values[known].argmin()]), int(known[values[known].argmax()])})

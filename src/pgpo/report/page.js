@@ -55,6 +55,7 @@
       line.setAttribute("x2", place);
     });
     tip.replaceChildren(text("b", "step " + format(Math.round(at)) + (chart.u ? "  ·  " + chart.u : "")));
+    const rows = [];
     for (const series of chart.s) {
       const i = nearest(chart.x[series.x], at);
       const value = series.y[i];
@@ -63,8 +64,9 @@
       const row = document.createElement("div");
       const band = series.l && series.l[i] !== null ? "  [" + format(series.l[i]) + ", " + format(series.h[i]) + "]" : "";
       row.append(text("i", "", "c" + series.c), text("span", series.n), text("span", format(value) + band));
-      tip.append(row);
+      rows.push([value, row]);
     }
+    tip.append(...rows.sort((a, b) => b[0] - a[0]).map(([, row]) => row)); // as the lines lie
     showTip(clientX, clientY);
     return at;
   };

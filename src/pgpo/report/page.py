@@ -25,10 +25,11 @@ from pgpo.report.details import alarm_marks, alarm_section, configuration_sectio
 from pgpo.report.markup import Html, data_block, el, join
 from pgpo.report.methods import Setting
 from pgpo.report.samples import sample_section
-from pgpo.report.setting import Shared, setting_section
+from pgpo.report.setting import SIGNALS, Shared, setting_section
 from pgpo.report.sources import RunSource, StudySource, number, read_sources
 from pgpo.report.tables import COLLAPSE_POINTS, overview_table, scrolling
 
+MOST_POINTS, FEWEST_POINTS = 25_000, 25  # on the page; of one curve
 EXPLAINED = (  # the metrics that the page draws
     runlog.INFORMATION,
     runlog.RHO,
@@ -98,12 +99,12 @@ class Report:
 
 def page(report: Report) -> str:
     """The whole page as text; the same files give the same page."""
-    shared = Shared(styles_of(report.methods), {})
+    shared = Shared(styles_of(report.methods), _points_for(report))
     sections = [*_sections_of_runs(shared, report), *_sections_of_studies(shared, report)]
     sections.append(("how-to-read", "How to read", _how_to_read()))
     links = [el("li", _link(key, text)) for key, text, _ in sections]
     title = _title(report)
-    style = _asset("page.css") + _toggle_rules(style.index for style in shared.styles.values())
+    style = _asset("page.css") + _legend_rules(style.index for style in shared.styles.values())
     script = _asset("page.js")
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
@@ -179,10 +180,18 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _toggle_rules(indices: Iterable[int]) -> str:
-    """The boxes of the legend work by these alone, without a script."""
-    rule = 'section:has(.legend input[value="{0}"]:not(:checked)) svg [data-m="{0}"]{{display:none}}\n'
-    return "".join(rule.format(index) for index in indices)
+def _legend_rules(indices: Iterable[int]) -> str:
+    """By these the boxes of a legend hide a method, and pointing at its name fades the others, without a script."""
+    hide = 'section:has(.legend input[value="{0}"]:not(:checked)) svg [data-m="{0}"]{{display:none}}\n'
+    asked = '[data-key="{0}"]:hover,[data-key="{0}"] :focus-visible'
+    fade = f'section:has({asked}) figure [data-m]:not([data-m="{{0}}"]){{{{opacity:.1}}}}\n'
+    return "".join((hide + fade).format(index) for index in indices)
+
+
+def _points_for(report: Report) -> int:
+    """Points per curve that keep the page below about 3 MB (measured: 100 bytes a point, with band and readings)."""
+    curves = sum(len(setting.rows) for setting in report.settings) * sum(len(signal.names) for signal in SIGNALS)
+    return max(FEWEST_POINTS, min(m.POINTS, MOST_POINTS // max(1, curves)))
 
 
 def _link(target: str, text: str) -> Html:
@@ -233,7 +242,7 @@ def _facts(report: Report) -> Html:
         "Steps": _span(last),
         "Evaluation": f"avg@{ks} on {questions} questions" if lines else "none",
         "Device": _listed(_values(environments, "device"), 2),
-        "Commit": _listed([_commit(value) for value in _values(environments, "git_commit")], 2),
+        "Commit": _listed([_commit(value) for value in _commits(environments)], 2),
     }
     return el(
         "dl", *(el("div", el("dt", name), el("dd", text)) for name, text in facts.items() if text), class_="facts"
@@ -241,18 +250,25 @@ def _facts(report: Report) -> Html:
 
 
 def _tasks(report: Report) -> list[str]:
+    """Task and domain of the runs, and of the settings of the studies where they name them."""
     configs = [source.run.config for source in report.runs]
-    for study in report.studies:
+    for study, settings in zip(report.studies, report.of_studies):
         document = mapping(study.summary.get("study"))
-        common = mapping(document.get("common"))
-        configs += [common | mapping(values) for values in mapping(document.get("settings")).values()]
-    keys = ("task", "domain", "variant")
+        common, written = mapping(document.get("common")), mapping(document.get("settings"))
+        configs += [common | mapping(written.get(setting.name)) for setting in settings]
+    keys = ("task", "domain")
     found = [" ".join(str(config[key]) for key in keys if config.get(key) is not None) for config in configs]
     return [text for text in dict.fromkeys(found) if text]
 
 
 def _values(dictionaries: Iterable[Mapping[str, Any]], name: str) -> list[str]:
     return list(dict.fromkeys(str(values[name]) for values in dictionaries if values.get(name) is not None))
+
+
+def _commits(environments: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A run has one, a study counts its runs of each."""
+    found = [[values.get("git_commit"), *mapping(values.get("commits"))] for values in environments]
+    return list(dict.fromkeys(str(commit) for commits in found for commit in commits if commit not in (None, "None")))
 
 
 def _commit(text: str) -> str:

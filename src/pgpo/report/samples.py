@@ -15,7 +15,7 @@ from pgpo.report.sources import RunSource, number
 # nats; ours: below the first a token says nothing, and a Jensen-Shannon divergence cannot exceed ln 2 = .69
 LEVELS = (0.01, 0.05, 0.2, 0.5)
 STEPS_SHOWN, PER_STEP = 4, 4
-MOST_CHARACTERS, MOST_TOKENS, MOST_LISTED = 4000, 600, 10
+MOST_CHARACTERS, MOST_TOKENS, MOST_LISTED, LONG = 4000, 600, 10, 800
 
 
 def sample_section(runs: Sequence[RunSource], labels: Sequence[str]) -> Html | None:
@@ -89,17 +89,22 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def _card(sample: dict[str, Any]) -> Html:
-    completion = str(sample.get("completion", ""))
+    prompt, completion = (str(sample.get(name, "")) for name in ("prompt", "completion"))
     tokens = _tokens(sample.get("tokens"))
     reward = number(sample.get("reward"))
     return el(
         "article",
-        el("p", _cut(str(sample.get("prompt", ""))), class_="prompt", dir="auto", tabindex="0"),
-        el("p", _cut(completion) if not tokens else _coloured(tokens, completion), class_="completion", dir="auto"),
+        _text("prompt", _cut(prompt)),
+        _text("completion", _coloured(tokens, completion) if tokens else _cut(completion)),
         el("p", "reward ", el("b", significant(reward)), class_="grade") if math.isfinite(reward) else None,
         _largest(tokens),
         class_="sample",
     )
+
+
+def _text(name: str, text: str) -> Html:
+    """A paragraph in the direction of its own text; a long one scrolls, so that the keyboard must reach it."""
+    return el("p", text, class_=name, dir="auto", tabindex="0" if len(text) > LONG else None)
 
 
 def _tokens(value: object) -> list[tuple[str, float, float, float]]:

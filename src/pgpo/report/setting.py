@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pgpo import runlog
 from pgpo.report import methods as m
 from pgpo.report.charts import Chart, Point, Style, line_chart, readings, swatch
 from pgpo.report.markup import Html, el
 from pgpo.report.methods import Curve, Setting
-from pgpo.report.sources import Track
+from pgpo.report.sources import Track, number
 from pgpo.report.tables import COLLAPSE_POINTS, difference_table, method_table
 
 SMALL = (360, 216)
 HERO = {"large": (1080, 350), "mid": (660, 320), "small": (360, 270)}  # page.css shows the one that fits
 CHARTS_OPEN = 3  # of a study: I_k, rho_k, entropies; the rest is one click away
+MANY = 6  # ours: bands of more methods than this are drawn fainter
 SHIFT = 7.0  # px between the points of two methods at one step
 
 Alarms = list[tuple[float, str]]  # step, text
@@ -23,10 +24,17 @@ Alarms = list[tuple[float, str]]  # step, text
 
 @dataclass
 class Shared:
-    """What the parts of one page share: the look of each method, and the numbers for page.js, which the parts add."""
+    """What the parts of one page share.
+
+    Attributes:
+        styles: the look of each method.
+        points: most points of a curve of signals; fewer where there are many curves.
+        readings: the numbers for page.js, which the parts add.
+    """
 
     styles: dict[str, Style]
-    readings: dict[str, object]
+    points: int = m.POINTS
+    readings: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ def setting_section(
 ) -> Html:
     """`key` is the section's id and begins those of its charts. `all_open`: no signal is folded away."""
     hero = accuracy_chart(setting, f"{key}-accuracy", alarms)
-    charts = signal_charts(setting, key, alarms)
+    charts = signal_charts(setting, key, alarms, shared.points)
     last = _last_step(setting)
     drawn = [_figure(shared, chart, last) for chart in charts]
     open_ = len(drawn) if all_open else CHARTS_OPEN
@@ -89,6 +97,7 @@ def setting_section(
         el("div", *drawn[:open_], class_="charts") if drawn else el("p", "No signals were recorded.", class_="note"),
         folded,
         id=key,
+        class_="many" if len(setting.rows) > MANY else None,
     )
 
 
@@ -107,15 +116,15 @@ def accuracy_chart(setting: Setting, key: str, alarms: Alarms) -> Chart:
         if m.has_collapsed(values):
             told = f"{track.name} ends {100 * (values.max() - values[-1]):.0f} points below its peak"
             points.append(Point(track.method, float(steps[-1]), 100 * float(values[-1]), cross=True, title=told))
-    ks = {line.get(runlog.K) for track in setting.tracks for line in track.evaluations}
-    title = f"Accuracy, avg@{ks.pop()}" if len(ks) == 1 else "Accuracy, avg@k"
+    ks = {number(line.get(runlog.K)) for track in setting.tracks for line in track.evaluations}
+    title = f"Accuracy, avg@{ks.pop():g}" if len(ks) == 1 else "Accuracy, avg@k"
     if setting.split and not sparse:
         title += f", {setting.split} questions"
     lines = [] if sparse else [_in_percent(curve) for curve in curves]
     return Chart(key, title, "%", lines, points, alarms=alarms, markers=True)
 
 
-def signal_charts(setting: Setting, key: str, alarms: Alarms) -> list[Chart]:
+def signal_charts(setting: Setting, key: str, alarms: Alarms, points: int = m.POINTS) -> list[Chart]:
     """The charts of SIGNALS for which any run has values."""
     charts = []
     for signal in SIGNALS:
@@ -123,7 +132,7 @@ def signal_charts(setting: Setting, key: str, alarms: Alarms) -> list[Chart]:
             curve
             for tracks in _by_method(setting)
             for place, (name, part) in enumerate(signal.names)
-            if (curve := m.metric_curve(tracks, name, _label(tracks, part), log=signal.log, dashed=place == 1))
+            if (curve := m.metric_curve(tracks, name, _label(tracks, part), signal.log, place == 1, points))
         ]
         if curves:
             note = ""
@@ -183,7 +192,8 @@ def _legend(shared: Shared, setting: Setting) -> Html:
         style = shared.styles[row.method]
         count = f" ({len(row.seeds)})" if len(row.seeds) > 1 else ""
         box = Html(f'<input type="checkbox" checked value="{style.index}">')
-        keys.append(el("label", box, swatch(style), el("span", row.method, el("span", count, class_="muted"))))
+        name = el("span", row.method, el("span", count, class_="muted"))
+        keys.append(el("label", box, swatch(style), name, data_key=style.index))
     return el("div", *keys, class_="legend", role="group", aria_label="Methods to show in the charts")
 
 

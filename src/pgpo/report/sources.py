@@ -28,6 +28,7 @@ ALARMS_FILE = "alarms.jsonl"
 SUMMARY_FILE = "summary.json"
 RECORDS_FILE = "records.jsonl.gz"
 STUDY_SCHEMA = 1
+LARGEST = 1e100
 LARGEST_STEP = 2**53  # the largest count that a float and a browser hold exactly
 
 
@@ -125,15 +126,14 @@ def read_sources(paths: Sequence[Path]) -> tuple[list[RunSource], list[StudySour
 
 
 def number(value: object) -> float:
-    """A float; nan for what is none. The names that runlog writes for non-finite numbers count as numbers."""
+    """A float; nan for what is none, infinity for what no axis can hold. runlog's names of non-finite numbers count."""
     if isinstance(value, str):
         return runlog.NON_FINITE.get(value, math.nan)
     if not isinstance(value, (int, float)):
         return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan
+    if abs(value) > LARGEST:
+        return math.inf if value > 0 else -math.inf
+    return float(value)
 
 
 def numbers(values: object) -> Array:
@@ -145,7 +145,10 @@ def numbers(values: object) -> Array:
 
 
 def _read_run(path: Path) -> RunSource:
-    run = runlog.read_run(path)
+    try:
+        run = runlog.read_run(path)
+    except KeyError as error:
+        raise UserError(f"{path / runlog.CONFIG_FILE} has no {error}; restore it from a copy.") from error
     if not isinstance(run.config, dict):
         raise UserError(f"the config in {path / runlog.CONFIG_FILE} is not a JSON object; restore it from a copy.")
     if not run.metrics:

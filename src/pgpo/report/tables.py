@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ from pgpo.report.charts import (
     interval_strip,
     padded,
     scale_strip,
-    significant,
     strip,
     swatch,
 )
@@ -25,7 +25,7 @@ from pgpo.report.methods import Comparison, Row, Setting
 Styles = Mapping[str, Style]
 Format = Callable[[float], str]
 
-MOST_COMPARED = 3  # other methods that have a column of differences; the forest plot has all
+ENOUGH_PAIRS = 8  # as in the study's own tables: an interval from fewer runs is too narrow
 COLLAPSE_POINTS = f"{100 * m.COLLAPSE:.0f} points"
 
 
@@ -59,7 +59,7 @@ def method_table(setting: Setting, styles: Styles) -> Html:
     foot = [el("th")]
 
     def column(head: object, unit: str, why: str, cell: Callable[[Row], Html], scale: Html | None = None) -> None:
-        heads.append(el("th", head, el("small", unit or "\xa0"), scope="col", title=why))
+        heads.append(el("th", head, " ", el("small", unit or "\xa0"), scope="col", title=why))
         foot.append(el("td", scale))
         for row, line in zip(setting.rows, lines):
             line.append(cell(row))
@@ -84,9 +84,14 @@ def method_table(setting: Setting, styles: Styles) -> Html:
     measure(outcome, "Final", f"{'test' if outcome == m.FINAL else curve}, %", f"mean accuracy {ended}")
     if any(math.isfinite(row.reference) for row in setting.rows):
         column("Paper", "one run, %", "published accuracy of a single run, without interval", _reference)
-    for other in list(dict.fromkeys(other for row in setting.rows for other in row.versus))[:MOST_COMPARED]:
-        why = f"final accuracy minus that of {other}, in percentage points; paired, 95 % interval"
-        column(_minus(other), "points", why, lambda row, other=other: _versus(row.versus.get(other)))  # type: ignore[misc]
+    first, controls = _compared(setting)[:1], _compared(setting)[1:]
+    if first:
+        why = f"final accuracy minus that of {first[0]}, in percentage points; paired, 95 % interval"
+        column(_minus(first[0]), "points", why, lambda row: _versus(row, first, named=False))
+    if controls:
+        why = "final accuracy minus that of the method’s own controls, in percentage points; paired, 95 % interval"
+        head = _minus(controls[0]) if len(controls) == 1 else "minus controls"
+        column(head, "points", why, lambda row: _versus(row, controls, named=len(controls) > 1))
     column(
         "Collapsed", "runs", f"ends more than {COLLAPSE_POINTS} below its own peak, on {curve} questions", _collapsed
     )
@@ -99,7 +104,7 @@ def method_table(setting: Setting, styles: Styles) -> Html:
     measure(m.AUC, "Area", f"{curve}, %", "area under the evaluation curve over its range of steps: the mean accuracy")
     measure(m.MEAN_RHO, "Mean ρ", "", "mean step multiplier over the run", lambda value: fixed(value, 3))
     measure(m.NEGATIVE, "I < 0", "% of steps", "share of the steps where the teacher was less certain than the student")
-    measure(m.SECONDS, "Time", "s per step", "median wall time of a step", lambda value: significant(value, 2))
+    measure(m.SECONDS, "Time", "s per step", "median wall time of a step", lambda value: fixed(value, 2))
     body = [el("tr", *line, data_m=styles[row.method].index) for row, line in zip(setting.rows, lines)]
     parts = [el("thead", el("tr", *heads)), el("tbody", *body)]
     if several:
@@ -121,6 +126,8 @@ def _table_note(setting: Setting) -> str:
         )
     if any(len(row.seeds) == 1 and row.bounds for row in setting.rows):
         parts.append("In brackets, of a single run: 95 % interval over questions, without the noise of seeds.")
+    if any(len(row.seeds) == 1 and not row.bounds for row in setting.rows):
+        parts.append("A method with one run has no interval.")
     parts.append(
         f"Collapsed: the last evaluation is more than {COLLAPSE_POINTS} below the run’s own highest; it compares point"
         " estimates, so that with few questions noise alone can raise it."
@@ -158,10 +165,23 @@ def _reference(row: Row) -> Html:
     return el("td", percent(row.reference), class_=None if math.isfinite(row.reference) else "no")
 
 
-def _versus(found: Comparison | None) -> Html:
-    if found is None:
+def _compared(setting: Setting) -> list[str]:
+    """The methods that others are compared with, the one with the most comparisons first."""
+    counts = Counter(other for row in setting.rows for other in row.versus)
+    return [other for other, _ in counts.most_common()]
+
+
+def _versus(row: Row, others: Sequence[str], named: bool) -> Html:
+    """The row's difference from each of the others that it is compared with."""
+    found = [(other, row.versus[other]) for other in others if other in row.versus]
+    if not found:
         return el("td", "–", class_="no")
-    return el("td", points(found.value), el("span", _bounds(found), class_="ci"), title=_size(found))
+    parts: list[object] = []
+    for other, difference in found:
+        if named:
+            parts.append(el("span", other, class_="ci"))
+        parts += [points(difference.value), el("span", _bounds(difference), class_="ci")]
+    return el("td", *parts, title="; ".join(_size(difference) for _, difference in found))
 
 
 def _collapsed(row: Row) -> Html:
@@ -182,7 +202,7 @@ def _bounds(found: Comparison) -> str:
 
 
 def _size(found: Comparison) -> str:
-    return f"{found.runs} pairs of runs, {found.questions} questions"
+    return f"{found.runs:g} pairs of runs, {found.questions:g} questions"
 
 
 # Differences -----------------------------------------------------------------------------------------------------
@@ -193,23 +213,25 @@ def difference_table(setting: Setting, styles: Styles) -> Html | None:
     pairs = [(other, row, found) for row in setting.rows for other, found in row.versus.items()]
     if not pairs:
         return None
-    others = list(dict.fromkeys(other for other, _, _ in pairs))
+    others = _compared(setting)
     domain = padded([100 * end for *_, found in pairs for end in (found.low, found.high, found.value)], around=0.0)
     body: list[Html] = []
     for reference in others:
         heading = f"minus {reference}"
-        body.append(el("tr", el("th", heading, colspan=4, class_="left muted", scope="colgroup")))
+        body.append(el("tr", el("th", heading, colspan=5, class_="left muted", scope="colgroup")))
         for other, row, found in pairs:
             if other == reference:
                 body.append(_difference(row, found, domain, styles[row.method]))
-    titles = {"Method": "left", "\xa0": None, "Points": None, "Interval": "left"}
+    titles = {"Method": "left", "\xa0": None, "Points": None, "Interval": "left", "Pairs": None}
     heads = el("thead", el("tr", *(el("th", text, scope="col", class_=side) for text, side in titles.items())))
-    foot = el("tr", el("th"), el("td", scale_strip(domain, FOREST)), el("td"), el("td"))
+    foot = el("tr", el("th"), el("td", scale_strip(domain, FOREST)), el("td"), el("td"), el("td"))
     table = el("table", heads, el("tbody", *body), el("tfoot", foot, aria_hidden="true"), class_="pairs")
     note = (
         "Difference in final accuracy, percentage points, with its 95 % interval from paired runs and questions."
         " Filled: the interval excludes zero; among many comparisons some do so by chance."
     )
+    if any(found.runs < ENOUGH_PAIRS for *_, found in pairs):
+        note += f" With fewer than {ENOUGH_PAIRS} pairs of runs the interval is too narrow."
     return join(
         [el("h3", "Differences"), el("p", note, class_="note"), scrolling(table, f"Differences in {setting.name}")]
     )
@@ -222,7 +244,8 @@ def _difference(row: Row, found: Comparison, domain: tuple[float, float], style:
         el("th", el("span", swatch(style), el("span", breakable(row.method)), class_=style.classes), scope="row"),
         el("td", drawn),
         el("td", points(found.value), el("span", f" {_bounds(found)}", class_="muted")),
-        el("td", verdict, class_="left no", title=_size(found)),
+        el("td", verdict, class_="left no"),
+        el("td", f"{found.runs:g}", title=_size(found)),
     ]
     return el("tr", *cells)
 

@@ -59,7 +59,8 @@ class Teacher:
     """The teacher's weights, equal to the student's at construction.
 
     Build it from the bare model (not wrapped by DDP, torch.compile or a mixed-precision `forward`), after freezing
-    what does not train; wrapped in place (FSDP2) later is fine, for parameters are looked up by name at each call.
+    what does not train. Later both may be sharded in place (FSDP2), `module` as the student is: parameters are looked
+    up by name at each call, and each rank averages its own shards.
 
     Args:
         student: the model that trains. A PeftModel with one active LoRA adapter gets a twin adapter "teacher"; any
@@ -158,8 +159,8 @@ class Teacher:
         if self.kind != "ema":
             return
         student = self.student if student is None else student
-        _reshard(student)
-        parameters = dict(student.named_parameters())
+        reshard(student)
+        parameters = _parameters_of(student)
         for name in self._parameters:
             if name not in parameters:
                 raise ValueError(f"The student has no parameter {name!r} any more; pass the unwrapped model.")
@@ -167,26 +168,28 @@ class Teacher:
         if late is not None:
             raise ValueError(f"{late!r} trains now but did not when the teacher was built; unfreeze it before.")
         masters = self._masters()
-        follow(list(masters.values()), [parameters[name] for name in masters], self.rate)
+        pairs = [_shards(masters[name], parameters[name]) for name in masters]
+        follow([average for average, _ in pairs], [target for _, target in pairs], self.rate)
         self._publish(masters)
         sources = dict(student.named_buffers())
         for name, buffer in self._own_buffers().items():
             buffer.copy_(sources[name])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, keep: bool = True) -> dict[str, Any]:
         """Everything needed to go on: kind, rate, and CPU copies of what trains and of the buffers.
 
         {"kind": str, "rate": float, "parameters": {student's name: fp32, or wider if the model is}, "buffers": {...}}
-        "live" has no tensors. Sharded tensors (FSDP2) are gathered, so call it on every rank.
+        "live" has no tensors. Sharded tensors (FSDP2) are gathered, one after the other, so call it on every rank;
+        with keep=False a rank that writes nothing only takes part, and its parts are empty.
         """
-        return {
-            "kind": self.kind,
-            "rate": self.rate,
-            "parameters": {
-                name: _whole(p).to("cpu", _master_dtype(p), copy=True) for name, p in self._masters().items()
-            },
-            "buffers": {name: _whole(b).to("cpu", copy=True) for name, b in self._own_buffers().items()},
-        }
+        parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "buffers": {}}
+        for part, tensors in (("parameters", self._masters()), ("buffers", self._own_buffers())):
+            for name, tensor in tensors.items():
+                whole = _whole(tensor)
+                if keep:
+                    dtype = _master_dtype(tensor) if part == "parameters" else tensor.dtype
+                    parts[part][name] = whole.to("cpu", dtype, copy=True)
+        return {"kind": self.kind, "rate": self.rate, **parts}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -213,8 +216,8 @@ class Teacher:
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         """The teacher's parameters that follow, under the student's names."""
         holder = self.student if self.module is None else self.module
-        _reshard(holder)
-        parameters = dict(holder.named_parameters())
+        reshard(holder)
+        parameters = _parameters_of(holder)
         return {name: parameters[twin] for name, twin in self._parameters.items()}
 
     def _own_buffers(self) -> dict[str, Tensor]:
@@ -451,13 +454,29 @@ def _active_adapter(model: Any, adapter: str) -> Iterator[None]:
 # --- sharded tensors (FSDP2) ---------------------------------------------------------------------------------------
 
 
-def _reshard(module: nn.Module) -> None:
-    """Let every parameter be its shard again: a root module keeps its gathered copy after a forward without backward,
-    and what is written into that copy is lost."""
+def reshard(module: nn.Module) -> None:
+    """Let every parameter be its shard again; a plain module stays as it is.
+
+    A root module keeps its gathered copy after a forward without backward: `parameters()` gives that copy, and what is
+    written into it is lost.
+    """
     for part in module.modules():
         reshard = getattr(part, "reshard", None)
         if callable(reshard):
             reshard()
+
+
+def _parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names they had before layers were wrapped for FSDP's activation checkpointing."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in module.named_parameters()}
+
+
+def _shards(average: Any, target: Any) -> tuple[Tensor, Tensor]:
+    """What this rank holds of the two; plain tensors as they are. Call it without gradient."""
+    if not hasattr(average, "to_local"):
+        return average, _whole(target)
+    # Nothing moves where both are laid out alike.
+    return average.to_local(), target.redistribute(average.device_mesh, average.placements).to_local()
 
 
 def _whole(tensor: Any) -> Tensor:

@@ -26,6 +26,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pgpo.teacher import Teacher
 
+_CACHED = 4  # ours: a cached token takes at most a quarter of the memory of one that goes through the model
+
 T = TypeVar("T")
 Tokens = Sequence[int]
 
@@ -163,7 +165,8 @@ class Inputs:
 
     Attributes:
         ids, positions: [B, L].
-        mask: [B, L], or None for a packed row, whose borders are where positions start again.
+        mask: [B, L], or None where causal attention needs none: padding only behind, or a packed row, whose borders
+            are where positions start again.
         keep: [N] places in the flattened [B * L] that predict the completion tokens, row after row.
     """
 
@@ -191,6 +194,18 @@ def padded(prompts: Sequence[Tokens], completions: Sequence[Tokens], pad: int) -
         keep.extend(range(first, first + len(completion)))
     masks = torch.tensor(mask)
     return Inputs(torch.tensor(ids), (masks.cumsum(1) - 1).clamp_min(0), masks, torch.tensor(keep))
+
+
+def padded_behind(prompts: Sequence[Tokens], completions: Sequence[Tokens], pad: int) -> Inputs:
+    """Every row from its first token on, padded at its end, where causal attention does not look: no mask."""
+    rows = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
+    width = max(map(len, rows))
+    keep: list[int] = []
+    for i, completion in enumerate(completions):
+        end = i * width + len(rows[i])
+        keep.extend(range(end - len(completion), end))
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+    return Inputs(ids, torch.arange(width).expand(len(rows), -1), None, torch.tensor(keep))
 
 
 def packed(prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> Inputs:
@@ -227,7 +242,7 @@ class Passes:
         self._takes_positions = "position_ids" in inspect.signature(type(causal_lm(model)).forward).parameters
 
     def layout(self, prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> Inputs:
-        inputs = packed(prompts, completions) if self.pack else padded(prompts, completions, self.pad)
+        inputs = packed(prompts, completions) if self.pack else padded_behind(prompts, completions, self.pad)
         return inputs.to(self.device)
 
     def run(
@@ -330,7 +345,8 @@ class Passes:
         place = {tuple(p): i for i, p in enumerate(prompts)}
         found = {i: last[place[tuple(keys[i])]].unsqueeze(0) for i in rows}  # predicts the first token
         longer = [i for i in rows if len(completions[i]) > 1]
-        for part in parts([(len(keys[i]), len(completions[i])) for i in longer]) if longer else ():
+        sizes = [(-(-len(keys[i]) // _CACHED), len(completions[i]) - 1) for i in longer]
+        for part in parts(sizes) if longer else ():
             mine = [longer[i] for i in part]
             prefix = max(len(keys[i]) for i in mine)
             index = torch.tensor([place[tuple(keys[i])] for i in mine], device=self.device)

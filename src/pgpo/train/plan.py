@@ -23,6 +23,7 @@ intermediate size, V vocabulary; w bytes of a parameter, c of a matmul (2 under 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import asdict, dataclass, replace
@@ -30,20 +31,22 @@ from pathlib import Path
 from typing import Any
 
 from pgpo.errors import UserError
+from pgpo.runlog import write_atomically
 
 GIB = 2**30
 # Decoder blocks whose saved tensors tests/unit/test_plan.py compares with autograd's, byte by byte.
 BLOCKS = ("llama", "mistral", "qwen2", "qwen3")
 HELD = 8  # trainer._HELD
 BUCKET = 2**26  # teacher.weights._BUCKET
-CHUNK_LOGITS = {"cpu": 40_000_000, "cuda": 160_000_000}  # core.fused_head
+CHUNK_LOGITS = {"cpu": 20_000_000, "cuda": 160_000_000}  # core.fused_head
+COMPILE_FROM, EAGER_LOGITS = 2**15, 2**18  # core.fused_head, on a CPU
 TRL_TILE = (4096, 32768)  # trl.kernels.chunked_logprob: tokens and vocabulary of one tile
 FP32 = 4
 # Ours, not measured: CUDA context, libraries and NCCL's buffers, and the allocator's fragmentation.
 RESERVE = GIB
 RESERVE_SHARE = 0.05
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-_LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,15 @@ class Setting:
         return self.matmul if self.fsdp else self.parameter_bytes
 
     @property
+    def trained_bytes(self) -> int:
+        """Per element of what trains; accelerate raises it to fp32 under FSDP2 with mixed precision."""
+        return self.parameter_bytes if self.full and not (self.fsdp and self.autocast) else FP32
+
+    @property
+    def shards(self) -> int:
+        return self.gpus if self.fsdp else 1
+
+    @property
     def packed(self) -> bool:
         """PGPOConfig.packing: by default with flash attention on CUDA."""
         return self.attention == "flash" and self.device == "cuda"
@@ -251,8 +263,8 @@ def check(model: ModelShape, setting: Setting) -> None:
             raise UserError(f"{name} is {getattr(s, name)}; it must be at least 1.")
     if s.lora is not None and s.lora < 1:
         raise UserError(f"the LoRA rank is {s.lora}; it must be at least 1.")
-    if unknown := [name for name in s.lora_targets if name not in _LORA_LAYERS]:
-        raise UserError(f"{unknown[0]!r} is no matrix of these models; choose among {', '.join(_LORA_LAYERS)}.")
+    if unknown := [name for name in s.lora_targets if name not in MATRICES]:
+        raise UserError(f"{unknown[0]!r} is no matrix of these models; choose among {', '.join(MATRICES)}.")
     if s.vllm_share is not None and not 0 < s.vllm_share < 1:
         raise UserError(f"the vLLM share is {s.vllm_share}; it is a part of the GPU's memory, in (0, 1).")
     if (s.prompts_per_step * s.num_generations) % s.gpus:
@@ -290,21 +302,20 @@ def static(model: ModelShape, setting: Setting) -> dict[str, float]:
         buckets          DDP copies gradients for the exchange (torch: gradient_as_bucket_view=False, accelerate's
                          default)
 
-    FSDP2 divides all of them by the GPUs (train/sharding.py); accelerate raises what trains to fp32 there.
+    FSDP2 divides all of them by the GPUs (train/sharding.py).
     """
     s = setting
-    shards = s.gpus if s.fsdp else 1
     adapters = adapter_parameters(model, s)
-    base = FP32 if s.fsdp and s.full and s.autocast else s.parameter_bytes
+    base = s.trained_bytes if s.full else s.parameter_bytes
     trained = gradients(model, s)
     result = {
-        "parameters": (model.parameters * base + adapters * FP32) / shards,
+        "parameters": (model.parameters * base + adapters * FP32) / s.shards,
         "optimizer": (2 if s.optimizer == "adamw" else 0) * trained,
     }
     if s.distills and s.teacher != "live":
-        result["teacher"] = (model.parameters * s.parameter_bytes if s.full else adapters * FP32) / shards
+        result["teacher"] = (model.parameters * s.parameter_bytes if s.full else adapters * FP32) / s.shards
         if s.teacher == "ema" and s.full and s.parameter_bytes < FP32:
-            result["teacher average"] = model.parameters * FP32 / shards
+            result["teacher average"] = model.parameters * FP32 / s.shards
     if s.gpus > 1 and not s.fsdp:
         result["gradient buckets (DDP)"] = trained
     return result
@@ -312,10 +323,8 @@ def static(model: ModelShape, setting: Setting) -> dict[str, float]:
 
 def gradients(model: ModelShape, setting: Setting) -> float:
     """Bytes of all gradients of one GPU, in the dtype of what trains."""
-    s = setting
-    if not s.full:
-        return adapter_parameters(model, s) * FP32 / (s.gpus if s.fsdp else 1)
-    return model.parameters * (FP32 / s.gpus if s.fsdp and s.autocast else s.parameter_bytes / (s.gpus if s.fsdp else 1))
+    trained = model.parameters if setting.full else adapter_parameters(model, setting)
+    return trained * setting.trained_bytes / setting.shards
 
 
 # What autograd saves ------------------------------------------------------------------------------------------------
@@ -350,14 +359,14 @@ def layer_activations(model: ModelShape, setting: Setting, width: int, masked: b
         total += norm(q, m.heads, c) + norm(k, m.kv_heads, c)
     repeated = m.heads > m.kv_heads and (eager or (masked and s.attention == "sdpa"))
     total += c * q + 2 * c * (q if repeated else k)
+    after = _inputs(s, q, c, ("o_proj",))
     if eager:
-        total += m.heads * width * (FP32 + (c if c < FP32 else 0))
-        total += _inputs(s, q, c, ("o_proj",))
+        total += m.heads * width * (FP32 + (c if c < FP32 else 0)) + after
     else:
         total += c * q + FP32 * m.heads + (c * width if masked and s.attention == "sdpa" else 0)
-        # the attention's own output is what the matrix after it keeps
-        total += 0 if s.full or _shares_input(s, c) else _inputs(s, q, c, ("o_proj",))
-        total += 0 if s.full else _adapter_values(s, ("o_proj",)) if _shares_input(s, c) else 0
+        # what the attention keeps as its output is what o_proj keeps as its input
+        shared = s.full or ("o_proj" in s.lora_targets and _shares_input(s, c))
+        total += after - (c * q if shared else 0)
     total += _inputs(s, h, s.stream, ("gate_proj", "up_proj"))
     total += 3 * c * m.intermediate + _inputs(s, m.intermediate, c, ("down_proj",))
     return total
@@ -475,14 +484,12 @@ class Step:
         if s.vllm_share is not None:
             shared["vLLM"] = s.vllm_share * memory
         found = {
-            "rollout": self.rollout() if s.vllm_share is None else {},
-            "teacher": self.teacher() if s.distills else {},
+            "rollout": self.rollout(),
+            **({"teacher": self.teacher()} if s.distills else {}),
             "loss": self.loss(),
             "backward": self.backward(),
             "step": self.step(),
         }
-        if not s.distills:
-            del found["teacher"]
         for items in found.values():
             items |= {name: size + items.get(name, 0) for name, size in shared.items()}
             if s.device == "cuda":
@@ -494,103 +501,108 @@ class Step:
 
         Keys w K and values c K per layer and token, one layer twice while it grows; or the prompts' forward. Logits of
         one token per row: as computed, in fp32, copied, as probabilities, and multinomial's noise.
+        With vLLM, TRL's log-probabilities of what it sampled, a micro-batch at a time.
         """
         s, m = self.setting, self.model
-        per_token = m.layers * self._cache()
-        prompts = self.rows * s.max_prompt_length
-        logits = self.rows * m.vocabulary * (s.matmul + 4 * FP32)
-        first = per_token * prompts + self._forward(prompts, prompts, s.max_prompt_length, self.rows > 1)
-        last = (per_token + self._cache()) * self.rows * self.row + logits
-        items = {"generation": max(first, last)}
-        if s.autocast and s.stream == FP32:
-            items["weights in bf16 (autocast)"] = 2.0 * (m.layers * m.block if s.full else m.largest)
-        return items | self._gathered()
+        if s.vllm_share is None:
+            per_token = m.layers * self._cache()
+            prompts = self.rows * s.max_prompt_length
+            first = per_token * prompts + self._forward(prompts, prompts, s.max_prompt_length, self.rows > 1)
+            last = (per_token + self._cache()) * self.rows * self.row
+            last += self.rows * m.vocabulary * (s.matmul + 4 * FP32)
+            items = {"generation": max(first, last)}
+        else:
+            n = self.positions
+            items = {"log-probabilities": max(self._forward(n, n, self.row, self.masked), self._tile(12))}
+        return items | self._cast_weights(every=s.full) | self._gathered()
 
     def teacher(self) -> dict[str, float]:
         """A teacher pass in the last block: gradients and the block before are still there (trainer._with_teacher).
 
         States: w H per completion token held, twice while they are put together. Shared prompts: keys and values of
         the prompts, of the expanded copies (twice while they are handed over), and of the completions behind them.
+        Other prompts: a plain forward of prompts and completions within the budget.
         """
         s, m = self.setting, self.model
         states = float(self.held * m.hidden * s.stream)
+        tokens = min(max(self.budget, self.teacher_row), self.rows * self.teacher_row)
+        passes = [states, self._forward(tokens, tokens, self.teacher_row, self.masked)]
         if self.shares:
             groups = math.ceil(self.held / (s.num_generations * s.max_completion_length))
-            prompt = s.teacher_prompt_length
-            prompts = min(max(self.budget, prompt), groups * prompt)
+            prompts = min(max(self.budget, s.teacher_prompt_length), groups * s.teacher_prompt_length)
             rows = max(1, min(self.budget // self.teacher_row, math.ceil(self.held / s.max_completion_length)))
             cache = m.layers * self._cache()
-            first = cache * prompts + self._forward(prompts, prompts, prompt, groups > 1)
+            passes.append(cache * prompts + self._forward(prompts, prompts, s.teacher_prompt_length, groups > 1))
             kept = cache * prompts + prompts * m.hidden * s.stream
-            copies = 2 * cache * rows * prompt
-            tokens = rows * s.max_completion_length
-            after = cache * rows * self.teacher_row + self._forward(
-                tokens, rows * self.teacher_row, self.teacher_row, masked=True
-            )
-            passing = max(first, kept + copies, kept + after)
-        else:
-            tokens = min(max(self.budget, self.teacher_row), self.rows * self.teacher_row)
-            passing = self._forward(tokens, tokens, self.teacher_row, self.masked)
-        items = {"teacher states": states * (2 if self.blocks > 1 else 1), "teacher pass": max(passing, states)}
-        if s.autocast and s.stream == FP32:
-            cached = s.full and s.teacher == "live"  # autocast keeps what it casts only of parameters that train
-            items["weights in bf16 (autocast)"] = 2.0 * (m.layers * m.block if cached else m.largest)
+            passes.append(kept + 2 * cache * rows * s.teacher_prompt_length)
+            keys = rows * self.teacher_row
+            behind = self._forward(rows * s.max_completion_length, keys, self.teacher_row, masked=True)
+            passes.append(kept + cache * keys + behind)
+        items = {"teacher states": states * (2 if self.blocks > 1 else 1), "teacher pass": max(passes)}
         if self.blocks > 1:
             items["gradients"] = gradients(m, s)
-        return items | self._gathered()
+        # autocast keeps what it casts of parameters that train only
+        return items | self._cast_weights(every=s.full and s.teacher == "live") | self._gathered()
 
     def loss(self) -> dict[str, float]:
         """The end of the student's forward, where the heads run."""
         items = self._saved() | self._states() | self._head()
         if self.several:
             items["gradients"] = gradients(self.model, self.setting)
-        s, m = self.setting, self.model
-        if s.autocast and s.stream == FP32:
-            if s.full:  # kept by autocast until the forward ends
-                items["weights in bf16 (autocast)"] = 2.0 * m.layers * m.block
-            else:  # kept by autograd
-                items["weights in bf16 (autocast)"] = 2.0 * (m.largest if s.gradient_checkpointing else m.layers * m.block)
-        return items | self._gathered()
+        # kept by autocast until the forward ends, and of frozen weights by autograd
+        return (
+            items | self._cast_weights(self.setting.full or not self.setting.gradient_checkpointing) | self._gathered()
+        )
 
     def backward(self) -> dict[str, float]:
-        """The backward pass in its first block, or at its end, where embeddings get their gradient.
+        """The largest of three times in the backward pass.
 
+        Heads: all logits only (log-probabilities, their gradient and the logits', 3 [N, V] in fp32), and TRL's kernel,
+            which adds up the gradients of head and states in fp32.
         First block: its saved tensors (made anew with checkpointing), the gradient of the stream w H, and in the MLP
-        the gradients of silu(gate), up and their product, c I each, less the product itself; with eager attention the
-        gradients of the softmax. End: all gradients, and V H for the embedding, which a tied head's waits for.
+            the gradients of silu(gate), up and their product, c I each, less the product itself; with eager attention
+            the gradients of two matrices of scores, after the MLP's are gone. A tied head's gradient waits for the end.
+        End: all gradients, and V H for the embedding beside the waiting one.
         """
         s, m, n = self.setting, self.model, self.positions
         c, w = s.matmul, s.stream
-        items = self._saved() | self._states()
+        total = gradients(m, s)
+        head = float(w * m.head) if s.full else 0.0
+        during = self._states() | ({"gradients": total} if self.several else {})
+        casts = self._cast_weights(not s.gradient_checkpointing)
+        heads: dict[str, float] = {}
+        if not s.distills:
+            sums = FP32 * (m.head * s.full + m.hidden * self.completions)
+            rounded = head if w < FP32 and s.device == "cuda" else 0.0
+            heads = self._saved() | during | casts | {"head gradient": sums + rounded, "logits": self._tile(29)}
+        elif not s.fused_head:
+            heads = self._saved() | during | casts | {"logits": 3.0 * FP32 * m.vocabulary * self.completions}
+
         mlp = (2 if s.full or "down_proj" in s.lora_targets else 3) * c * m.intermediate
         if s.attention == "eager":
             mlp = max(mlp, 2 * FP32 * m.heads * (self.row - 1) - 4 * c * m.intermediate)
-        items["block in backward"] = float(n * (w * m.hidden + mlp) + (c * m.largest if s.full else 0))
-        if s.gradient_checkpointing:
-            items["block in backward"] += n * layer_activations(m, s, self.row - 1, self.masked)
-        if not s.fused_head and s.distills:  # log-probabilities, their gradient and the logits'
-            items["logits"] = float(self.completions * m.vocabulary * 3 * FP32)
-        if s.autocast and s.stream == FP32:
-            items["weights in bf16 (autocast)"] = 2.0 * m.block * (1 if s.gradient_checkpointing else m.layers)
-        total = gradients(m, s)
-        head = float(w * m.head) if s.full else 0.0
-        if not s.distills and s.full:  # TRL's kernel adds up in fp32
-            head += FP32 * m.head + FP32 * self.completions * m.hidden
-        items["head gradient"] = head if m.tied or not self.several or not s.distills else 0.0
-        if self.several:
-            items["gradients"] = total
-        late = self._states() | {
-            "gradients": total,
-            "block in backward": float(w * n * m.hidden),
-            "head gradient": w * m.head * (1 + (m.tied and self.several)) * (m.tied or self.several) if s.full else 0.0,
+        again = layer_activations(m, s, self.row - 1, self.masked) if s.gradient_checkpointing else 0.0
+        block = {
+            "block in backward": n * (w * m.hidden + mlp + again) + c * m.largest * s.full,
+            "head gradient": head if m.tied or not self.several else 0.0,
         }
-        later = sum(late.values()) > sum(items.values())
-        return (late if later else items) | self._gathered()
+        end = {
+            "gradients": total,
+            "block in backward": float(n * w * m.hidden),
+            "head gradient": head * (m.tied + 1 if self.several else m.tied),
+        }
+        times = (heads, self._saved() | during | casts | block, self._states() | end)
+        return max(times, key=lambda items: sum(items.values())) | self._gathered()
 
     def step(self) -> dict[str, float]:
-        """Fused AdamW works in place; the teacher's average takes an fp32 copy of a bf16 student in buckets."""
+        """Fused AdamW works in place. SGD adds the weight decay in a copy of the gradients: of all on CUDA, where torch
+        steps them together, else of the largest. The teacher's average takes an fp32 copy of a bf16 student in buckets.
+        """
         s, m = self.setting, self.model
         items = {"gradients": gradients(m, s)}
+        if s.optimizer == "sgd":
+            together = s.device == "cuda" or not s.full
+            items["optimizer"] = items["gradients"] if together else float(s.parameter_bytes * max(m.head, m.largest))
         if "teacher average" in static(m, s):
             items["teacher average"] = float(min(m.parameters, max(BUCKET, m.head)) * FP32)
         return items
@@ -604,9 +616,9 @@ class Step:
     def _forward(self, queries: int, keys: int, width: int, masked: bool) -> float:
         """Bytes alive in a block's forward without gradient: stream and norm w H each, and the larger of
 
-            MLP         silu(gate), up and their product, c I each
-            attention   query and output; keys and values repeated for masked rows, and cast; mask; eager: two fp32
-                        matrices of scores
+        MLP         silu(gate), up and their product, c I each
+        attention   query and output; keys and values repeated for masked rows, and cast; mask; eager: two fp32
+                    matrices of scores
         """
         s, m = self.setting, self.model
         c, w = s.matmul, s.stream
@@ -643,8 +655,7 @@ class Step:
     def _head(self) -> dict[str, float]:
         """Heads of student and teacher.
 
-        Fused (core/fused_head.py): buffers for a chunk of the student's logits and half as many of the teacher's, on
-        CUDA in fp32 and a third in the matmul's dtype;
+        Fused (core/fused_head.py): two buffers of a chunk's logits, on CUDA in fp32 and a third in the matmul's dtype;
         the student's kept states and their gradient, w H each; the weight's gradient, in fp32 where it is added up in
         fp32, and rounded; under autocast bf16 copies of both heads and both states.
         All logits: both sides in fp32, and in the entropy log-probabilities, probabilities, the two masked and
@@ -655,9 +666,7 @@ class Step:
         tokens, c, w = self.completions, s.matmul, s.stream
         kept = float(w * m.hidden * tokens)
         if not s.distills:
-            n = tokens if s.device == "cuda" else self.positions
-            tile = min(n, TRL_TILE[0]) * min(m.vocabulary, TRL_TILE[1])
-            return {"logits": float(tile * (c + (0 if s.device == "cuda" else 3 * FP32))), "head states": kept}
+            return {"logits": self._tile(12), "head states": kept}
         casts = 0.0 if w == c else 2.0 * c * (tokens * m.hidden + m.head)
         if not s.fused_head:
             return {"logits": 6.0 * FP32 * m.vocabulary * tokens, "head states": kept, "head in bf16": casts}
@@ -667,13 +676,28 @@ class Step:
         gradient = 0
         if s.full:
             gradient = (FP32 if wide or c != w else w) * m.head + (w * m.head if wide and w < FP32 else 0)
+        per_logit = 2 * FP32 + 2 if wide else 2 * c
+        if s.device == "cpu" and c == 2:  # torch's scatter_ on a CPU works in an fp32 copy
+            per_logit += FP32
+        eager = s.device == "cpu" and m.vocabulary < COMPILE_FROM  # six temporaries of a few rows
         return {
-            "logits": float(m.vocabulary * (FP32 if wide else c) * (step + math.ceil(step / 2)))
-            + (2.0 * step * m.vocabulary if wide else 0.0),
+            "logits": float(step * m.vocabulary * per_logit + (6 * FP32 * EAGER_LOGITS if eager else 0)),
             "head states": 2 * kept,
             "head gradient": float(gradient),
             "head in bf16": casts,
         }
+
+    def _cast_weights(self, every: bool) -> dict[str, float]:
+        """Autocast's bf16 copies of fp32 matrices: of all blocks, or of one."""
+        if not (self.setting.autocast and self.setting.stream == FP32):
+            return {}
+        return {"weights in bf16 (autocast)": 2.0 * self.model.block * (self.model.layers if every else 1)}
+
+    def _tile(self, temporaries: int) -> float:
+        """TRL's tile of logits; on a CPU its positions are not compacted and fp32 temporaries go with it."""
+        s, m = self.setting, self.model
+        n, more = (self.completions, 0) if s.device == "cuda" else (self.positions, temporaries)
+        return float(min(n, TRL_TILE[0]) * min(m.vocabulary, TRL_TILE[1]) * (s.matmul + more))
 
     def _gathered(self) -> dict[str, float]:
         """FSDP2, not measured: embedding and head whole from forward to backward, and the teacher's; three blocks (the
@@ -702,8 +726,8 @@ def largest_budget(model: ModelShape, setting: Setting, memory: float) -> int | 
     def fits(budget: int) -> bool:
         return peak(Step(model, setting, budget), memory)[1] <= memory
 
-    low = Step(model, setting, 1).row
-    high = Step(model, setting, 1).rows * low
+    one = Step(model, setting, 1)  # every row alone
+    low, high = 1, one.rows * one.row
     if not fits(low):
         return None
     if fits(high):
@@ -715,49 +739,56 @@ def largest_budget(model: ModelShape, setting: Setting, memory: float) -> int | 
 
 
 def advice(model: ModelShape, setting: Setting, memory: float) -> str:
-    """One sentence: the single changes with which one completion fits, or that none of them is enough."""
+    """One sentence: up to four changes with which one completion of full length fits, or that none was found."""
 
-    def fits(changed: Setting) -> bool:
+    def fits(**changes: Any) -> bool:
+        changed = replace(setting, **changes)
         try:
             check(model, changed)
         except UserError:
             return False
-        return peak(Step(model, changed, 1), memory)[1] <= memory
+        return changed != setting and peak(Step(model, changed, 1), memory)[1] <= memory
 
-    s = setting
-    changes = {
-        "--gradient-checkpointing": replace(s, gradient_checkpointing=True),
-        "--fused-head": replace(s, fused_head=True),
-        "--attention flash": replace(s, attention="flash"),
-        "--vllm-share 0.3": replace(s, vllm_share=0.3),
-        "--teacher live": replace(s, teacher="live"),
-        "--dtype bfloat16": replace(s, parameter_bytes=2),
-        "--lora 16": replace(s, lora=16),
-        "--fsdp --teacher live": replace(s, fsdp=True, teacher="live"),
-        "--lora 16 --vllm-share 0.3": replace(s, lora=16, vllm_share=0.3),
-        "--lora 16 --dtype bfloat16 --vllm-share 0.3": replace(s, lora=16, parameter_bytes=2, vllm_share=0.3),
+    changes: dict[str, dict[str, Any]] = {
+        "--gradient-checkpointing": {"gradient_checkpointing": True},
+        "--fused-head": {"fused_head": True},
+        "--vllm-share 0.3": {"vllm_share": 0.3},
+        "--attention flash": {"attention": "flash"},
+        "--teacher live": {"teacher": "live"},
+        "--dtype bfloat16": {"parameter_bytes": 2},
+        "--lora 16": {"lora": 16},
     }
-    for gpus in (2, 4, 8, 16):
-        changes[f"--gpus {gpus} --fsdp"] = replace(s, gpus=gpus, fsdp=True)
-        changes[f"--gpus {gpus} --fsdp --teacher live --vllm-share 0.3"] = replace(
-            s, gpus=gpus, fsdp=True, teacher="live", vllm_share=0.3
-        )
-    shorter = next((n for n in _halves(s.max_completion_length) if fits(replace(s, max_completion_length=n))), None)
-    found = [text for text, changed in changes.items() if changed != s and fits(changed)][:3]
+    vllm: dict[str, dict[str, Any]] = (
+        {} if setting.vllm_share is not None else {" --vllm-share 0.3": {"vllm_share": 0.3}}
+    )
+    changes |= {
+        name + more: changes[name] | values
+        for name in ("--dtype bfloat16", "--lora 16")
+        for more, values in vllm.items()
+    }
+    found = [words for words, values in changes.items() if fits(**values)][:3]
+    for more, values in ({"": dict[str, Any]()} | vllm).items():
+        for gpus in (2, 4, 8, 16, 32):
+            if not found and fits(gpus=gpus, fsdp=True, **values):
+                found = [f"--gpus {gpus} --fsdp{more}"]
+    lengths = (setting.max_completion_length // 2**i for i in range(1, setting.max_completion_length.bit_length()))
+    shorter = next((n for n in lengths if fits(max_completion_length=n)), None)
     if shorter is not None:
         found.append(f"--max-completion-length {shorter}")
     if not found:
-        return "no single change is enough: take a smaller model or GPUs with more memory."
-    return f"it fits with {' or with '.join(found)}."
-
-
-def _halves(length: int) -> list[int]:
-    return [length // 2**i for i in range(1, length.bit_length())]
+        return "no single change is enough: take a smaller model, or GPUs with more memory."
+    return f"it fits with {', or with '.join(found)}."
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answers of `pgpo plan`, in bytes and tokens."""
+    """The answers of `pgpo plan`, in bytes and tokens.
+
+    Attributes:
+        moments: {moment: {item: bytes}} at `budget`.
+        largest_budget: largest max_tokens_per_microbatch that fits; None: one completion of full length does not.
+        advice: what to change, where it does not.
+    """
 
     model: ModelShape
     setting: Setting
@@ -769,12 +800,12 @@ class Plan:
     largest_budget: int | None
     advice: str | None
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "fits": self.peak <= self.memory, "reserve_share": RESERVE_SHARE}
-
 
 def plan(model: ModelShape, setting: Setting, memory: float, budget: int = 16384) -> Plan:
-    """Peak at a token budget (PGPOConfig's by default), largest budget, and what to change if nothing fits.
+    """Peak at a token budget (by default PGPOConfig's), the largest budget, and what to change if nothing fits.
+
+    Args:
+        memory: bytes per GPU.
 
     Raises:
         UserError: a value outside its range, or a setting that the trainer refuses.
@@ -785,16 +816,55 @@ def plan(model: ModelShape, setting: Setting, memory: float, budget: int = 16384
         raise UserError(f"max_tokens_per_microbatch is {budget}; it must be at least 1.")
     check(model, setting)
     step = Step(model, setting, budget)
-    moment, bytes_ = peak(step, memory)
+    moment, size = peak(step, memory)
     largest = largest_budget(model, setting, memory)
-    return Plan(
-        model=model,
-        setting=setting,
-        memory=memory,
-        budget=budget,
-        moments=step.moments(memory),
-        peak_moment=moment,
-        peak=bytes_,
-        largest_budget=largest,
-        advice=advice(model, setting, memory) if largest is None else None,
+    hint = advice(model, setting, memory) if largest is None else None
+    return Plan(model, setting, memory, budget, step.moments(memory), moment, size, largest, hint)
+
+
+def main(source: str, setting: Setting, memory: float, budget: int, json_out: Path | None) -> int:
+    """`pgpo plan`: the table, the answers, and the JSON file. Exit status 0 whether it fits or not.
+
+    Args:
+        memory: GiB per GPU.
+    """
+    if json_out is not None and not json_out.parent.is_dir():
+        raise UserError(f"there is no folder {json_out.parent} for {json_out.name}; make it first.")
+    result = plan(read_model(source), setting, memory * GIB, budget)
+    if json_out is not None:
+        write_atomically(json_out, json.dumps(asdict(result), indent=2) + "\n")
+    _print(result)
+    return 0
+
+
+def _print(result: Plan) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    m, s = result.model, result.setting
+    unit, name = (GIB, "GiB") if result.peak >= GIB else (2**20, "MiB")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{m.name}: {m.parameters:,} parameters; {name} per GPU", title_justify="left"
     )
+    table.add_column("")
+    for moment in result.moments:
+        table.add_column(moment, justify="right")
+    columns = list(result.moments.values())
+    for item in dict.fromkeys(name for items in columns for name in items):
+        table.add_row(item, *(f"{items[item] / unit:.2f}" if items.get(item) else "" for items in columns))
+    table.add_section()
+    table.add_row("sum", *(f"{sum(items.values()) / unit:.2f}" for items in columns))
+    console = Console()
+    console.print(table)
+    verdict = "fits" if result.peak <= result.memory else "does not fit"
+    lines = [
+        f"peak {result.peak / unit:.2f} {name} ({result.peak_moment}) at max_tokens_per_microbatch = {result.budget}: "
+        f"{verdict} in {result.memory / unit:g} {name}",
+    ]
+    row = f"a prompt of {s.max_prompt_length} and a completion of {s.max_completion_length} tokens"
+    if result.largest_budget is None:
+        lines.append(f"{row} do not fit: {result.advice}")
+    else:
+        lines.append(f"{row} fit; largest max_tokens_per_microbatch: {result.largest_budget}")
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)

@@ -336,6 +336,7 @@ class _Session(TrainerCallback):
         trainer.before_seal = log.sync
         self.curve = "test" if run.protocol == "paper" else "validation"
         self.accuracy = float("nan")
+        self.untouched = False  # neither trained nor evaluated yet
         self.interrupted = False
         self.status = INTERRUPTED
         self.bar: Progress | None = None
@@ -347,10 +348,9 @@ class _Session(TrainerCallback):
 
     def go(self, checkpoint: tuple[int, Path] | None) -> int:
         test = self.task.test[: self.run.test_rows]
-        if checkpoint is None:
-            self._evaluate(test, "test", 0)
-            if self.curve == "validation":
-                self._evaluate(self.trainer.eval_dataset, "validation", 0)
+        self.untouched = checkpoint is None
+        if not self.trainer.is_fsdp_enabled:  # FSDP places the model when training begins
+            self._evaluate_untouched()
         args = self.trainer.args
         if checkpoint is not None and 0 < args.max_steps <= checkpoint[0]:
             # All steps are done. The Trainer would do one more; with no epochs to do it only loads the checkpoint.
@@ -400,6 +400,14 @@ class _Session(TrainerCallback):
         step = max(curve, key=lambda line: (line[runlog.AVG_AT_K], -line[runlog.STEP]))[runlog.STEP]
         return step, any(line[runlog.STEP] == step for line in lines if line[runlog.SPLIT] in ("test", SELECTED))
 
+    def _evaluate_untouched(self) -> None:
+        if not self.untouched:
+            return
+        self.untouched = False
+        self._evaluate(self.task.test[: self.run.test_rows], "test", 0)
+        if self.curve == "validation":
+            self._evaluate(self.trainer.eval_dataset, "validation", 0)
+
     def _evaluated(self, split: str, step: int) -> bool:
         """Whether a run that is resumed has this evaluation already."""
         lines = runlog.read_run(self.log.directory).evaluations
@@ -424,6 +432,9 @@ class _Session(TrainerCallback):
         )
 
     # Trainer callbacks ----------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._evaluate_untouched()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "grad_norm" not in logs or not self.main:

@@ -13,6 +13,18 @@ import torch
 from torch import nn
 
 
+def sharding_problem(accelerator: Any) -> str | None:
+    """Why a teacher cannot be sharded with these settings of FSDP, and the remedy, in one sentence; or None."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        return "FSDP1 cannot shard a teacher; set fsdp_version: 2 in accelerate's configuration."
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        return "FSDP's CPU offload was never tried with a teacher; set fsdp_offload_params: false."
+    return None
+
+
 def shard(module: nn.Module, accelerator: Any) -> None:
     """Shard a teacher in place by the very function, and with the wrapping policy, that will shard the student.
 

@@ -52,13 +52,14 @@ from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
 from pgpo.train.guard import CollapseGuard, GuardActions
 from pgpo.train.multiplier import StepMultiplier
 from pgpo.train.passes import Passes, States, head_error, head_problem, open_forward
-from pgpo.train.sharding import keep_precision, shard
+from pgpo.train.sharding import keep_precision, shard, sharding_problem
 from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, torch_optimizer
 
 TEACHER_FILE = "pgpo_teacher.safetensors"
 STATE_FILE = "pgpo_state.json"
 _LOGGER = logging.getLogger(__name__)
 _HELD = 8  # ours: teacher states are held for so many micro-batches of tokens; 2 H bytes each in half precision
+_RUN_TOKENS = 256  # ours: another forward and backward takes as long as so many tokens (measured: 80 to 250, CPU)
 _CHECKED_TOKENS = 32  # ours
 _HEAD_TOLERANCE = 0.02  # ours: of the largest logit; bf16 rounds to 0.004, another formula misses by far more
 _DEMONSTRATION_ROWS = 8  # ours: at most so many demonstrations are watched per rank and step
@@ -175,7 +176,7 @@ class PGPOTrainer(SeamTrainer):
             **kwargs,
         )
         self._check_model(train_dataset)
-        if self.is_fsdp_enabled:
+        if self.accelerator.is_fsdp2:
             keep_precision(self.accelerator)
         if self.distills:
             # TRL has patched model.forward by now; Teacher strips such closures from its copy and checks the rest.
@@ -385,25 +386,30 @@ class PGPOTrainer(SeamTrainer):
                 yield [block[i] for i in part], states[index.to(states.hidden.device)]
 
     def _micro_batches(self, sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-        """Indices of rows that go through the model together, longest first: little is padded.
+        """Indices of rows that go through the model together, longest first.
 
-        sizes: (prompt, completion) tokens per row. Prompts are padded left and completions right, so a part takes
-        rows * (longest prompt + longest completion) tokens, packed only the sum of its rows: at most the budget, unless
-        it is a single row.
+        sizes: (prompt, completion) tokens per row. A part takes at most the budget, unless it is a single row: rows
+        times its longest row, or, where prompts are padded left and completions right (GRPO), rows * (longest prompt +
+        longest completion), or, packed, the sum of its rows. It ends before its padding costs more than another run.
         """
         most = self.args.micro_batch_size or len(sizes)
         budget = self.args.max_tokens_per_microbatch or math.inf
         packed = self.distills and self.passes.pack
+        waste = math.inf if packed or self.is_fsdp_enabled else _RUN_TOKENS
         part: list[int] = []
-        prompt = completion = total = 0
+        prompt = completion = width = total = 0
         for i in sorted(range(len(sizes)), key=lambda i: -sum(sizes[i])):
-            longest = max(prompt, sizes[i][0]) + max(completion, sizes[i][1])
-            needed = total + sum(sizes[i]) if packed else (len(part) + 1) * longest
-            if part and (len(part) == most or needed > budget):
+            longest = max(width, sum(sizes[i]))
+            if not self.distills:
+                longest = max(prompt, sizes[i][0]) + max(completion, sizes[i][1])
+            filled = total + sum(sizes[i])
+            needed = filled if packed else (len(part) + 1) * longest
+            if part and (len(part) == most or needed > budget or needed - filled > waste):
                 yield part
-                part, prompt, completion, total = [], 0, 0, 0
+                part, prompt, completion, width, total = [], 0, 0, 0, 0
             part.append(i)
             prompt, completion = max(prompt, sizes[i][0]), max(completion, sizes[i][1])
+            width = max(width, sum(sizes[i]))
             total += sum(sizes[i])
         if part:
             yield part
@@ -738,6 +744,8 @@ class PGPOTrainer(SeamTrainer):
 
     def held_out_records(self, rows: list[dict[str, Any]], seed: int | None = None) -> list[Record]:
         """`eval_k` graded completions for every row, gathered from all ranks."""
+        if self.accelerator.is_fsdp2 and not hasattr(self.model, "reshard"):
+            raise UserError("FSDP shards the model when training begins, so evaluate after it, or set eval_on_start.")
         rows = [{"id": str(i), "domain": "", **row} for i, row in enumerate(rows)]
         seed = self.args.seed if seed is None else seed
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
@@ -819,8 +827,8 @@ class PGPOTrainer(SeamTrainer):
             return
         if self.is_multimodal:
             raise UserError("self-distillation of vision-language models is not supported; use objective='grpo'.")
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise UserError("FSDP1 cannot shard a teacher; set fsdp_version: 2 in accelerate's configuration.")
+        if self.is_fsdp_enabled and (problem := sharding_problem(self.accelerator)) is not None:
+            raise UserError(problem)
 
 
 class _TeacherFollows(TrainerCallback):
