@@ -113,7 +113,7 @@ def finished(tiny, tmp_path_factory) -> Path:
         ("--optim adamgrad", "--optim: invalid choice: 'adamgrad'"),
         ("--optim schedule_free_adamw", "not linear in the learning rate, so rho cannot act; use adamw_torch"),
         ("--alpha -0.5", "alpha is -0.5; it must be a number >= 0"),
-        ("--alpha nan", "alpha is nan; it must be a number >= 0"),
+        ("--alpha nan", "alpha is nan; it must be a finite number"),
         ("--rho_max 0.9", "rho_max is 0.9; it must be a number >= 1"),
         ("--num_generations 1", "num_generations is 1; .* no sibling can be a demonstration"),
         ("--beta 0.1 --objective sdpo", "beta is 0.1, which self-distillation does not have; leave it at 0.0"),

@@ -12,10 +12,12 @@ import os
 import pickle
 import resource
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import trainer_kit
 from conftest import build_model
 from peft import LoraConfig, PeftModel
@@ -310,6 +312,7 @@ CASES: dict[str, tuple[dict, list[int]]] = {
     "cross-fitted": (dict(information_source="cross_fit", steps_per_generation=2), [3]),
     "lagged": (dict(information_source="lagged", information_weight=0.5, num_iterations=2), [3]),
     "frozen teacher": (dict(teacher="frozen", num_iterations=2), [1]),
+    "guarded": (dict(guard="halve_step", guard_warmup=0, guard_patience=1, num_iterations=2), [3]),
     "LoRA with dropout": (dict(peft_config=LORA, num_iterations=2), [3]),
 }
 
@@ -404,6 +407,12 @@ class Bomb:
         return (Path.touch, (self.marker,))
 
 
+def name_as_pickle(module: str, name: str) -> bytes:
+    """What pickle writes for a function or class of this name, protocol 4."""
+    strings = b"".join(b"\x8c" + bytes([len(s)]) + s.encode() for s in (module, name))  # SHORT_BINUNICODE
+    return b"\x80\x04" + strings + b"\x93."  # PROTO 4, STACK_GLOBAL, STOP
+
+
 class ReadAll(Exception):
     """The checkpoint was read to its end."""
 
@@ -455,6 +464,37 @@ def test_no_pickled_code_runs(tmp_path, form, peft):
         assert not marker.exists()
 
 
+def test_metadata_of_a_sharded_checkpoint_names_nothing_but_torchs_own(tmp_path):
+    """torch.distributed.checkpoint (FSDP) reads it with plain pickle."""
+    model = torch.nn.Linear(3, 4).bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(2, 3).bfloat16()).sum().backward()
+    optimizer.step()
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "n": torch.zeros(3, dtype=torch.int64)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(states, checkpoint_id=tmp_path / "a")
+    checkpoint.require_inert(tmp_path / "a/.metadata")
+
+    trained(tmp_path / "b", max_steps=1)
+    place = tmp_path / "b/checkpoint-1/pytorch_model_fsdp_0"
+    place.mkdir()
+    metadata = "torch.distributed.checkpoint.metadata"
+    assert pickle.loads(name_as_pickle(metadata, "os.path.join")) is os.path.join  # pickle follows dots
+    for content in (
+        pickle.dumps(Bomb(tmp_path / "executed")),
+        name_as_pickle(metadata, "os.system"),
+        name_as_pickle("torch", "hub.load"),
+        name_as_pickle("builtins", "eval"),
+    ):
+        (place / ".metadata").write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"checkpoint-1 cannot be continued \(UnpicklingError: it names .*\); remove"
+        ):
+            trained(tmp_path / "c", tmp_path / "b/checkpoint-1")
+    assert not (tmp_path / "executed").exists()
+
+
 # A disk that takes no more --------------------------------------------------------------------------------------------
 
 
@@ -497,6 +537,7 @@ def test_a_last_save_that_fails_is_remembered(tmp_path):
     with pytest.warns(UserWarning, match=r"checkpoint-2 could not be written"):  # without a run log to tell it
         trainer_kit.train(t)
     assert t.failed_save is not None
+    assert not (tmp_path / ".writing").exists()
     assert checkpoint.steps(tmp_path) == [1]
 
 

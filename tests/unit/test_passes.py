@@ -64,6 +64,19 @@ def test_hidden_states_predict_what_each_row_alone_predicts(kind, pack):
     torch.testing.assert_close(got.detach(), expected, atol=2e-5, rtol=0)
 
 
+def test_the_head_is_used_inside_its_own_modules_forward_and_left_as_it_was():
+    """Where FSDP's hooks, on the head module, have gathered its weight."""
+    model = build_model().eval()
+    calls = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: calls.append("before"))
+    model.lm_head.register_forward_hook(lambda module, args, output: calls.append("after"))
+    passes(model).run(model, PROMPTS, COMPLETIONS, lambda hidden, head: calls.append("finish"))
+    assert calls == ["before", "finish", "after"]
+    with pytest.raises(ZeroDivisionError):
+        passes(model).run(model, PROMPTS, COMPLETIONS, lambda hidden, head: 1 / 0)
+    assert "forward" not in vars(model.lm_head)
+
+
 def test_whole_logits_are_handed_over_without_a_head():
     model = build_model().eval()
     own = Passes(model, 0, CPU, whole_logits=True)

@@ -472,6 +472,20 @@ def test_runs_of_one_method_differ_in_their_seed_alone() -> None:
         "GRPO, setting_0 0, setting_1 0, setting_2 0 (d)",
         "GRPO, setting_0 0, setting_1 0, setting_2 0 (e)",
     ]
+    # A setting that tells no more apart than those before it is left out.
+    pair = [base | {"teacher": name, "teacher_rate": rate} for name, rate in (("ema", 0.05), ("frozen", 0.0))]
+    assert methods.method_labels(pair, list("ab")) == ["SDPO, teacher_rate 0.05", "SDPO, teacher_rate 0"]
+
+
+def test_a_setting_that_an_older_version_did_not_write_makes_no_method() -> None:
+    old = {"objective": "sdpo", "teacher_rate": 0.05, "seed": 1}
+    new = old | {"seed": 2, "guard": "off", "run_id": "b7"}
+    assert methods.method_labels([old, new, new | {"run_id": "c1"}], list("abc")) == ["SDPO"] * 3
+    # But where the others differ in it, it is not known which of them the old run is.
+    labels = methods.method_labels([old, new, new | {"guard": "warn"}], list("abc"))
+    assert labels == ["SDPO, guard none", "SDPO, guard off", "SDPO, guard warn"]
+    # Without an objective nothing says that two runs belong together.
+    assert methods.method_labels([{"lr": 1}, {"lr": 2}, {}], list("abc")) == ["lr 1", "lr 2", "lr none"]
 
 
 def test_bands_go_over_seeds_or_over_questions() -> None:
@@ -604,6 +618,14 @@ def test_methods_keep_their_color_and_have_a_shape_of_their_own(tmp_path: Path) 
     found = [re.search(rf"--c{i}: (#\w+)", light) for i in range(charts.COLORS)]
     assert [match[1] for match in found[:6] if match] == [color.lower() for color in figures.COLORS[:6]]
     assert len(figures.COLORS) == charts.COLORS == len(re.findall(r"--c\d: ", light))
+
+
+def test_long_names_stay_within_title_and_chart(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"r{i}", "sdpo", steps=4, every=2, teacher="x" * 30 + str(i)) for i in range(3)]
+    root = report(*runs, out=tmp_path / "report.html")
+    assert root.one("h1").text == "3 runs: 3 methods"
+    names = [text.text for text in section(root, "runs").all("text", class_="name")]
+    assert names and all(len(name) == 19 and name.endswith("…") for name in names)
 
 
 def test_names_at_the_ends_of_the_lines_do_not_overlap() -> None:

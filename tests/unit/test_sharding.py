@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from pgpo.train.sharding import keep_precision, sharding_problem
 
@@ -41,3 +43,27 @@ def test_weights_are_rounded_for_the_layers_but_neither_gradient_sums_nor_output
     full = accelerator()
     keep_precision(full)
     assert full.state.fsdp_plugin.mixed_precision_policy is None
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "ddp"])
+def test_accelerate_launches_the_shipped_configurations(name, monkeypatch):
+    """As `accelerate launch --config_file` reads them, up to the plugin that its environment makes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = Path(__file__).parents[2] / f"recipes/accelerate/{name}.yaml"
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "x.py"]))
+    environment = prepare_multi_gpu_env(arguments)
+    assert (arguments.num_processes, environment["ACCELERATE_MIXED_PRECISION"]) == (8, "bf16")
+    assert environment.get("ACCELERATE_USE_FSDP") == ("true" if name == "fsdp2" else None)
+    if name == "ddp":
+        return
+    for variable, value in environment.items():
+        if variable.startswith("FSDP_"):
+            monkeypatch.setenv(variable, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert sharding_problem(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))) is None
+    assert plugin.reshard_after_forward is True and plugin.cpu_ram_efficient_loading
+    assert plugin.auto_wrap_policy is transformer_auto_wrap_policy and not plugin.activation_checkpointing
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT"

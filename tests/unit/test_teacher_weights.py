@@ -13,6 +13,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -663,12 +664,14 @@ def test_sharded_teacher_equals_the_plain_one(dtype: torch.dtype, one_rank: Devi
             fully_shard(layer, mesh=one_rank)
         fully_shard(model, mesh=one_rank)
     for step in range(2):
-        # A forward without backward leaves the root's parameters gathered; an update of that copy would be lost.
+        # A forward without backward leaves the root's parameters gathered; an update of or from that copy would be lost.
         torch.testing.assert_close(teacher.logits(forward), plain.logits(forward), rtol=0, atol=0)
         perturb(plain_student, seed=step)
         for name, value in plain_student.named_parameters():
             sharded = student.get_parameter(name)
             sharded.data.copy_(distribute_tensor(value.detach(), one_rank, sharded.placements))
+        with torch.no_grad():
+            forward(student)
         plain.update()
         teacher.update()
     torch.testing.assert_close(teacher.logits(forward), plain.logits(forward), rtol=0, atol=0)
@@ -680,4 +683,19 @@ def test_sharded_teacher_equals_the_plain_one(dtype: torch.dtype, one_rank: Devi
     teacher.load_state_dict(state)
     plain.load_state_dict(state)
     torch.testing.assert_close(teacher.logits(forward), plain.logits(forward), rtol=0, atol=0)
+    assert_same_state(teacher, plain)
+
+    assert teacher.state_dict(keep=False) == {"kind": "ema", "rate": 0.3, "parameters": {}, "buffers": {}}
+
+
+def test_layers_wrapped_for_checkpointing_are_found_by_their_names() -> None:
+    plain_student, student = qwen(), qwen()
+    plain, teacher = Teacher(plain_student, rate=0.3), Teacher(student, rate=0.3)
+    student.model.layers[0] = checkpoint_wrapper(student.model.layers[0])  # accelerate's fsdp_activation_checkpointing
+    perturb(plain_student, seed=0)
+    for name, value in plain_student.named_parameters():
+        part = "_checkpoint_wrapped_module." if name.startswith("model.layers.0.") else ""
+        student.get_parameter(name.replace("layers.0.", f"layers.0.{part}")).data.copy_(value)
+    plain.update()
+    teacher.update()
     assert_same_state(teacher, plain)

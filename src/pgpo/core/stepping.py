@@ -6,7 +6,8 @@
 For every optimizer whose update is linear in its learning rate this is the same as multiplying the learning rate for
 that one step. (Scaling the loss or the gradient is NOT the method: Adam normalises it away.)
 
-    modulate            the fast twin: lr * rho inside `step()`, restored right after, so no scheduler sees it
+    modulate            the fast twin: lr * rho inside `step()`, restored right after, so no scheduler sees it, even if
+                        the step raises
     modulate_reference  the slow twin: the plain step, then theta_old + rho * (theta_new - theta_old)
 
 Decoupled weight decay is part of the update that lr multiplies. "scaled" (default) lets it scale too, which makes
@@ -15,7 +16,9 @@ PGPO exactly a learning-rate schedule; "fixed" divides it by rho, so that only t
 
 from __future__ import annotations
 
+import functools
 import math
+import types
 import warnings
 from typing import Any
 
@@ -92,6 +95,24 @@ class _Handle:
                 "(usually wrapper.optimizer)."
             ) from None
         optimizer._pgpo_handle = self  # type: ignore[attr-defined]
+        self._restore_after_errors()
+
+    def _restore_after_errors(self) -> None:
+        """torch calls no post-hook after a step() that raises. Where a wrapper has kept torch's own step() (accelerate
+        with fp16), it is the next `arm` or `remove` that restores."""
+        plain = self.optimizer.step  # an attribute of the instance where a scheduler has wrapped it
+
+        @functools.wraps(plain)
+        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self._undo()
+
+        # A bound method, for a scheduler made later unpacks it.
+        self._step: Any = types.MethodType(step, self.optimizer)
+        self._plain = self.optimizer.__dict__.get("step")
+        self.optimizer.step = self._step  # type: ignore[method-assign]
 
     def arm(self, rho: float) -> None:
         """Set the multiplier of the next step.
@@ -104,7 +125,7 @@ class _Handle:
         """
         if not self._hooks:
             raise RuntimeError("this handle was removed from its optimizer; call modulate(optimizer) for a new one.")
-        self._undo()  # a step that raised half-way left its scaling behind
+        self._undo()  # see _restore_after_errors
         value = float(rho)
         if not (math.isfinite(value) and value >= 0):
             self._armed = None
@@ -117,6 +138,10 @@ class _Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self.optimizer.__dict__.get("step") is self._step:  # else it lies within another wrapper, and does nothing
+            del self.optimizer.step
+            if self._plain is not None:
+                self.optimizer.step = self._plain  # type: ignore[method-assign]
         if getattr(self.optimizer, "_pgpo_handle", None) is self:
             del self.optimizer._pgpo_handle
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pgpo.errors import UserError
+from pgpo.train.yaml_file import read_yaml
 
 _STUDY_KEYS = {"name", "seeds", "test_k", "common", "settings", "methods", "groups", "compare"}
 _GROUP_KEYS = {"settings", "methods", "seeds"}
@@ -96,12 +95,7 @@ def read_study(path: Path) -> Study:
 
     Raises UserError for a file that is no YAML, unknown keys, flags or methods, and numbers that do not fit.
     """
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UserError(f"the study {path} cannot be read ({error.strerror}); check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"the study {path} is not valid YAML: {_one_line(error)}") from error
+    document = read_yaml(path, "study")
     try:
         return _study(document)
     except UserError as error:
@@ -233,17 +227,6 @@ def _check_needs(run: Run, queue: Mapping[str, Run]) -> None:
         )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a name written twice (plain YAML silently keeps the last)."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.YAMLError(f"{name!r} stands twice in one place {str(node.start_mark).strip()}")
-        return dict(super().construct_mapping(node, deep))
-
-
 def _known(values: Mapping[Any, Any], known: set[str], place: str) -> None:
     unknown = sorted(str(k) for k in values.keys() - known)
     if unknown:
@@ -294,7 +277,3 @@ def _chosen(values: Any, known: Mapping[str, Any], place: str, allow_empty: bool
 
 def argv(flags: Mapping[str, Any]) -> list[str]:
     return [f"--{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in flags.items()]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -119,7 +119,7 @@ def line_chart(
 ) -> Html:
     """The chart from step 0 to `last`; `size`: width and height of its viewBox; `direct`: names at the line ends."""
     width, height = size
-    frame = _Frame(44, width - (150 if direct else 12), 22, height - 26, (0.0, last), _y_range(chart), chart.log)
+    frame = _Frame(44, width - (165 if direct else 12), 22, height - 26, (0.0, last), _y_range(chart), chart.log)
     clip = f"clip-{chart.key}-{width}"
     body = [
         el("clipPath", _rect(frame.left, frame.top - 6, frame.right + 6, frame.bottom), id=clip),
@@ -344,7 +344,7 @@ def _names(frame: _Frame, chart: Chart, styles: Mapping[str, Style]) -> Html:
     names = []
     for y, (end, curve) in zip(places, ends):
         style = styles[curve.method]
-        text = curve.label if len(curve.label) <= 21 else curve.label[:20] + "…"
+        text = shortened(curve.label, 19)
         lead = f"M{_f(frame.right + 4)} {_f(end)}L{_f(frame.right + 14)} {_f(y)}"
         names.append(
             _of_method(
@@ -498,6 +498,10 @@ def significant(value: float, digits: int = 3) -> str:
         return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
     mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace("-", "−")
+
+
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _scale(domain: tuple[float, float], width: int, margin: int) -> Callable[[float], float]:

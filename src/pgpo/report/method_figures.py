@@ -13,12 +13,15 @@ import numpy as np
 from pgpo import runlog
 from pgpo.errors import UserError
 from pgpo.report import figures
-from pgpo.report.charts import COLORS, OUTLINES, Style, styles_of
+from pgpo.report.charts import COLORS, OUTLINES, Style, shortened, styles_of
 from pgpo.report.methods import Curve, Setting, accuracy_curve, metric_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+LONGEST = 60  # characters of a name in the legend
 
 
 def plot_settings(settings: Sequence[Setting], folder: Path) -> list[Path]:
@@ -77,8 +80,8 @@ def draw_setting(setting: Setting, styles: Mapping[str, Style]) -> Figure:
         accuracy: f"Accuracy, {setting.split or 'not evaluated'}",
         information: "Information $I_k$ (nats)",
         rho: r"Step multiplier $\rho_k$",
-        entropy: "Entropy (nats): student, teacher dashed",
-        norm: "Gradient norm before clipping (log scale)",
+        entropy: "Entropy (nats), teacher dashed",
+        norm: "Gradient norm (log scale)",
     }
     for axes, title in titles.items():
         axes.set_title(title, loc="left")
@@ -87,12 +90,14 @@ def draw_setting(setting: Setting, styles: Mapping[str, Style]) -> Figure:
     rho.axhline(1, color="#555555", linewidth=0.9, zorder=1)
     if norm.lines:
         norm.set_yscale("log")
-    handles = [accuracy.plot([], [], label=method, **_look(styles[method]))[0] for method in by_method]
+    handles = [
+        accuracy.plot([], [], label=shortened(method, LONGEST), **_look(styles[method]))[0] for method in by_method
+    ]
     several = any(len(tracks) > 1 for tracks in by_method.values())
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=min(5, len(handles)),
+        ncols=min(5, len(handles), max(1, 130 // max(len(handle.get_label()) + 6 for handle in handles))),
         frameon=False,
         title="Band: lowest to highest seed; 95% interval over questions where a method has one run."
         if several
@@ -132,6 +137,8 @@ def _draw_final(axes: Axes, setting: Setting, styles: Mapping[str, Style]) -> No
         if interval is not None and math.isfinite(row.mean(setting.outcome)):
             axes.plot([place + 0.15] * 2, interval, color=color, linewidth=1.4)
             axes.plot(place + 0.15, row.mean(setting.outcome), color=color, marker="_", markersize=9, markeredgewidth=2)
-    axes.set_xticks(range(len(setting.rows)), [row.method for row in setting.rows], rotation=25, ha="right")
+    axes.set_xticks(
+        range(len(setting.rows)), [shortened(row.method, 18) for row in setting.rows], rotation=25, ha="right"
+    )
     axes.set_xlim(-0.6, len(setting.rows) - 0.4)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")

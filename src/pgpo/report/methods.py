@@ -26,7 +26,9 @@ ACCURACIES = (INITIAL, PEAK, FINAL_CURVE, FINAL, SELECTED, AUC)  # shares: their
 MEASURES = (*ACCURACIES, MEAN_RHO, NEGATIVE, SECONDS)
 
 # Settings that two runs of one method may differ in: their seed, and where and how they are written down.
-_NOT_METHOD = ("seed", "data_seed", "output_dir", "overwrite", "arguments", "run_name", "project", "disable_tqdm")
+_NOT_METHOD = (
+    *("seed", "data_seed", "output_dir", "overwrite", "arguments", "run_name", "run_id", "project", "disable_tqdm"),
+)
 _NOT_METHOD_PREFIXES = (
     *("logging_", "log_", "save_", "hub_", "report_to", "push_to_hub", "trackio_"),
     *("samples_per_", "resume_from"),
@@ -125,24 +127,52 @@ def setting_of_runs(runs: Sequence[RunSource], name: str) -> Setting:
 
 
 def method_labels(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """One label per run: the objective, and as many of the settings that differ as tell the methods apart."""
-    keys = [_method_key(config) for config in configs]
-    groups = dict(zip(keys, configs))
-    labels = {key: objective_label(config) for key, config in groups.items()}
+    """One label per run: the objective, and as many of the settings that differ as tell the methods apart.
+
+    A run that lacks a setting on which all others agree was written by another version of pgpo, not by another method.
+    """
+    values: dict[str, set[str]] = {}
+    for config in configs:
+        for name, value in config.items():
+            values.setdefault(name, set()).add(_frozen(value))
+    agreed = {name for name, found in values.items() if len(found) == 1 and name != "objective"}
+    told = [_shaping(config, agreed if config.get("objective") else set()) for config in configs]
+    keys = [_frozen(settings) for settings in told]
+    groups = dict(zip(keys, told))
+    labels = {key: objective_label(configs[keys.index(key)]) for key in groups}
     for label in set(labels.values()):
         clash = [key for key in groups if labels[key] == label]
-        if len(clash) == 1 and label:
-            continue
-        settings = differing([groups[key] for key in clash])
-        told = [name for name in settings if _shapes_method(name)][:3]
-        for key in clash:
-            parts = [label, *(f"{name} {short(groups[key].get(name))}" for name in told)]
-            labels[key] = ", ".join(part for part in parts if part) or names[keys.index(key)]
+        if len(clash) > 1:
+            parts = _telling([groups[key] for key in clash])
+            for key in clash:
+                written = [label, *(f"{name} {short(groups[key].get(name))}" for name in parts)]
+                labels[key] = ", ".join(part for part in written if part)
     counts = Counter(labels.values())
     for key, label in labels.items():
-        if counts[label] > 1:  # three settings did not suffice
-            labels[key] = f"{label} ({names[keys.index(key)]})"
+        if counts[label] > 1 or not label:
+            name = names[keys.index(key)]
+            labels[key] = f"{label} ({name})" if label else name
     return [labels[key] for key in keys]
+
+
+def _telling(configs: Sequence[Mapping[str, Any]], most: int = 3) -> list[str]:
+    """The first settings, at most `most`, that each tell more of the configurations apart."""
+    chosen: list[str] = []
+    apart = 1
+    for name in differing(configs):
+        distinct = len({_frozen([config.get(other) for other in (*chosen, name)]) for config in configs})
+        if distinct > apart and len(chosen) < most:
+            chosen, apart = [*chosen, name], distinct
+    return chosen
+
+
+def _shaping(config: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:
+    """The settings that make a method."""
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in left_out and name not in _NOT_METHOD and not name.startswith(_NOT_METHOD_PREFIXES)
+    }
 
 
 def objective_label(config: Mapping[str, Any]) -> str:
@@ -282,14 +312,6 @@ def _question_bounds(track: Track, split: str | None) -> dict[str, tuple[float, 
 
 def _finite(values: Array | None) -> Array:
     return values[np.isfinite(values)] if values is not None else np.empty(0)
-
-
-def _method_key(config: Mapping[str, Any]) -> str:
-    return _frozen({name: value for name, value in config.items() if _shapes_method(name)})
-
-
-def _shapes_method(name: str) -> bool:
-    return name not in _NOT_METHOD and not name.startswith(_NOT_METHOD_PREFIXES)
 
 
 def _frozen(value: object) -> str:

@@ -30,6 +30,7 @@ from pgpo.report.sources import RunSource, StudySource, number, read_sources
 from pgpo.report.tables import COLLAPSE_POINTS, overview_table, scrolling
 
 MOST_POINTS, FEWEST_POINTS = 25_000, 25  # on the page; of one curve
+LONGEST_TITLE = 80  # characters
 EXPLAINED = (  # the metrics that the page draws
     runlog.INFORMATION,
     runlog.RHO,
@@ -205,7 +206,10 @@ def _title(report: Report) -> str:
     parts = [f"Study {study.name}" for study in report.studies]
     if report.of_runs is not None:
         count = f"{len(report.runs)} runs: " if len(report.runs) > 1 else "One run: "
-        parts.insert(0, count + _listed(report.of_runs.methods, 4))
+        methods = _listed(report.of_runs.methods, 4)
+        parts.insert(
+            0, count + (methods if len(methods) <= LONGEST_TITLE else f"{len(report.of_runs.methods)} methods")
+        )
     return "; ".join(parts)
 
 

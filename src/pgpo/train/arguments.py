@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import yaml
 from transformers import HfArgumentParser
 from trl import ModelConfig
 
 from pgpo.errors import UserError
 from pgpo.tasks import Task, load_task
 from pgpo.train.config import PGPOConfig
+from pgpo.train.field_types import check_types, huge, shown
+from pgpo.train.yaml_file import read_yaml
 
 T = TypeVar("T")
 
@@ -166,18 +167,18 @@ def parse(argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed:
     parser = Parser([RunArguments, PGPOConfig, ModelConfig], prog="pgpo train")
     # Reversed: --no_x follows --x with the same name and a default that argparse never uses.
     defaults = {action.dest: action.default for action in reversed(parser._actions)}
-    known = set(defaults)
-    unknown = sorted(set(recipe) - known)
+    known = set(defaults) - {"help"}
+    unknown = sorted(name if isinstance(name, str) else shown(name) for name in set(recipe) - known)
     if unknown:
         raise UserError(f"the recipe has unknown names: {', '.join(unknown)}; see `pgpo train --help`.")
     preset: dict[str, Any] = {}
     if stored is None:
         task = _peek(argv, "--task") or recipe.get("task") or RunArguments.task
         own_model = bool(_peek(argv, "--model_name_or_path") or recipe.get("model_name_or_path"))
-        if task in PRESETS and not (task == "science_qa" and own_model):
+        if isinstance(task, str) and task in PRESETS and not (task == "science_qa" and own_model):
             preset = PRESETS[task]
         # Numbers as text, so that argparse checks a recipe's like a flag's (YAML itself reads 1e-5 as text).
-        texts = {k: str(v) if type(v) in (int, float) else v for k, v in recipe.items()}
+        texts = {k: str(v) if type(v) in (int, float) and not huge(v) else v for k, v in recipe.items()}
         parser.set_defaults(**(preset | texts))
     else:
         parser.set_defaults(**{k: v for k, v in stored.items() if k in known})
@@ -189,8 +190,10 @@ def parse(argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed:
 def make(cls: type[T], values: dict[str, Any]) -> T:
     """An argument dataclass from the parsed values of its fields."""
     names = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    values = {k: v for k, v in values.items() if k in names}
+    check_types(cls, values)
     try:
-        return cls(**{k: v for k, v in values.items() if k in names})
+        return cls(**values)
     except UserError:
         raise
     except (ValueError, TypeError) as error:
@@ -205,12 +208,7 @@ def _take_recipe(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             if not value:
                 raise UserError("--config needs the path of a YAML recipe.")
             path = Path(value if isinstance(value, str) else value[0])
-            try:
-                recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except OSError as error:
-                raise UserError(f"the recipe {path} cannot be read ({error.strerror}); check the path.") from error
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise UserError(f"the recipe {path} is not valid YAML: {_sentence(error)}") from error
+            recipe = read_yaml(path, "recipe")
             if not isinstance(recipe, dict):
                 raise UserError(f"the recipe {path} holds no `name: value` lines; see recipes/ for examples.")
             return argv[:i] + argv[i + width :], recipe

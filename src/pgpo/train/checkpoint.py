@@ -17,12 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 SCHEMA = 1
@@ -30,6 +32,18 @@ MANIFEST_FILE = "manifest.json"
 WRITING = ".writing"
 REMOVING = ".removing"
 _CHUNK = 2**20  # bytes hashed at once
+_DCP = "torch.distributed.checkpoint"
+_INERT = {  # module -> data classes without code, as torch 2.13 writes them
+    f"{_DCP}.filesystem": {"_StorageInfo"},
+    f"{_DCP}.metadata": {
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+}
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -150,6 +164,22 @@ def sha256(file: Path) -> str:
         while chunk := opened.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def require_inert(file: Path) -> None:
+    """Refuse a `.metadata` file of torch.distributed.checkpoint (FSDP), which torch unpickles, unless it names nothing
+    but what torch puts there. Raises pickle.UnpicklingError with the first other name.
+    """
+    with file.open("rb") as opened:
+        _InertUnpickler(opened).load()
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not dtype and name not in _INERT.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
 
 
 # Batches of tensors and plain values ----------------------------------------------------------------------------------

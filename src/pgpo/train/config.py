@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from trl import GRPOConfig
 from pgpo.core.divergence import KINDS, check_divergence
 from pgpo.core.viscosity import ExponentialLaw, SmoothExponentialLaw, linear_schedule
 from pgpo.errors import UserError
+from pgpo.train.field_types import check_types
 from pgpo.train.guard import GUARDS, choose_limits
 
 OBJECTIVES = ("pgpo", "sdpo", "grpo")
@@ -25,6 +27,44 @@ _UNSCALABLE_OPTIMIZERS = ("schedule_free", "lomo", "adalomo", "rprop", "asgd", "
 # Objective GRPO: losses that are sums or row means, hence exact when a batch is split into micro-batches.
 ROW_MEAN_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
 SPLITTABLE_LOSSES = ("dapo", "cispo", "vespo", *ROW_MEAN_LOSSES)
+ON_NONFINITE = ("stop", "skip")
+
+_Rule = tuple[Callable[[float], bool], str]
+_NOT_NEGATIVE: _Rule = (lambda v: v >= 0, "it must be 0 or more")
+_POSITIVE: _Rule = (lambda v: v > 0, "it must be above 0")
+_SHARE: _Rule = (lambda v: 0 <= v <= 1, "it must lie in [0, 1]")
+_BELOW_ONE: _Rule = (lambda v: 0 <= v < 1, "it must lie in [0, 1)")
+_FROM_ONE: _Rule = (lambda v: v >= 1, "it must be at least 1")
+_SEED: _Rule = (lambda v: 0 <= v < 2**32, "a seed must be between 0 and 4294967295")
+# What TRL, transformers and torch would find out late, in their own words, or never.
+_RULES: dict[str, _Rule] = {
+    "learning_rate": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "max_grad_norm": (lambda v: v >= 0, "it must be 0 (no clipping) or more"),
+    "adam_beta1": _BELOW_ONE,
+    "adam_beta2": _BELOW_ONE,
+    "adam_epsilon": _NOT_NEGATIVE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "num_train_epochs": _POSITIVE,
+    "max_steps": (lambda v: v == -1 or v >= 1, "it must be at least 1, or -1 to count in num_train_epochs"),
+    "gradient_accumulation_steps": _FROM_ONE,
+    "per_device_train_batch_size": _FROM_ONE,
+    "steps_per_generation": _FROM_ONE,
+    "num_iterations": _FROM_ONE,
+    "logging_steps": _POSITIVE,
+    "eval_steps": _POSITIVE,
+    "save_steps": _POSITIVE,
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "top_p": (lambda v: 0 < v <= 1, "nucleus sampling needs a share in (0, 1]"),
+    "top_k": (lambda v: v >= 0, "it must be 0 (all tokens) or more"),
+    "min_p": _SHARE,
+    "repetition_penalty": _POSITIVE,
+    "beta": _NOT_NEGATIVE,
+    "epsilon": _NOT_NEGATIVE,
+    "epsilon_high": _NOT_NEGATIVE,
+    "reward_timeout": (lambda v: v > 0, "it must be seconds above 0, or None for no limit"),
+}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -112,6 +152,17 @@ class PGPOConfig(GRPOConfig):
     guard_patience: int = _option(1, "Steps in a row beyond a limit that make an alarm.")
     guard_max_actions: int = _option(3, "After so many actions, alarms only warn.")
 
+    # What may fail in a step (ours) -----------------------------------------------------------------------------
+    on_nonfinite: str = _option(
+        "stop",
+        "nan or inf in rewards, signal or gradient: 'stop' before the update, or 'skip' the update (5 in a row stop).",
+    )
+    reward_timeout: float | None = _option(
+        None,
+        "Seconds for one call of a reward or feedback function; None = no limit. It interrupts Python and waiting for "
+        "files or sockets, not a computation inside a C library.",
+    )
+
     # Batch and lengths ----------------------------------------------------------------------------------------
     prompts_per_step: int = _option(32, "Questions per optimizer step, over all ranks. Paper: 32.")
     per_device_train_batch_size: int | None = _option(
@@ -169,7 +220,13 @@ class PGPOConfig(GRPOConfig):
         self.prompts_per_step = rows // (self.num_generations or 1)
 
     def _check(self) -> None:
+        check_types(type(self), vars(self))
+        for name, (holds, rule) in _RULES.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise UserError(f"{name} is {value}; {rule}.")
         _choice("objective", self.objective, OBJECTIVES)
+        _choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         _choice("teacher", self.teacher, TEACHERS)
         _choice("divergence", self.divergence, DIVERGENCES)
         _choice("demonstration", self.demonstration, ("first", "random"))

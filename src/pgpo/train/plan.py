@@ -36,7 +36,7 @@ from pgpo.runlog import write_atomically
 GIB = 2**30
 # Decoder blocks whose saved tensors tests/unit/test_plan.py compares with autograd's, byte by byte.
 BLOCKS = ("llama", "mistral", "qwen2", "qwen3")
-HELD = 8  # trainer._HELD
+HELD, CACHED = 8, 4  # trainer._HELD, passes._CACHED
 BUCKET = 2**26  # teacher.weights._BUCKET
 CHUNK_LOGITS = {"cpu": 20_000_000, "cuda": 160_000_000}  # core.fused_head
 COMPILE_FROM, EAGER_LOGITS = 2**15, 2**18  # core.fused_head, on a CPU
@@ -460,7 +460,8 @@ class Step:
 
     @property
     def masked(self) -> bool:
-        return self.fitting > 1 and not self.setting.packed
+        """Only TRL pads prompts on their left; rows padded behind need no mask (passes.padded_behind)."""
+        return self.fitting > 1 and not self.setting.distills
 
     @property
     def held(self) -> int:
@@ -499,7 +500,7 @@ class Step:
     def rollout(self) -> dict[str, float]:
         """transformers' generate on all rows at once (DynamicCache, sampling without top-k or top-p).
 
-        Keys w K and values c K per layer and token, one layer twice while it grows; or the prompts' forward. Logits of
+        Keys and values, 2 w K per layer and token, one layer twice while it grows; or the prompts' forward. Logits of
         one token per row: as computed, in fp32, copied, as probabilities, and multinomial's noise.
         With vLLM, TRL's log-probabilities of what it sampled, a micro-batch at a time.
         """
@@ -526,18 +527,19 @@ class Step:
         s, m = self.setting, self.model
         states = float(self.held * m.hidden * s.stream)
         tokens = min(max(self.budget, self.teacher_row), self.rows * self.teacher_row)
-        passes = [states, self._forward(tokens, tokens, self.teacher_row, self.masked)]
+        passes = [states, self._forward(tokens, tokens, self.teacher_row, masked=False)]
         if self.shares:
-            groups = math.ceil(self.held / (s.num_generations * s.max_completion_length))
-            prompts = min(max(self.budget, s.teacher_prompt_length), groups * s.teacher_prompt_length)
-            rows = max(1, min(self.budget // self.teacher_row, math.ceil(self.held / s.max_completion_length)))
+            prompt, completion = s.teacher_prompt_length, s.max_completion_length
+            groups = math.ceil(self.held / (s.num_generations * completion))
+            prompts = min(max(self.budget, prompt), groups * prompt)
+            rows = self.budget // (math.ceil(prompt / CACHED) + completion)
+            rows = max(1, min(rows, math.ceil(self.held / completion)))
             cache = m.layers * self._cache()
-            passes.append(cache * prompts + self._forward(prompts, prompts, s.teacher_prompt_length, groups > 1))
+            passes.append(cache * prompts + self._forward(prompts, prompts, prompt, masked=groups > 1))
             kept = cache * prompts + prompts * m.hidden * s.stream
-            passes.append(kept + 2 * cache * rows * s.teacher_prompt_length)
+            passes.append(kept + 2 * cache * rows * prompt)
             keys = rows * self.teacher_row
-            behind = self._forward(rows * s.max_completion_length, keys, self.teacher_row, masked=True)
-            passes.append(kept + cache * keys + behind)
+            passes.append(kept + cache * keys + self._forward(rows * completion, keys, self.teacher_row, masked=True))
         items = {"teacher states": states * (2 if self.blocks > 1 else 1), "teacher pass": max(passes)}
         if self.blocks > 1:
             items["gradients"] = gradients(m, s)
@@ -610,8 +612,8 @@ class Step:
     # Parts ----------------------------------------------------------------------------------------------------------
 
     def _cache(self) -> float:
-        """Bytes of keys (after rotation, w) and values (c) per token and layer."""
-        return self.model.keys * (self.setting.stream + self.setting.matmul)
+        """Bytes of keys and values per token and layer; DynamicCache raises values to the keys' dtype, w."""
+        return 2.0 * self.model.keys * self.setting.stream
 
     def _forward(self, queries: int, keys: int, width: int, masked: bool) -> float:
         """Bytes alive in a block's forward without gradient: stream and norm w H each, and the larger of
@@ -625,7 +627,7 @@ class Step:
         cast = c if w != c else 0
         mlp = queries * (3 * c * m.intermediate + cast * m.hidden)
         grows = m.heads > m.kv_heads and (s.attention == "eager" or (masked and s.attention == "sdpa"))
-        per_key = (m.queries * (w + c) if grows else 0) + 2 * cast * (m.queries if grows else m.keys)
+        per_key = 2 * (m.queries * w if grows else 0) + 2 * cast * (m.queries if grows else m.keys)
         attention = float(queries * m.queries * (w + cast + c) + keys * per_key)
         if s.attention == "eager":
             attention += queries * width * m.heads * 2 * FP32
@@ -676,12 +678,12 @@ class Step:
         gradient = 0
         if s.full:
             gradient = (FP32 if wide or c != w else w) * m.head + (w * m.head if wide and w < FP32 else 0)
-        per_logit = 2 * FP32 + 2 if wide else 2 * c
-        if s.device == "cpu" and c == 2:  # torch's scatter_ on a CPU works in an fp32 copy
-            per_logit += FP32
-        eager = s.device == "cpu" and m.vocabulary < COMPILE_FROM  # six temporaries of a few rows
+        temporary = 0
+        if s.device == "cpu":  # torch's scatter_ into bf16 works in an fp32 copy; without a compiler, six of a few rows
+            eager = 6 * FP32 * min(EAGER_LOGITS, step * m.vocabulary) if m.vocabulary < COMPILE_FROM else 0
+            temporary = max(eager, FP32 * step * m.vocabulary if c == 2 else 0)
         return {
-            "logits": float(step * m.vocabulary * per_logit + (6 * FP32 * EAGER_LOGITS if eager else 0)),
+            "logits": float(step * m.vocabulary * (2 * FP32 + 2 if wide else 2 * c) + temporary),
             "head states": 2 * kept,
             "head gradient": float(gradient),
             "head in bf16": casts,

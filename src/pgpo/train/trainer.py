@@ -53,7 +53,7 @@ from pgpo.train.guard import CollapseGuard, GuardActions
 from pgpo.train.multiplier import StepMultiplier
 from pgpo.train.passes import Passes, States, head_error, head_problem, open_forward
 from pgpo.train.sharding import keep_precision, shard, sharding_problem
-from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, torch_optimizer
+from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, sampling_explained, torch_optimizer
 
 TEACHER_FILE = "pgpo_teacher.safetensors"
 STATE_FILE = "pgpo_state.json"
@@ -316,10 +316,12 @@ class PGPOTrainer(SeamTrainer):
                 sums += stats
             if halves is not None and half == 0:
                 halves.stash()
-        information, rho = self._modulate(halves)
+        self.finite_here = bool(sums.isfinite().all())
+        signal = self._modulate(halves)
         self._stepped = tokens > 0
         totals = Sums(*self._reduce(sums).tolist())
-        self._log_step(information, rho, totals, tokens)
+        if signal is not None:
+            self._log_step(*signal, totals, tokens)
         return torch.tensor(totals.loss, device=self.accelerator.device)
 
     def _active_rows(self, batch: Batch) -> list[Row]:
@@ -576,20 +578,26 @@ class PGPOTrainer(SeamTrainer):
                 loss = self.grpo_loss(model, part) * share
                 self.accelerator.backward(loss)
             total += loss.detach()
+        self.finite_here = bool(total.isfinite())
         if self.step_factor != 1:
             self._arm(1.0)
         return self.accelerator.reduce(total, "mean")
 
     # The signal -----------------------------------------------------------------------------------------------------
 
-    def _modulate(self, halves: CrossFit | None) -> tuple[Information, float]:
-        """Read the meters, and arm the optimizer with the multiplier of the step that follows."""
+    def _modulate(self, halves: CrossFit | None) -> tuple[Information, float] | None:
+        """Read the meters, and arm the optimizer with the multiplier of the step that follows.
+
+        None: the information is not finite, and the step will be skipped.
+        """
+        self._before_step = self._negative_steps, self._signal_steps, self.multiplier.state_dict()
         try:
             parts = [meter.summary(self._reduce) for meter in self.meters]
         except ValueError as error:
             if halves is not None:
                 halves.discard()
-            raise UserError(f"at step {self.state.global_step + 1}: {error}") from error
+            self.distrust(str(error).rstrip("."), here=not self.finite_here)
+            return None
         information = pooled(parts, self.args.information_denominator)
         self._signal_steps += 1
         self._negative_steps += information.information < 0
@@ -599,6 +607,11 @@ class PGPOTrainer(SeamTrainer):
         if self.args.objective == "pgpo" or self.step_factor != 1:
             self._arm(rho)
         return information, rho
+
+    def forget_step(self) -> None:
+        if self.distills:
+            self._negative_steps, self._signal_steps, signal = self._before_step
+            self.multiplier.load_state_dict(signal)
 
     @property
     def step_factor(self) -> float:
@@ -669,6 +682,7 @@ class PGPOTrainer(SeamTrainer):
         return {
             "negative_steps": self._negative_steps,
             "signal_steps": self._signal_steps,
+            "skips_in_a_row": self.skips_in_a_row,
             "modulation": self._modulation.state_dict() if self._modulation is not None else None,
             "multiplier": self.multiplier.state_dict(),
             "guard": None if self.guard is None else self.guard.state_dict(),
@@ -677,6 +691,7 @@ class PGPOTrainer(SeamTrainer):
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take `extra_state()` back. Raises KeyError or ValueError if it was written by another kind of run."""
         self._negative_steps, self._signal_steps = state["negative_steps"], state["signal_steps"]
+        self.skips_in_a_row = state.get("skips_in_a_row", 0)
         self._modulation_state = state["modulation"]
         self.multiplier.load_state_dict(state["multiplier"])
 
@@ -757,7 +772,7 @@ class PGPOTrainer(SeamTrainer):
         if self.args.use_vllm:
             records = evaluate(filled, self._vllm_generate, self._grade, self.args.eval_k, seed)
         else:
-            with self.generation_model() as model:
+            with self.generation_model() as model, sampling_explained(f"after step {self.state.global_step}"):
                 runner = TransformersRunner(
                     model,
                     self.tokenizer,
@@ -768,6 +783,7 @@ class PGPOTrainer(SeamTrainer):
                     chat_template_kwargs=self.args.chat_template_kwargs,
                 )
                 records = evaluate(filled, runner, self._grade, self.args.eval_k, seed) if filled else []
+        self.raise_together()
         return self.gather_objects(records[: len(mine) * self.args.eval_k])
 
     def _vllm_generate(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:

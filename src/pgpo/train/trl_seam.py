@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import json
 import math
 import time
@@ -35,6 +34,10 @@ from trl.models import unwrap_model_for_generation
 from pgpo.errors import UserError
 from pgpo.teacher.weights import TEACHER_ADAPTER
 from pgpo.train import checkpoint as checkpoints
+from pgpo.train.user_functions import call, call_async, check_rewards, check_texts, is_async
+
+MOST_SKIPS = 5  # ours: after so many steps in a row that were skipped, training stops
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Batch = dict[str, Any]
 Prompt = Any  # a list of chat messages, or a plain string
@@ -50,6 +53,7 @@ class Rollout:
         rewards: [N] weighted sum over the reward functions.
         feedback: N texts or None, or None if there are no feedback functions.
         local: this rank's rows.
+        problem: what is not finite in the rewards, with on_nonfinite="skip".
     """
 
     prompts: list[Prompt]
@@ -57,6 +61,7 @@ class Rollout:
     rewards: list[float]
     feedback: list[str | None] | None
     local: slice
+    problem: str | None = None
 
 
 class SeamTrainer(GRPOTrainer):
@@ -77,6 +82,11 @@ class SeamTrainer(GRPOTrainer):
         self._scratch: str | None = None  # where a checkpoint is being written
         self._sampler: Any = None
         self._unlogged: dict[str, Any] | None = None  # of a checkpoint between two logs, until training goes on
+        self._failure: UserError | None = None  # of a user's function on this rank, until all ranks know of it
+        self._problem: str | None = None  # what is not finite in the rewards of this rank
+        self._distrusted: str | None = None  # what is not finite in the step at work
+        self.finite_here = True  # whether what this rank put into the step is finite
+        self.skips_in_a_row = 0
         self.last_rollout: Rollout | None = None
         self.run_id: str | None = None  # written into checkpoints
         self.failed_save: str | None = None  # why the newest checkpoint could not be written
@@ -93,6 +103,9 @@ class SeamTrainer(GRPOTrainer):
     def optimize(self, model: nn.Module, batch: Batch) -> Tensor:
         """Run forward and backward over the whole optimizer batch of this rank; return the loss to log."""
         raise NotImplementedError
+
+    def forget_step(self) -> None:
+        """Undo what `optimize` has noted of a step that is skipped."""
 
     def save_extra(self, directory: Path) -> None:
         """Write what a checkpoint needs beyond the Trainer's own state (called on every rank)."""
@@ -125,6 +138,28 @@ class SeamTrainer(GRPOTrainer):
         found = {name: sum(values) / len(values) for name, values in new.items() if values}
         return found if self._grad_norm is None else found | {"grad_norm": self._grad_norm}
 
+    def distrust(self, cause: str, here: bool | None) -> None:
+        """Something in the step at work is not finite: it must not update anything. Every rank must call it.
+
+        Args:
+            here: whether this rank's part is not finite; None where the cause names its place.
+
+        Raises:
+            UserError: with on_nonfinite="stop". With "skip" the optimizer's step is left out.
+        """
+        step = f"step {self.state.global_step + 1}"
+        if here is not None:
+            found = [str(rank) for rank, culprit in enumerate(self.gather_objects([here])) if culprit]
+            several = self.accelerator.num_processes > 1 and len(found) != 1
+            ranks = f"ranks {', '.join(found) or 'all'}" if several else f"rank {(found or ['0'])[0]}"
+            cause = f"{cause} ({ranks})"
+        self._distrusted = self._distrusted or cause
+        if self.args.on_nonfinite == "stop":
+            raise UserError(
+                f"at {step}: {cause}; nothing was updated. Look for inf or nan in rewards, importance ratios or "
+                "logits, lower the learning rate, or set on_nonfinite='skip'."
+            )
+
     def grpo_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """TRL's GRPO loss on a micro-batch of padded tensors."""
         return self._compute_loss(model, batch)
@@ -136,6 +171,12 @@ class SeamTrainer(GRPOTrainer):
         from accelerate.utils import gather_object
 
         return gather_object(local)
+
+    def raise_together(self) -> None:
+        """End all ranks with the sentence of a user's function that failed on one. Every rank must call it."""
+        for text in self.gather_objects([None if self._failure is None else str(self._failure)]):
+            if text is not None:
+                raise UserError(text) from self._failure
 
     def load_weights(self, checkpoint: Path) -> None:
         """The student's weights of a checkpoint, nothing else of it."""
@@ -201,8 +242,11 @@ class SeamTrainer(GRPOTrainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
+        self._distrusted, self.finite_here = None, True
         batch = self._prepare_inputs(inputs)
         generated = time.perf_counter()
+        if self.last_rollout is not None and self.last_rollout.problem is not None:
+            self.distrust(self.last_rollout.problem, here=None)
         with self.compute_loss_context_manager():
             loss = self.optimize(model, batch)
         self._step += 1
@@ -213,7 +257,9 @@ class SeamTrainer(GRPOTrainer):
         return loss.detach()
 
     def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
-        batch = super()._generate_and_score_completions(inputs)
+        self._check_weights()
+        with sampling_explained(f"at step {self.state.global_step + 1}"):
+            batch = super()._generate_and_score_completions(inputs)
         assert self._captured is not None
         prompts, completions, rewards, feedback = self._captured
         self._captured = None
@@ -226,21 +272,28 @@ class SeamTrainer(GRPOTrainer):
             rewards=rewards.tolist(),
             feedback=None if feedback is None else self.gather_objects(feedback),
             local=slice(start, start + rows),
+            problem=next((p for p in self.gather_objects([self._problem]) if p is not None), None),
         )
         return self.annotate(batch, rollout)
 
     def _calculate_rewards(
         self, inputs: list[Batch], prompts: list[Prompt], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> Tensor:
+        self._problem = None
         per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # all ranks
         weights = self.reward_weights.to(per_function.device)
         rewards = (per_function * weights).nansum(dim=1)
         rewards[per_function.isnan().all(dim=1)] = math.nan
+        if rewards.isinf().any():
+            self._problem = self._problem or f"the weighted sum of the rewards is inf {self._place}"
+            if self.args.on_nonfinite == "stop":
+                self._fail(UserError(f"{self._problem}; lower reward_weights, or the rewards."))
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         columns = {k: [row[k] for row in inputs] for k in inputs[0] if k not in ("prompt", "completion")}
         feedback = self._feedback(
             prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
         )
+        self.raise_together()
         self._captured = (prompts, texts, rewards, feedback)
         return per_function
 
@@ -250,90 +303,72 @@ class SeamTrainer(GRPOTrainer):
             return None
         found: list[str | None] = [None] * len(kwargs["prompts"])
         for function in self.feedback_funcs:
-            name, step = _name(function), self.state.global_step + 1
+            what, timeout = f"feedback function {_name(function)!r}", self.args.reward_timeout
             try:
-                texts = list(function(trainer_state=self.state, **kwargs))
-            except Exception as error:
-                raise UserError(
-                    f"feedback function {name!r} raised {type(error).__name__} at step {step}: {error}."
-                ) from error
-            if len(texts) != len(found):
-                raise UserError(
-                    f"feedback function {name!r} returned {len(texts)} texts for {len(found)} completions at step "
-                    f"{step}; return one text or None per completion."
-                )
-            for i, text in enumerate(texts):
-                if text is not None and not isinstance(text, str):
-                    raise UserError(
-                        f"feedback function {name!r} returned {text!r} for sample {i} at step {step}; return a text "
-                        "or None."
-                    )
-                found[i] = found[i] or text
+                texts = call(function, what, self._place, "text", timeout, {"trainer_state": self.state, **kwargs})
+                found = [a or b for a, b in zip(found, check_texts(texts, what, self._place), strict=True)]
+            except UserError as error:
+                self._fail(error)
         return found
 
     def _guarded(self, function: Any) -> Any:
-        """Check what a reward function returns, naming function, step and sample."""
+        """A reward function that TRL can take: floats or None, whatever the user's does."""
         if isinstance(function, (str, nn.Module)):
             return function
+        what = f"reward function {_name(function)!r}"
 
-        def check(rewards: Any, count: int) -> list[Any]:
-            name, step = _name(function), self.state.global_step + 1
-            try:
-                rewards = list(rewards)
-            except (TypeError, ValueError):
-                raise UserError(
-                    f"reward function {name!r} returned {rewards!r} at step {step}; return a list with one number per "
-                    "completion."
-                ) from None
-            if len(rewards) != count:
-                raise UserError(
-                    f"reward function {name!r} returned {len(rewards)} rewards for {count} completions at step {step}; "
-                    "return one number (or None) per completion."
-                )
-            for i, reward in enumerate(rewards):
-                if reward is None:  # TRL: this function does not apply to this sample
-                    continue
+        def check(rewards: list[Any]) -> list[float | None]:
+            checked, problem = check_rewards(rewards, what, self._place)
+            if problem is not None and self.args.on_nonfinite == "stop":
+                raise UserError(problem)
+            self._problem = self._problem or problem
+            return checked
+
+        if is_async(function):
+
+            @functools.wraps(function, assigned=("__doc__",), updated=())
+            async def guarded_async(**kwargs: Any) -> list[float | None]:
                 try:
-                    finite = math.isfinite(reward)
-                except (TypeError, ValueError, RuntimeError, OverflowError):
-                    finite = False
-                if not finite:
-                    raise UserError(
-                        f"reward function {name!r} returned {reward!r} for sample {i} at step {step}; a reward must be "
-                        "a finite number, or None where the function does not apply."
-                    )
-            return rewards
+                    limit = self.args.reward_timeout
+                    return check(await call_async(function, what, self._place, "number", limit, kwargs))
+                except UserError as error:
+                    return self._fail(error, len(kwargs["prompts"]))
 
-        def explain(error: Exception, kwargs: Batch) -> UserError:
-            sample = _first_failing_sample(function, kwargs)
-            where = f"sample {sample}" if sample is not None else f"the batch of {len(kwargs['prompts'])} samples"
-            return UserError(
-                f"reward function {_name(function)!r} raised {type(error).__name__} at step "
-                f"{self.state.global_step + 1} on {where}: {error}."
-            )
-
-        if inspect.iscoroutinefunction(function):
-
-            @functools.wraps(function)
-            async def guarded_async(**kwargs: Any) -> list[Any]:
-                try:
-                    rewards = await function(**kwargs)
-                except Exception as error:
-                    raise explain(error, kwargs) from error
-                return check(rewards, len(kwargs["prompts"]))
-
+            guarded_async.__name__ = _name(function)
             return guarded_async
 
         @functools.wraps(function, assigned=("__doc__",), updated=())
-        def guarded(**kwargs: Any) -> list[Any]:
+        def guarded(**kwargs: Any) -> list[float | None]:
             try:
-                rewards = function(**kwargs)
-            except Exception as error:
-                raise explain(error, kwargs) from error
-            return check(rewards, len(kwargs["prompts"]))
+                return check(call(function, what, self._place, "number", self.args.reward_timeout, kwargs))
+            except UserError as error:
+                return self._fail(error, len(kwargs["prompts"]))
 
         guarded.__name__ = _name(function)  # TRL names the metric after it
         return guarded
+
+    @property
+    def _place(self) -> str:
+        """Where a user's function is called, for a sentence."""
+        step = f"at step {self.state.global_step + 1}"
+        return step if self.accelerator.num_processes == 1 else f"{step} on rank {self.accelerator.process_index}"
+
+    def _fail(self, error: UserError, count: int = 0) -> list[float | None]:
+        """End the run. Where other ranks wait, not before they know: with rewards of no meaning until then."""
+        if self.accelerator.num_processes == 1:
+            raise error
+        self._failure = self._failure or error
+        return [0.0] * count
+
+    def _check_weights(self) -> None:
+        """Weights with nan or inf never mend, and on a GPU sampling from them ends the process."""
+        for rank, name in enumerate(self.gather_objects([nonfinite_parameter(self.model)])):
+            if name is not None:
+                raise UserError(
+                    f"at step {self.state.global_step + 1}: the weight {name} holds nan or inf (rank {rank}), so nothing "
+                    "can be sampled and nothing was updated; continue from an earlier checkpoint with a lower learning "
+                    "rate."
+                )
 
     def _tokenize_prompts(self, prompts: list[Prompt]) -> Any:
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
@@ -361,11 +396,36 @@ class SeamTrainer(GRPOTrainer):
         self._grad_norm = None if norm is None else float(norm)
         # With fp16 the gradient scaler skips such a step by itself.
         if self._grad_norm is not None and not self.args.fp16 and not math.isfinite(self._grad_norm):
-            raise UserError(
-                f"the gradient norm is {self._grad_norm} at step {self.state.global_step + 1}; nothing was updated. "
-                "Look for inf or nan in rewards, importance ratios or logits, or lower the learning rate."
-            )
+            self.distrust(f"the gradient norm is {self._grad_norm}", here=not self.finite_here)
+        if self._distrusted is not None:
+            self._skip_step()
+        else:
+            self.skips_in_a_row = 0
+            self.optimizer._is_overflow = False
+        if self.args.on_nonfinite == "skip":
+            self.record("skipped_share", float(self._distrusted is not None))
         return norm
+
+    def _skip_step(self) -> None:
+        """Leave out the optimizer's next step, told as accelerate tells of one that a gradient scaler skipped: neither
+        schedule nor teacher move on."""
+        self.skips_in_a_row += 1
+        self._grad_norm = None
+        self.forget_step()
+        text = f"step {self.state.global_step + 1} is skipped: {self._distrusted}"
+        if self.skips_in_a_row >= MOST_SKIPS:
+            raise UserError(f"{text}; the {MOST_SKIPS} last steps were skipped, so training stops. Look for the cause.")
+        if self.accelerator.is_main_process:
+            self.say(text)
+        optimizer = self.optimizer
+
+        def step(closure: Any = None) -> None:
+            del optimizer.step
+            optimizer._is_overflow = True
+            if optimizer.scaler is not None:
+                optimizer.scaler.update()  # the gradients were unscaled for their norm
+
+        optimizer.step = step
 
     # Checkpoints (checkpoint.py) --------------------------------------------------------------------------------
 
@@ -520,6 +580,8 @@ class SeamTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with _explained(resume_from_checkpoint):
+            for file in Path(resume_from_checkpoint).rglob(".metadata"):
+                checkpoints.require_inert(file)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -573,15 +635,26 @@ def _start(prompt: Prompt, characters: int = 60) -> str:
     return text if len(text) <= characters else text[:characters] + "…"
 
 
-def _first_failing_sample(function: Any, kwargs: Batch) -> int | None:
-    """Index of the first sample on which the function raises alone (None if it only fails on the batch)."""
-    count = len(kwargs["prompts"])
-    if inspect.iscoroutinefunction(function):
-        return None
-    for i in range(count):
-        alone = {k: [v[i]] if isinstance(v, list) and len(v) == count else v for k, v in kwargs.items()}
-        try:
-            function(**alone)
-        except Exception:
-            return i
+def nonfinite_parameter(model: nn.Module) -> str | None:
+    """Name of the first parameter, in the part that this rank holds, with nan or inf. A sum tells, without a copy."""
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if local.dtype in _FLOATS and not local.is_meta:
+            wide = torch.float64 if local.dtype == torch.float64 else torch.float32
+            if not math.isfinite(local.detach().sum(dtype=wide).item()):
+                return name
     return None
+
+
+@contextlib.contextmanager
+def sampling_explained(place: str) -> Iterator[None]:
+    """torch's error where logits are not finite, as one sentence. (On a GPU it is an assertion that cannot be told.)"""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise UserError(
+            f"{place}: the model's logits hold nan or inf, so nothing can be sampled; look for an overflow in half "
+            "precision, or a temperature close to 0."
+        ) from error

@@ -1,0 +1,105 @@
+"""Values against the annotations of a dataclass's fields, which dataclasses themselves never check."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import reprlib
+import types
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from functools import cache
+from typing import Any
+
+from pgpo.errors import UserError
+
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    dict: "a mapping",
+    type(None): "None",
+}
+# Infinity means no clip here.
+_MAY_BE_INFINITE = {"importance_clip", "vllm_importance_sampling_clip_max"}
+# transformers takes more than it annotates.
+_ALSO: dict[str, tuple[type, ...]] = {"fsdp": (bool, list)}
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 60, 60
+
+
+def check_types(cls: type, values: Mapping[str, Any]) -> None:
+    """Check the values of a dataclass's fields; names that are no fields are passed over.
+
+    A whole number is a number, a number with a fraction of zero is not a whole number, true and false are neither.
+
+    Raises:
+        UserError: a value of another type than its field's, nan, inf or beyond 64 bits, or a text with a NUL character.
+    """
+    hints = _hints(cls)
+    for name, value in values.items():
+        if name not in hints:
+            continue
+        kinds = _alternatives(hints[name])
+        if not any(_fits(value, kind) for kind in kinds) and not isinstance(value, _ALSO.get(name, ())):
+            known = [_KINDS[k] for k in dict.fromkeys(typing.get_origin(k) or k for k in kinds) if k in _KINDS]
+            raise UserError(f"{name} is {shown(value)}; it must be {' or '.join(known)}.")
+        if isinstance(value, numbers.Integral):
+            if huge(value):
+                raise UserError(f"{name} is {shown(value)}, which takes more than 64 bits; choose a smaller one.")
+        elif isinstance(value, numbers.Real) and not math.isfinite(value):
+            if math.isinf(value) and name in _MAY_BE_INFINITE:
+                continue
+            raise UserError(f"{name} is {value}; it must be a finite number.")
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"{name} is {shown(value)}, which holds a NUL character; remove it.")
+
+
+def huge(value: Any) -> bool:
+    """A whole number that no tensor holds."""
+    return isinstance(value, numbers.Integral) and not -(2**63) <= int(value) < 2**63
+
+
+def shown(value: Any) -> str:
+    """A value for a sentence: short, whatever it holds."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return f"a {type(value).__name__} with a huge number"
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin = typing.get_origin(kind)
+    if origin is typing.Literal:
+        return value in typing.get_args(kind)
+    if origin in (list, dict):
+        kind = origin
+    if value is None:
+        return kind in (type(None), Any, list, dict)  # argparse's default for a list that was not given
+    if kind is dict:
+        return isinstance(value, Mapping) or dataclasses.is_dataclass(value)  # as transformers' AcceleratorConfig
+    if isinstance(value, bool):
+        return kind is bool or kind is Any
+    if kind is int:
+        return isinstance(value, numbers.Integral)
+    if kind is float:
+        return isinstance(value, numbers.Real)
+    if kind is str:
+        return isinstance(value, (str, Enum))
+    if isinstance(kind, type) and kind in _KINDS:
+        return isinstance(value, kind)
+    return isinstance(value, kind) if isinstance(kind, type) else True
