@@ -123,6 +123,7 @@ def test_in_half_precision_student_and_teacher_compute_alike(fsdp2):
     for results in fsdp2:
         got = results["half_precision"]
         assert got["first_step"]["information"] == 0.0 and abs(got["first_step"]["divergence"]) < 1e-8
+        assert got["autocasts"] == [False] * 6  # three steps of teacher and student
         assert set(got["dtypes"]) == {torch.float32}
         assert max(got["held"]) < 0.51  # bf16 weights and fp32 average
 

@@ -145,13 +145,20 @@ def half_precision(folder: str) -> dict:
     t = make(folder, model=lambda: build_model(dtype=torch.bfloat16), bf16=True, **FSDP2)
     active_rows, run = t._active_rows, t.passes.run
     t._active_rows = lambda batch: [dataclasses.replace(r, teacher_prompt=r.prompt) for r in active_rows(batch)]
-    outputs = []
-    t.passes.run = lambda *args: outputs.append(run(*args)) or outputs[-1]
+    outputs, autocasts = [], []
+
+    def watched(*args):
+        autocasts.append(torch.is_autocast_enabled("cpu"))
+        outputs.append(run(*args))
+        return outputs[-1]
+
+    t.passes.run = watched
     logs = trainer_kit.train(t)
-    (student,) = [o for o in outputs if hasattr(o, "loss")][:1]
+    student = next(o for o in outputs if hasattr(o, "loss"))
     return {
         "first_step": logs[0],
         "dtypes": [v.dtype for v in vars(student).values()],
+        "autocasts": autocasts,
         "held": [held(tensors) for tensors in (t.teacher.module.parameters(), t.teacher._shadow.values())],
     }
 

@@ -501,6 +501,13 @@ def test_groups_are_done_one_after_the_other_each_run_once(tmp_path: Path) -> No
         ({"compare": {"sdpq": "all"}}, "compare names 'sdpq'"),
         ({"compare": {"sdpo": ["pgpq"]}}, "compare: sdpo names 'pgpq'"),
         ({"compare": {"sdpo": "pgpo"}}, "compare: sdpo is 'pgpo'"),
+        ({"alarms": ["sdpo"]}, "alarms must map"),
+        ({"alarms": {"sdpo": "frozn"}}, "alarms names 'frozn'"),
+        ({"reference": [1]}, "reference must map"),
+        ({"reference": {"slow": {}}}, "reference names 'slow'"),
+        ({"reference": {"plain": {"sdpq": 0.5}}}, "reference: plain names 'sdpq'"),
+        ({"reference": {"plain": {"sdpo": 72.57}}}, "plain/sdpo is 72.57; give a share"),
+        ({"reference": {"plain": 0.5}}, "plain must map methods"),
     ],
 )
 def test_a_mistake_in_the_study_is_told(changes: dict[str, Any], told: str, tmp_path: Path, monkeypatch) -> None:

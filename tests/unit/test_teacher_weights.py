@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -664,7 +664,8 @@ def test_sharded_teacher_equals_the_plain_one(dtype: torch.dtype, one_rank: Devi
             fully_shard(layer, mesh=one_rank)
         fully_shard(model, mesh=one_rank)
     for step in range(2):
-        # A forward without backward leaves the root's parameters gathered; an update of or from that copy would be lost.
+        # A forward without backward leaves the root's parameters gathered; an update of that copy, or from it, would be
+        # lost.
         torch.testing.assert_close(teacher.logits(forward), plain.logits(forward), rtol=0, atol=0)
         perturb(plain_student, seed=step)
         for name, value in plain_student.named_parameters():

@@ -11,7 +11,7 @@ from typing import Any
 from pgpo.errors import UserError
 from pgpo.train.yaml_file import read_yaml
 
-_STUDY_KEYS = {"name", "seeds", "test_k", "common", "settings", "methods", "groups", "compare"}
+_STUDY_KEYS = {"name", "seeds", "test_k", "common", "settings", "methods", "groups", "compare", "reference", "alarms"}
 _GROUP_KEYS = {"settings", "methods", "seeds"}
 _METHOD_KEYS = {"train", "lr_times_mean_rho_of", "rho_shuffled_from"}  # what a method says apart from flags
 _SETTING_KEYS = {"base_seed"}
@@ -87,6 +87,7 @@ class Study:
     test_k: int
     queue: list[Run]
     compare: dict[str, list[str]]  # reference method -> methods compared with it
+    alarms: dict[str, str]  # method whose signals are studied -> healthy method that gives the limits
     document: dict[str, Any] = field(repr=False)
 
 
@@ -138,6 +139,7 @@ def _study(document: Any) -> Study:
                     queue.setdefault(run.name, run)
     for run in queue.values():
         _check_needs(run, queue)
+    _check_reference(document.get("reference") or {}, settings, methods)
     compare = document.get("compare") or {}
     if not isinstance(compare, dict):
         raise UserError("compare must map a method to `all` or to the methods compared with it.")
@@ -146,7 +148,11 @@ def _study(document: Any) -> Study:
         reference: [m for m in _chosen(compared, methods, f"compare: {reference}") if m != reference]
         for reference, compared in compare.items()
     }
-    return Study(name, seeds, test_k, list(queue.values()), references, document)
+    alarms = document.get("alarms") or {}
+    if not isinstance(alarms, dict):
+        raise UserError("alarms must map the method that is watched to the healthy one that gives the limits.")
+    _chosen([*alarms, *alarms.values()], methods, "alarms", allow_empty=True)
+    return Study(name, seeds, test_k, list(queue.values()), references, alarms, document)
 
 
 def _arm(
@@ -262,6 +268,20 @@ def _seeds(values: Any, place: str) -> list[int]:
     if len(set(values)) != len(values):
         raise UserError(f"{place} has a number twice: {values}; each seed is one run.")
     return values
+
+
+def _check_reference(reference: Any, settings: Any, methods: Any) -> None:
+    """Published accuracies {setting: {method: share}}, shown beside the study's own."""
+    if not isinstance(reference, dict):
+        raise UserError("reference must map settings to {method: published accuracy}.")
+    for setting in _chosen(list(reference), settings, "reference", allow_empty=True):
+        published = reference[setting]
+        if not isinstance(published, dict):
+            raise UserError(f"reference: {setting} must map methods to published accuracies.")
+        for method in _chosen(list(published), methods, f"reference: {setting}", allow_empty=True):
+            value = published[method]
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise UserError(f"reference: {setting}/{method} is {value!r}; give a share between 0 and 1.")
 
 
 def _chosen(values: Any, known: Mapping[str, Any], place: str, allow_empty: bool = False) -> list[str]:

@@ -27,12 +27,20 @@ from typing import Any
 
 from pgpo import runlog
 from pgpo.errors import UserError
+from pgpo.lab.alarms import alarm_study, alarm_table
 from pgpo.lab.analysis import summarize_study, tables_markdown, validation_curve
 from pgpo.lab.plan import Arm, Run, Study, argv, read_study
 from pgpo.lab.workers import Job, Pool, Result
 
 RECORDS_FILE = "records.jsonl.gz"
 SUMMARY_FILE = "summary.json"
+ALARMS_HEADING = """
+## Alarms
+
+Signals of the guard, smoothed, against the accuracy that falls. *In time* = the alarm comes before the fall is seen;
+lead = steps between; limits = the worst of the healthy runs of the other seeds, times 1.05. Read the ROC area against
+that of the step number alone, in the first row.
+"""
 TABLES_FILE = "tables.md"
 RUNS_FOLDER = "runs"
 BASES_FOLDER = "bases"
@@ -522,8 +530,24 @@ def write_tables(study: Study, out: Path, records: Mapping[str, dict[str, Any]])
     """summary.json and tables.md of the planned runs that are in the records."""
     planned = [records[run.name] for run in study.queue if run.name in records]
     summary = summarize_study(planned, study.name, study.document, study.compare)
+    summary["alarms"] = _alarm_studies(study, planned)
+    tables = [tables_markdown(summary)]
+    if summary["alarms"]:
+        tables += [ALARMS_HEADING, *map(alarm_table, summary["alarms"])]
     runlog.write_atomically(out / SUMMARY_FILE, _json(summary) + "\n")
-    runlog.write_atomically(out / TABLES_FILE, tables_markdown(summary))
+    runlog.write_atomically(out / TABLES_FILE, "\n".join(tables))
+
+
+def _alarm_studies(study: Study, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The alarm study of every setting in which a watched method and its reference have enough runs."""
+    found = []
+    for setting in dict.fromkeys(run.arm.setting for run in study.queue):
+        for watched, reference in study.alarms.items():
+            try:
+                found.append(alarm_study(records, setting, watched, reference))
+            except UserError:  # not run there, or not yet
+                continue
+    return found
 
 
 def _json(value: Any, indent: str = "") -> str:
