@@ -71,6 +71,7 @@ SAMPLED_KL = "sampled_kl"
 SAMPLED_KL_WRONG = "sampled_kl_wrong"
 LENGTH_TAIL = "length_tail"
 DEMONSTRATION_LOGPROB = "demonstration_logprob"
+SKIPPED_SHARE = "skipped_share"
 STEP_SECONDS = "step_seconds"
 GENERATION_SECONDS = "generation_seconds"
 UPDATE_SECONDS = "update_seconds"
@@ -109,6 +110,7 @@ METRICS: dict[str, tuple[str, str]] = {
     EFFECTIVE_LR: ("1", "learning_rate * rho (* the guard's factor), the rate that moved the parameters"),
     NEGATIVE_INFORMATION_SHARE: ("1", "share of the steps so far with I_k < 0"),
     TRUNCATED_CONTEXTS: ("1", "share of the teacher contexts of this step that were cut at the context limit"),
+    SKIPPED_SHARE: ("1", "share of the steps that were skipped for nan or inf, with on_nonfinite='skip'"),
     STEP_SECONDS: ("seconds", "wall time of the step"),
     GENERATION_SECONDS: ("seconds", "part of it spent generating completions"),
     UPDATE_SECONDS: ("seconds", "part of it spent in forward, backward and optimizer"),

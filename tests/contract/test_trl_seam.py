@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import trl
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from transformers import Trainer
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
@@ -39,6 +41,13 @@ OVERRIDES = {
     "_load_rng_state": ["self", "checkpoint"],
     "_load_scaler": ["self", "checkpoint"],
 }
+
+
+def test_accelerate_tells_of_a_skipped_step_as_the_seam_does():
+    """And the scheduler, which holds the optimizer, then waits too."""
+    assert "return self._is_overflow" in inspect.getsource(AcceleratedOptimizer.step_was_skipped.fget)
+    assert "step_was_skipped" in inspect.getsource(AcceleratedScheduler.step)
+    assert "self.optimizer.step()" in inspect.getsource(Trainer._run_epoch)  # looked up anew, so an attribute counts
 
 
 def test_trl_is_the_version_the_seam_was_written_for():
@@ -93,7 +102,7 @@ def test_the_sampler_draws_one_permutation_per_pass():
 def test_every_private_name_of_the_seam_is_listed_here():
     """A new private member in the seam must come with its check."""
     own = set(methods(SEAM.read_text())) | {"_captured", "_grad_norm", "_recorded_before"}
-    own |= {"_scratch", "_sampler", "_unlogged"}
+    own |= {"_scratch", "_sampler", "_unlogged", "_failure", "_problem", "_distrusted"}
     listed = set(OVERRIDES) | {
         "_compute_loss",
         "_prepare_inputs",
@@ -109,6 +118,7 @@ def test_every_private_name_of_the_seam_is_listed_here():
         "_dist",
         "_last_loaded_step",
         "_get_per_token_logps_and_entropies",
+        "_is_overflow",
     }
     used = {
         node.attr

@@ -456,8 +456,8 @@ def at(place: int, value) -> list:
         (at(15, -math.inf), "'verdict' returned -inf for sample 15 at step 1"),
         (at(3, "1.0"), "'verdict' returned '1.0' for sample 3 at step 1"),
         (at(3, [1.0]), r"'verdict' returned \[1.0\] for sample 3 at step 1"),
-        (1.0, "'verdict' returned 1.0 at step 1; return a list with one number per completion"),
-        (None, "'verdict' returned None at step 1; return a list with one number per completion"),
+        (1.0, "'verdict' returned 1.0 at step 1; return a list with one reward per completion"),
+        (None, "'verdict' returned None at step 1; return a list with one reward per completion"),
     ],
 )
 def test_rewards(tmp_path, returned, says):
@@ -500,7 +500,7 @@ def test_reward_none_for_some_leaves_the_others_their_reward(tmp_path):
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_raising_reward_function_is_named_with_step_and_sample(tmp_path, is_async):
+def test_a_raising_reward_function_is_named_with_step_and_batch(tmp_path, is_async):
     def verdict(prompts, completions, index, **kwargs):
         return [{0: 1.0}.get(i, 0.0) if i != 5 else {}["answer"] for i in index]
 
@@ -511,9 +511,9 @@ def test_a_raising_reward_function_is_named_with_step_and_sample(tmp_path, is_as
     t = trainer_kit.trainer(tmp_path, reward=verdict_async if is_async else verdict, max_steps=2)
     with pytest.raises(UserError) as caught:
         trainer_kit.train(t)
-    where = "the batch of 16 samples" if is_async else "sample 4"  # a coroutine is not called again to find out
     name = "verdict_async" if is_async else "verdict"
-    assert str(caught.value) == f"reward function {name!r} raised KeyError at step 2 on {where}: 'answer'."
+    says = f"reward function {name!r} raised KeyError at step 2 on the batch of 16 samples: 'answer'."
+    assert str(caught.value) == says
     assert isinstance(caught.value.__cause__, KeyError)
     assert t.state.global_step == 1
 
@@ -526,7 +526,7 @@ def test_a_raising_reward_function_is_named_with_step_and_sample(tmp_path, is_as
         ([*["no"] * 9, math.nan, *["no"] * 6], "'remark' returned nan for sample 9 at step 1"),
         (None, "'remark' .* at step 1"),
         (2, "'remark' .* at step 1"),
-        (RuntimeError("no connection"), "'remark' raised RuntimeError at step 1: no connection"),
+        (RuntimeError("no connection"), "'remark' raised RuntimeError at step 1 on the batch of 16 samples: no conn"),
     ],
 )
 def test_feedback(tmp_path, returned, says):

@@ -143,12 +143,13 @@ class Clock:
         return call
 
 
-def test_a_crash_at_any_moment_leaves_whole_checkpoints(tmp_path, monkeypatch):
-    """Of steps 2 and 4 while 4 is written anew and 2 is rotated away; enumerates every moment."""
+@pytest.mark.parametrize("older", [[2], []])
+def test_a_crash_at_any_moment_leaves_whole_checkpoints(tmp_path, monkeypatch, older):
+    """While 4 is written anew and the older ones are rotated away; enumerates every moment."""
     new = CONTENT | {"state.json": b'{"new": 1}'}
     origin = tmp_path / "origin"
-    write(origin, 2)
-    write(origin, 4)
+    for step in (*older, 4):
+        write(origin, step)
     clock = Clock(monkeypatch)
     seen_old = seen_new = 0
     for moment in itertools.count():
@@ -161,15 +162,17 @@ def test_a_crash_at_any_moment_leaves_whole_checkpoints(tmp_path, monkeypatch):
             checkpoint.rotate(folder, 4, 1)
             break
         clock.left = -1
+        if older:
+            assert checkpoint.steps(folder), moment  # 2 goes only when 4 is there
+        checkpoint.remove_leftovers(folder)
         found = checkpoint.steps(folder)
-        assert found, moment  # nothing is lost: 2 goes only when 4 is there
+        assert found, moment  # nothing is lost
         for step in found:
             assert checkpoint.problem(folder / f"checkpoint-{step}", "r1") is None, (moment, step)
         if 4 in found:
             state = (folder / "checkpoint-4/state.json").read_bytes()
             assert state in (b"{}", b'{"new": 1}')
             seen_old, seen_new = seen_old + (state == b"{}"), seen_new + (state != b"{}")
-        checkpoint.remove_leftovers(folder)
         assert {p.name for p in folder.iterdir()} == {f"checkpoint-{s}" for s in found}
     assert checkpoint.steps(folder) == [4]
     assert moment > 20 and seen_old > 5 and seen_new > 2

@@ -736,6 +736,16 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so_once(fresh_compiler: pyt
         fused_distillation_head(**case.arguments(), compiled=True)
 
 
+def test_too_many_formulas_for_the_compiler_run_eagerly(fresh_compiler: pytest.MonkeyPatch) -> None:
+    fresh_compiler.setattr(torch, "compile", _with_backend(torch.compile, "eager"))
+    fresh_compiler.setattr(module, "_COMPILE_FROM_VOCABULARY", 11)
+    case = build()
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.warns(UserWarning, match="without torch.compile"):
+        for beta in (0.5, 0.2, 0.3):
+            expected = oracle.head(**case.arguments(beta=beta))["divergence"]
+            close(fused_distillation_head(**case.arguments(beta=beta)).divergence, expected)
+
+
 @pytest.mark.parametrize(
     ("vocabulary", "compiled", "calls"), [(11, None, 2), (10, None, 0), (11, False, 0), (5, True, 2)]
 )

@@ -7,6 +7,7 @@ import errno
 import functools
 import gc
 import io
+import json
 import os
 import shutil
 import signal
@@ -143,7 +144,7 @@ def test_the_command_in_the_configuration_starts_it_again(new, whole, tmp_path):
 
 @pytest.mark.parametrize("when", ["records", "line"])
 def test_killed_in_the_last_evaluation(new, whole, tmp_path, monkeypatch, when):
-    """Neither without its line nor without its records."""
+    """It ends neither without its line nor without its records."""
     plain_records, plain_line = run.write_records, RunLog.evaluation
 
     def records(path, values):
@@ -160,6 +161,27 @@ def test_killed_in_the_last_evaluation(new, whole, tmp_path, monkeypatch, when):
         assert pgpo(*new)[0] == 130
     err = assert_resumes_to(whole, tmp_path / "run")
     assert "all 4 steps are done; raise --max_steps to go on." in err
+
+
+def test_the_records_are_those_of_the_last_step(whole, tmp_path, monkeypatch):
+    """A finished run that goes on and is killed has none, and gets those of its new end when it is resumed."""
+    directory = tmp_path / "run"
+    shutil.copytree(whole, directory)
+    plain = RunLog.metrics
+
+    def killed_in_step_6(self, step, values):
+        if step == 6:
+            raise KeyboardInterrupt
+        plain(self, step, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "metrics", killed_in_step_6)
+        assert pgpo("train", "--resume", directory, "--max_steps", "6")[0] == 130
+    assert not (directory / "test_records.jsonl").exists()
+    assert pgpo("train", "--resume", directory)[0] == 0
+    records = [json.loads(line)["reward"] for line in (directory / "test_records.jsonl").read_text().splitlines()]
+    last = read_run(directory).evaluations[-1]
+    assert (last["step"], last["split"], last["avg_at_k"]) == (6, "test", sum(records) / len(records))
 
 
 # Foreign and broken checkpoints ---------------------------------------------------------------------------------------
@@ -183,6 +205,9 @@ def test_a_copied_run_is_the_same_run(whole, tmp_path):
     for steps in ("5", "6"):
         status, err = pgpo("train", "--resume", tmp_path / "run", "--max_steps", steps)
         assert (status, [line for line in err if "cannot be read" in line]) == (0, [])
+        run_id = read_run(tmp_path / "run").config["run_id"]
+        folders = (tmp_path / "run/checkpoints").glob("checkpoint-*")
+        assert [checkpoint.problem(folder, run_id) for folder in folders] == [None, None]
 
 
 # Signals --------------------------------------------------------------------------------------------------------------

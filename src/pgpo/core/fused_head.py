@@ -599,8 +599,8 @@ def _run(function: Callable[..., Any], options: _Options, *arguments: Tensor | N
             # Floats of the spec are constants: otherwise the second value of one becomes an fp64 input of the kernel.
             with torch._dynamo.config.patch(specialize_float=True):
                 return _compile(function)(spec, dtype, *arguments)
-        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
-            if options.compiled:
+        except Exception as error:  # no compiler, too many formulas in one process; what is no fault of it comes again
+            if options.compiled or isinstance(error, torch.OutOfMemoryError):
                 raise
             _compiler_failed = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -84,6 +84,7 @@ class _Handle:
         self.steps = 0
         self.last_rho: float | None = None
         self._armed: float | None = None
+        self._depth = 0  # a subclass's step() that calls its parent's runs the hooks of both
         try:
             self._hooks = [
                 optimizer.register_step_pre_hook(self._before_step),
@@ -107,7 +108,7 @@ class _Handle:
             try:
                 return plain(*args, **kwargs)
             finally:
-                self._undo()
+                self._reset()
 
         # A bound method, for a scheduler made later unpacks it.
         self._step: Any = types.MethodType(step, self.optimizer)
@@ -125,7 +126,7 @@ class _Handle:
         """
         if not self._hooks:
             raise RuntimeError("this handle was removed from its optimizer; call modulate(optimizer) for a new one.")
-        self._undo()  # see _restore_after_errors
+        self._reset()  # see _restore_after_errors
         value = float(rho)
         if not (math.isfinite(value) and value >= 0):
             self._armed = None
@@ -134,7 +135,7 @@ class _Handle:
 
     def remove(self) -> None:
         """Give back a plain optimizer: learning rates as they were, hooks gone. Idempotent."""
-        self._undo()
+        self._reset()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -158,17 +159,27 @@ class _Handle:
         self._armed = None
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._armed is None:
-            raise RuntimeError(
-                "optimizer.step() without a fresh rho: call handle.arm(rho) before every step "
-                "(a rho is used up by the step it was armed for), or handle.remove() to step plainly."
-            )
-        self._apply(self._armed)
+        if self._depth == 0:
+            if self._armed is None:
+                raise RuntimeError(
+                    "optimizer.step() without a fresh rho: call handle.arm(rho) before every step "
+                    "(a rho is used up by the step it was armed for), or handle.remove() to step plainly."
+                )
+            self._apply(self._armed)
+        self._depth += 1
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
         assert self._armed is not None
         self._finish(self._armed)
         self.steps, self.last_rho, self._armed = self.steps + 1, self._armed, None
+
+    def _reset(self) -> None:
+        """Undo what a step that raised has left."""
+        self._undo()
+        self._depth = 0
 
     def _apply(self, rho: float) -> None:
         raise NotImplementedError

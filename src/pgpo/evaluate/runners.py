@@ -28,7 +28,8 @@ class TransformersRunner:
 
     The same seed gives the same completions for the same prompts, k and batch_size; another batch_size draws
     its random numbers in another order and gives other completions of the same distribution. `model` is the
-    bare model, not a DDP wrapper, with its parameters whole on this rank (FSDP and ZeRO-3 shards: use vLLM).
+    bare model, not a DDP wrapper, with its parameters whole on this rank, or sharded by FSDP2 if all ranks make
+    equally many calls of as many batches (ZeRO-3 shards: use vLLM).
     """
 
     def __init__(

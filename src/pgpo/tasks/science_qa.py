@@ -31,6 +31,7 @@ option's text, so that a right answer there can be graded wrong. They are kept.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import math
@@ -64,6 +65,8 @@ DOMAINS = {
     "materials": ("Material", "material"),
     "physics": ("Physics", "physics"),
 }
+
+_LONGEST_LINE = 2**20  # bytes, ours; the longest published line has 1622
 
 T = TypeVar("T")
 
@@ -368,7 +371,11 @@ def _from_hub(domain: str, revision: str | None, place: str) -> tuple[list[Quest
 
 
 def _from_path(domain: str, path: Path) -> tuple[list[Question], list[Question]]:
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+    if not exists:
         raise UserError(f"There is no file or folder {path}; pass path= with the SciKnowEval files.")
     if path.is_file():
         if _is_split_file(path):
@@ -415,23 +422,47 @@ def _unsplit(domain: str, records: Sequence[_Record], place: str) -> list[Questi
 
 def _read_jsonl(file: Path) -> Iterator[_Record]:
     """The JSON objects of a file, blank lines skipped."""
-    lines = file.read_bytes().splitlines()  # of bytes, because those of a text would end at U+2028 too
+    try:
+        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); check the path.") from error
+    lines = content.splitlines()  # of bytes, because those of a text would end at U+2028 too
     if not any(line.strip() for line in lines):
         raise UserError(f"{file} is empty; restore it from where it came.")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
+        if len(line) > _LONGEST_LINE:
+            raise UserError(
+                f"{where}: {len(line)} bytes, more than the {_LONGEST_LINE} of any question; put each question on a "
+                "line of its own."
+            )
         try:
-            columns = json.loads(line.decode("utf-8"))
+            columns = json.loads(line.decode("utf-8"), object_pairs_hook=_columns, parse_constant=_refuse_constant)
+            if b"\\ud" in line.lower():
+                json.dumps(columns, ensure_ascii=False).encode("utf-8")  # a ValueError for half a character
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error}); each line must be one JSON object.") from error
         if not isinstance(columns, dict):
             kind = type(columns).__name__
             raise UserError(f"{where}: a JSON {kind} instead of an object; each line must be one JSON object.")
         yield _Record(columns, where)
+
+
+def _columns(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a name that stands twice is an error, because JSON would silently keep the last."""
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        twice = next(name for name, uses in Counter(name for name, _ in pairs).items() if uses > 1)
+        raise ValueError(f"{twice!r} stands twice")
+    return columns
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _is_wanted(domain: str, record: _Record) -> bool:

@@ -14,6 +14,7 @@ accident (truncation, bad copies, bits); they are no signature, so no pickled co
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -94,7 +95,13 @@ def rotate(folder: Path, step: int, limit: int | None, best: Path | None = None)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that died was writing or removing."""
+    """Remove what a process that died was writing or removing. One that was sealed, and whose predecessor of the same
+    name was out of the way already, gets its name first.
+    """
+    for written in (folder / WRITING).glob("checkpoint-*"):
+        if (folder / REMOVING / written.name).exists() and not (folder / written.name).exists():
+            with contextlib.suppress(OSError):
+                written.rename(folder / written.name)
     for name in (WRITING, REMOVING):
         shutil.rmtree(folder / name, ignore_errors=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import re
 import reprlib
 import types
 import typing
@@ -75,6 +76,11 @@ def shown(value: Any) -> str:
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
+
+
+def file_name(text: str) -> str:
+    """The text as a part of a file's name: no separators, no leading dot."""
+    return re.sub(r"[^\w.-]+", "_", text).lstrip(".") or "_"
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

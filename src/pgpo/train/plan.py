@@ -521,7 +521,8 @@ class Step:
         """A teacher pass in the last block: gradients and the block before are still there (trainer._with_teacher).
 
         States: w H per completion token held, twice while they are put together. Shared prompts: keys and values of
-        the prompts, of the expanded copies (twice while they are handed over), and of the completions behind them.
+        the prompts, of the expanded copies (twice while they are handed over, beside those of the run before), and of the
+        completions behind them.
         Other prompts: a plain forward of prompts and completions within the budget.
         """
         s, m = self.setting, self.model
@@ -533,12 +534,14 @@ class Step:
             groups = math.ceil(self.held / (s.num_generations * completion))
             prompts = min(max(self.budget, prompt), groups * prompt)
             rows = self.budget // (math.ceil(prompt / CACHED) + completion)
-            rows = max(1, min(rows, math.ceil(self.held / completion)))
+            sharing = math.ceil(self.held / completion)
+            rows = max(1, min(rows, sharing))
             cache = m.layers * self._cache()
             passes.append(cache * prompts + self._forward(prompts, prompts, prompt, masked=groups > 1))
             kept = cache * prompts + prompts * m.hidden * s.stream
-            passes.append(kept + 2 * cache * rows * prompt)
             keys = rows * self.teacher_row
+            before = cache * keys if sharing > rows else 0.0
+            passes.append(kept + before + 2 * cache * rows * prompt)
             passes.append(kept + cache * keys + self._forward(rows * completion, keys, self.teacher_row, masked=True))
         items = {"teacher states": states * (2 if self.blocks > 1 else 1), "teacher pass": max(passes)}
         if self.blocks > 1:

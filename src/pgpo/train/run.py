@@ -32,7 +32,9 @@ from pgpo.runlog import RunLog
 from pgpo.tasks import Row, Task, lab_world
 from pgpo.train import checkpoint as checkpoints
 from pgpo.train.arguments import Parsed, RunArguments, parse
+from pgpo.train.field_types import file_name
 from pgpo.train.trainer import PGPOTrainer
+from pgpo.train.trl_seam import nonfinite_parameter
 
 console = Console(stderr=True)
 # What a continued run may do differently: how long it goes on, and what it tells on the way.
@@ -214,6 +216,8 @@ def load_model(source: Path | str, dtype: str | None = None, **options: Any) -> 
             f"the model {str(source)!r} cannot be loaded ({type(error).__name__}: {reason}); give a folder or hub id "
             "with config, weights and tokenizer."
         ) from error
+    if (weight := nonfinite_parameter(model)) is not None:
+        raise UserError(f"the weight {weight} of the model {str(source)!r} holds nan or inf; give an intact copy.")
     return model, tokenizer
 
 
@@ -347,7 +351,7 @@ class _Session(TrainerCallback):
             trainer.guard.report = self._alarm
 
     def go(self, checkpoint: tuple[int, Path] | None) -> int:
-        test = self.task.test[: self.run.test_rows]
+        test, records = self.task.test[: self.run.test_rows], self.log.directory / TEST_RECORDS_FILE
         self.untouched = checkpoint is None
         if not self.trainer.is_fsdp_enabled:  # FSDP places the model when training begins
             self._evaluate_untouched()
@@ -356,6 +360,8 @@ class _Session(TrainerCallback):
             # All steps are done. The Trainer would do one more; with no epochs to do it only loads the checkpoint.
             say(f"all {args.max_steps} steps are done; raise --max_steps to go on.")
             args.max_steps, args.num_train_epochs = -1, 0
+        elif self.main:
+            records.unlink(missing_ok=True)  # of a run that ended earlier, and now goes on
         try:
             with self._stopped_by_signals(), _progress(args.objective) as (self.bar, self.line):
                 self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint[1]))
@@ -364,7 +370,8 @@ class _Session(TrainerCallback):
         if self.interrupted:
             return self.status
         step = self.trainer.state.global_step
-        if checkpoint is None or step > checkpoint[0] or not self._evaluated("test", step):
+        tested = records.exists() and self._evaluated("test", step)
+        if checkpoint is None or step > checkpoint[0] or not tested:
             self._evaluate(test, "test", step, TEST_RECORDS_FILE)
         if self.run.protocol != "last":
             self._select(test, step)
@@ -587,7 +594,7 @@ def _require_free(directory: Path, existing: Path, overwrite: bool) -> None:
 def _new_name(parsed: Parsed) -> Path:
     """runs/<task>-<domain>-<objective>-<n>, the first n that is free."""
     parts = [parsed.run.task, parsed.run.domain, parsed.config.objective]
-    stem = "-".join(p for p in parts if p)
+    stem = "-".join(file_name(p) for p in parts if p)
     number = 1
     while (Path("runs") / f"{stem}-{number}").exists():
         number += 1

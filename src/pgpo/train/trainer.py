@@ -49,6 +49,7 @@ from pgpo.evaluate.runners import TransformersRunner
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
 from pgpo.teacher.weights import reshard
 from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
+from pgpo.train.field_types import file_name
 from pgpo.train.guard import CollapseGuard, GuardActions
 from pgpo.train.multiplier import StepMultiplier
 from pgpo.train.passes import Passes, States, head_error, head_problem, open_forward
@@ -143,7 +144,7 @@ class PGPOTrainer(SeamTrainer):
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
-            args = PGPOConfig(f"{name.split('/')[-1]}-PGPO")
+            args = PGPOConfig(f"{file_name(name.split('/')[-1])}-PGPO")
         if not isinstance(args, PGPOConfig):
             raise UserError(f"args is a {type(args).__name__}; PGPOTrainer needs a PGPOConfig (same fields and more).")
         _check_inputs(args, train_dataset, reward_funcs, kwargs)
@@ -204,6 +205,11 @@ class PGPOTrainer(SeamTrainer):
         mine = range(len(rollout.prompts))[rollout.local]
         self._log_rollout(rollout, batch["completion_mask"])
         if not self.distills:
+            if math.isinf(self.recorded("reward_std") or 0.0):
+                raise UserError(
+                    f"at step {self.state.global_step + 1}: the rewards, up to {max(map(abs, rollout.rewards)):.3g}, have "
+                    "a variance beyond single precision, so that every advantage would be 0; divide them."
+                )
             return batch
         a = self.args
         rendered: dict[str, list[int]] = {}  # siblings share one or two teacher prompts
@@ -235,6 +241,7 @@ class PGPOTrainer(SeamTrainer):
             )
         except ValueError as error:
             raise UserError(f"at step {self.state.global_step + 1}: {error}") from error
+        self._check_answer_prefixes(rollout.prompts, [context.prompt for context in contexts])
         prompts = [contexts[i].prompt for i in mine]
         batch["teacher_prompt_ids"] = [None if prompt is None else render(prompt) for prompt in prompts]
         batch["row"] = torch.arange(len(mine))
@@ -250,6 +257,28 @@ class PGPOTrainer(SeamTrainer):
         self.record("truncated_contexts", sum(c.truncated for c in contexts) / len(contexts))
         self.record("feedback_share", sum(c.feedback_used for c in contexts) / len(contexts))
         return batch
+
+    def _check_answer_prefixes(self, prompts: list[Prompt], teacher_prompts: list[Prompt | None]) -> None:
+        """Student and teacher must judge a completion behind the same opening; a template may add <think> to one only.
+
+        Raises UserError, on all ranks, which all see all prompts.
+        """
+        seen: dict[str, str] = {}  # siblings share prompts
+
+        def prefix(prompt: Prompt) -> str:
+            key = repr(prompt)
+            if key not in seen:
+                seen[key] = self.answer_prefix(prompt)
+            return seen[key]
+
+        for prompt, teacher_prompt in zip(prompts, teacher_prompts, strict=True):
+            if teacher_prompt is not None and prefix(prompt) != prefix(teacher_prompt):
+                raise UserError(
+                    f"at step {self.state.global_step + 1}: the chat template opens the student's answer with "
+                    f"{prefix(prompt)!r} and the teacher's with {prefix(teacher_prompt)!r}, so that they would judge "
+                    "different texts; set a template (or chat_template_kwargs) whose opening does not depend on the "
+                    f"messages, which begin with {str(prompt)[:60]!r}."
+                )
 
     def _log_rollout(self, rollout: Rollout, completion_mask: Tensor) -> None:
         rewards = [r for r in rollout.rewards if not math.isnan(r)]

@@ -76,6 +76,8 @@ class SeamTrainer(GRPOTrainer):
         reward_funcs = kwargs.get("reward_funcs") or []
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         kwargs["reward_funcs"] = [self._guarded(f) for f in reward_funcs]
+        if kwargs.get("rollout_func") is not None:
+            kwargs["rollout_func"] = self._checked(kwargs["rollout_func"])
         self._captured: tuple[list[Prompt], list[str], Tensor, list[str | None] | None] | None = None
         self._recorded_before: dict[str, int] = {}  # scalars per name when this training step began
         self._grad_norm: float | None = None
@@ -204,6 +206,23 @@ class SeamTrainer(GRPOTrainer):
             **self.chat_template_kwargs,
         )["input_ids"]
 
+    def answer_prefix(self, prompt: Prompt) -> str:
+        """Text that the chat template puts behind the last message to open the answer; none for plain text."""
+        if isinstance(prompt, str):
+            return ""
+        opened, plain = (
+            self.processing_class.apply_chat_template(
+                conversation=prompt,
+                chat_template=self.chat_template,
+                add_generation_prompt=opening,
+                tokenize=False,
+                **self.chat_template_kwargs,
+            )
+            for opening in (True, False)
+        )
+        shared = (i for i, (a, b) in enumerate(zip(opened, plain)) if a != b)
+        return str(opened[next(shared, min(len(opened), len(plain))) :])
+
     @contextlib.contextmanager
     def generation_model(self) -> Iterator[nn.Module]:
         """The student, gathered and unwrapped for `generate`."""
@@ -330,7 +349,7 @@ class SeamTrainer(GRPOTrainer):
             async def guarded_async(**kwargs: Any) -> list[float | None]:
                 try:
                     limit = self.args.reward_timeout
-                    return check(await call_async(function, what, self._place, "number", limit, kwargs))
+                    return check(await call_async(function, what, self._place, "reward", limit, kwargs))
                 except UserError as error:
                     return self._fail(error, len(kwargs["prompts"]))
 
@@ -340,12 +359,28 @@ class SeamTrainer(GRPOTrainer):
         @functools.wraps(function, assigned=("__doc__",), updated=())
         def guarded(**kwargs: Any) -> list[float | None]:
             try:
-                return check(call(function, what, self._place, "number", self.args.reward_timeout, kwargs))
+                return check(call(function, what, self._place, "reward", self.args.reward_timeout, kwargs))
             except UserError as error:
                 return self._fail(error, len(kwargs["prompts"]))
 
         guarded.__name__ = _name(function)  # TRL names the metric after it
         return guarded
+
+    def _checked(self, rollout: Callable[..., Any]) -> Callable[..., Any]:
+        """A rollout function whose completions all have a token, as TRL takes for granted."""
+
+        @functools.wraps(rollout)
+        def checked(prompts: list[Prompt], trainer: Any) -> dict[str, Any]:
+            output: dict[str, Any] = rollout(prompts, trainer)
+            for i, ids in enumerate(output.get("completion_ids", [])):
+                if len(ids) == 0:
+                    raise UserError(
+                        f"rollout_func returned no token for sample {i} {self._place}; return at least the end-of-text "
+                        "token."
+                    )
+            return output
+
+        return checked
 
     @property
     def _place(self) -> str:
@@ -365,9 +400,9 @@ class SeamTrainer(GRPOTrainer):
         for rank, name in enumerate(self.gather_objects([nonfinite_parameter(self.model)])):
             if name is not None:
                 raise UserError(
-                    f"at step {self.state.global_step + 1}: the weight {name} holds nan or inf (rank {rank}), so nothing "
-                    "can be sampled and nothing was updated; continue from an earlier checkpoint with a lower learning "
-                    "rate."
+                    f"at step {self.state.global_step + 1}: the weight {name} holds nan or inf (rank {rank}), so "
+                    "nothing can be sampled and nothing was updated; continue from an earlier checkpoint with a lower "
+                    "learning rate."
                 )
 
     def _tokenize_prompts(self, prompts: list[Prompt]) -> Any:

@@ -70,7 +70,7 @@ def call(
     """What the function returns, one item per completion.
 
     Args:
-        what, place, unit: for sentences, e.g. "reward function 'grade'", "at step 3", "number".
+        what, place, unit: for sentences, e.g. "reward function 'grade'", "at step 3", "reward".
 
     Raises:
         UserError: it raised, took longer than `timeout` seconds, or returned something else.
