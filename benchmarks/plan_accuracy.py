@@ -236,6 +236,7 @@ def allocated(case: Case) -> dict[str, float]:
     from torch.profiler import ProfilerActivity, profile
 
     spans: list[tuple[str, int, int]] = []
+    gc.collect()  # what is freed later would count as negative
     with _quiet() as folder, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = _trainer(case, folder)
         _watch(trainer, spans)

@@ -248,6 +248,19 @@ def test_a_token_that_one_side_forbids(kind: str, beta: float) -> None:
                 close(actual, w)
 
 
+@pytest.mark.parametrize(("kind", "beta"), [("jsd", 0.5), ("jsd", 0.9), ("forward_kl", 0.5), ("reverse_kl", 0.5)])
+def test_probabilities_near_the_smallest_float(kind: str, beta: float) -> None:
+    """exp(-103) is the last denormal of fp32; a share of it in the mixture is 0, whose logarithm is -inf."""
+    one, eye = torch.ones(1, 1), torch.tensor([0])
+    for low in [-80.0, -87.5, -100.0, *torch.arange(-103.0, -104.0, -0.1).tolist(), -300.0]:
+        student = torch.tensor([[0.0], [low]]).requires_grad_()
+        teacher = torch.tensor([[0.0], [low + 1]])
+        out = fused_distillation_head(one, student, one, teacher, eye, torch.ones(1), kind=kind, beta=beta)
+        assert abs(out.divergence.item()) < 1e-30
+        (gradient,) = torch.autograd.grad(out.loss, student)
+        assert gradient.abs().max() < 1e-30
+
+
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
 def test_top_k_that_captures_all_mass_has_the_reference_clamp(kind: str, beta: float) -> None:
     """log(1 - 1) = -inf in the tail would poison value and gradient."""

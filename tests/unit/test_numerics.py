@@ -7,10 +7,14 @@ Run under torchrun with a folder as its argument, this file is what two ranks do
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
 import random
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -314,7 +318,7 @@ def scaled(t, init_scale: float = 64.0):
     return scaler
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adamw_torch_fused"])  # a fused one skips within its kernel
 def test_what_a_scaler_skips_moves_nothing(tmp_path, optim):
     t, said = make(tmp_path, "gradient", {1, 3}, math.inf, optim=optim)
     scaler = scaled(t)
@@ -553,3 +557,78 @@ def test_a_vocabulary_of_two(tmp_path):
     for log in logs:
         assert 0 <= log["student_entropy"] <= math.log(2) + 1e-6 and 0 <= log["teacher_entropy"] <= math.log(2) + 1e-6
         assert math.isfinite(log["grad_norm"]) and log["active_share"] == 1.0
+
+
+# Ranks ----------------------------------------------------------------------------------------------------------------
+
+
+def two_ranks(folder: Path) -> dict[str, dict]:
+    """Faults on rank 1 alone; what this rank saw."""
+    rank = int(os.environ["RANK"])
+    seen: dict[str, dict] = {}
+
+    def run(name: str, fault: str, step: int, value: float, reward=None, **options) -> None:
+        steps = {step} if rank == 1 else set()
+        t, said = make(folder / name, fault, steps, value, **options)
+        if reward is not None:
+            t.reward_funcs = [t._guarded(reward)]
+        watch, error = Watch(t), None
+        try:
+            trainer_kit.train(t)
+        except UserError as e:
+            error = str(e)
+        seen[name] = {
+            "error": error,
+            "said": said,
+            "done": t.state.global_step,
+            "changed": {k: sorted(differing(watch.before[k], watch.after[k])) for k in watch.after},
+            "weights": sum(p.double().abs().sum().item() for p in t.model.parameters()),
+        }
+
+    def raising(prompts, completions, **kwargs):
+        if rank == 1 and kwargs["trainer_state"].global_step == 1:
+            raise KeyError("answer")
+        return trainer_kit.parity_reward(prompts, completions)
+
+    def slow(prompts, completions, **kwargs):
+        time.sleep(30 if rank == 1 else 0)
+        return trainer_kit.parity_reward(prompts, completions)
+
+    run("reward, skip", "reward", 2, math.nan, on_nonfinite="skip", max_steps=3)
+    run("gradient, skip", "gradient", 2, math.inf, on_nonfinite="skip", max_steps=3)
+    run("logits, stop", "logits", 2, math.nan)
+    run("reward, stop", "reward", 1, math.inf)
+    run("raising", "none", 1, 0.0, reward=raising)
+    run("slow", "none", 1, 0.0, reward=slow, reward_timeout=0.5)
+    return seen
+
+
+def test_all_ranks_decide_alike(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    for name in first:
+        for part in ("error", "done", "changed", "weights"):
+            assert first[name][part] == second[name][part], (name, part)
+        assert second[name]["said"] == []  # the main process speaks
+    for name in ("reward, skip", "gradient, skip"):
+        assert first[name]["done"] == 3 and first[name]["error"] is None
+        assert [bool(changed) for changed in first[name]["changed"].values()] == [True, False, True]
+        (text,) = first[name]["said"]
+        assert text.startswith("step 2 is skipped: ")
+    assert "returned nan for sample 7 at step 2 on rank 1;" in first["reward, skip"]["said"][0]
+    assert "gradient norm is" in first["gradient, skip"]["said"][0]
+    assert re.search(r"at step 2: .*not finite.*\(rank 1\)", first["logits, stop"]["error"])
+    assert "'verdict' returned inf for sample 7 at step 1 on rank 1" in first["reward, stop"]["error"]
+    says = "reward function 'raising' raised KeyError at step 2 on rank 1 on the batch of 8 samples: 'answer'."
+    assert first["raising"]["error"] == says
+    assert "'slow' did not return within reward_timeout = 0.5 seconds at step 1 on rank 1" in first["slow"]["error"]
+    assert [first[n]["done"] for n in ("logits, stop", "reward, stop", "raising", "slow")] == [1, 0, 1, 0]
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    result = json.dumps(two_ranks(out))
+    (out / f"{os.environ['RANK']}.json").write_text(result)

@@ -481,20 +481,18 @@ class Step:
     def moments(self, memory: float = 0.0) -> dict[str, dict[str, float]]:
         """{moment: {item: bytes}}; `memory` is what vLLM's share is a part of."""
         s = self.setting
-        shared = static(self.model, s)
+        always = static(self.model, s)
         if s.vllm_share is not None:
-            shared["vLLM"] = s.vllm_share * memory
-        found = {
-            "rollout": self.rollout(),
-            **({"teacher": self.teacher()} if s.distills else {}),
-            "loss": self.loss(),
-            "backward": self.backward(),
-            "step": self.step(),
-        }
-        for items in found.values():
-            items |= {name: size + items.get(name, 0) for name, size in shared.items()}
+            always["vLLM"] = s.vllm_share * memory
+        found: dict[str, dict[str, float]] = {"rollout": self.rollout()}
+        if s.distills:
+            found["teacher"] = self.teacher()
+        found |= {"loss": self.loss(), "backward": self.backward(), "step": self.step()}
+        for name, own in found.items():
+            items = always | {item: size + always.get(item, 0) for item, size in own.items()}
             if s.device == "cuda":
                 items["reserve"] = RESERVE + RESERVE_SHARE * sum(v for k, v in items.items() if k != "vLLM")
+            found[name] = items
         return found
 
     def rollout(self) -> dict[str, float]:
@@ -520,9 +518,9 @@ class Step:
     def teacher(self) -> dict[str, float]:
         """A teacher pass in the last block: gradients and the block before are still there (trainer._with_teacher).
 
-        States: w H per completion token held, twice while they are put together. Shared prompts: keys and values of
-        the prompts, of the expanded copies (twice while they are handed over, beside those of the run before), and of the
-        completions behind them.
+        States: w H per completion token held, twice while they are put together.
+        Shared prompts: keys and values of the prompts, of the expanded copies (twice while they are handed over, beside
+            those of the run before), and of the completions behind them.
         Other prompts: a plain forward of prompts and completions within the budget.
         """
         s, m = self.setting, self.model
@@ -740,7 +738,7 @@ def largest_budget(model: ModelShape, setting: Setting, memory: float) -> int | 
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return high
 
 
 def advice(model: ModelShape, setting: Setting, memory: float) -> str:
@@ -856,7 +854,7 @@ def _print(result: Plan) -> None:
     for moment in result.moments:
         table.add_column(moment, justify="right")
     columns = list(result.moments.values())
-    for item in dict.fromkeys(name for items in columns for name in items):
+    for item in dict.fromkeys(name for items in columns for name, size in items.items() if size):
         table.add_row(item, *(f"{items[item] / unit:.2f}" if items.get(item) else "" for items in columns))
     table.add_section()
     table.add_row("sum", *(f"{sum(items.values()) / unit:.2f}" for items in columns))

@@ -206,9 +206,10 @@ class PGPOTrainer(SeamTrainer):
         self._log_rollout(rollout, batch["completion_mask"])
         if not self.distills:
             if math.isinf(self.recorded("reward_std") or 0.0):
+                largest = max(map(abs, rollout.rewards))
                 raise UserError(
-                    f"at step {self.state.global_step + 1}: the rewards, up to {max(map(abs, rollout.rewards)):.3g}, have "
-                    "a variance beyond single precision, so that every advantage would be 0; divide them."
+                    f"at step {self.state.global_step + 1}: the rewards, up to {largest:.3g}, have a variance beyond "
+                    "single precision, so that every advantage would be 0; divide them."
                 )
             return batch
         a = self.args
@@ -625,7 +626,7 @@ class PGPOTrainer(SeamTrainer):
         except ValueError as error:
             if halves is not None:
                 halves.discard()
-            self.distrust(str(error).rstrip("."), here=not self.finite_here)
+            self.distrust(str(error).split(";")[0], here=not self.finite_here)
             return None
         information = pooled(parts, self.args.information_denominator)
         self._signal_steps += 1

@@ -152,9 +152,9 @@ class SeamTrainer(GRPOTrainer):
         step = f"step {self.state.global_step + 1}"
         if here is not None:
             found = [str(rank) for rank, culprit in enumerate(self.gather_objects([here])) if culprit]
-            several = self.accelerator.num_processes > 1 and len(found) != 1
-            ranks = f"ranks {', '.join(found) or 'all'}" if several else f"rank {(found or ['0'])[0]}"
-            cause = f"{cause} ({ranks})"
+            if not found:  # an overflow in the sum over ranks
+                found = ["0"] if self.accelerator.num_processes == 1 else ["all"]
+            cause = f"{cause} (rank {', '.join(found)})"
         self._distrusted = self._distrusted or cause
         if self.args.on_nonfinite == "stop":
             raise UserError(
@@ -429,21 +429,22 @@ class SeamTrainer(GRPOTrainer):
         """transformers asks for it between clipping and the optimizer's step: the last place to stop a bad update."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._grad_norm = None if norm is None else float(norm)
-        # With fp16 the gradient scaler skips such a step by itself.
-        if self._grad_norm is not None and not self.args.fp16 and not math.isfinite(self._grad_norm):
+        finite = self._grad_norm is None or math.isfinite(self._grad_norm)
+        if not finite and not self.args.fp16:  # a gradient scaler tries too large scales now and then
             self.distrust(f"the gradient norm is {self._grad_norm}", here=not self.finite_here)
         if self._distrusted is not None:
-            self._skip_step()
+            self._count_skip()
         else:
             self.skips_in_a_row = 0
+        if self._distrusted is not None or not finite:
+            self._leave_out_step()
+        else:
             self.optimizer._is_overflow = False
         if self.args.on_nonfinite == "skip":
             self.record("skipped_share", float(self._distrusted is not None))
         return norm
 
-    def _skip_step(self) -> None:
-        """Leave out the optimizer's next step, told as accelerate tells of one that a gradient scaler skipped: neither
-        schedule nor teacher move on."""
+    def _count_skip(self) -> None:
         self.skips_in_a_row += 1
         self._grad_norm = None
         self.forget_step()
@@ -452,13 +453,19 @@ class SeamTrainer(GRPOTrainer):
             raise UserError(f"{text}; the {MOST_SKIPS} last steps were skipped, so training stops. Look for the cause.")
         if self.accelerator.is_main_process:
             self.say(text)
-        optimizer = self.optimizer
+
+    def _leave_out_step(self) -> None:
+        """Let the optimizer's next step do nothing, told as accelerate tells of what a gradient scaler skips: neither
+        schedule nor teacher move on. (accelerate itself misses what a scaler skips within a fused optimizer.)"""
+        optimizer, before = self.optimizer, vars(self.optimizer).get("step")
 
         def step(closure: Any = None) -> None:
             del optimizer.step
+            if before is not None:
+                optimizer.step = before
             optimizer._is_overflow = True
             if optimizer.scaler is not None:
-                optimizer.scaler.update()  # the gradients were unscaled for their norm
+                optimizer.scaler.update()  # it has seen the gradients when they were unscaled for their norm
 
         optimizer.step = step
 

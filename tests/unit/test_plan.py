@@ -1,0 +1,411 @@
+"""`pgpo plan`: saved bytes against autograd, peaks against torch's allocator, constants against their sources."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+)
+
+from pgpo.cli import main
+from pgpo.core import fused_head
+from pgpo.errors import UserError
+from pgpo.teacher import weights
+from pgpo.train import passes, plan, trainer
+from pgpo.train.config import PGPOConfig
+from pgpo.train.plan import GIB, MATRICES, Setting, Step
+
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+ROWS, WIDTH = 2, 20
+
+
+def config(kind: str = "qwen3", layers: int = 2, **changes):
+    shape = dict(
+        vocab_size=64,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    if kind != "qwen2":
+        shape["head_dim"] = 8  # 6 * 8 = 48 queries, unlike the hidden size
+    if kind == "mistral":
+        shape["sliding_window"] = None
+    return CLASSES[kind][0](**(shape | changes))
+
+
+def read(tmp_path: Path, kind: str = "qwen3", **changes) -> plan.ModelShape:
+    config(kind, **changes).save_pretrained(tmp_path)
+    return plan.read_model(str(tmp_path))
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> dict[str, plan.ModelShape]:
+    return {kind: read(tmp_path_factory.mktemp(kind), kind) for kind in CLASSES}
+
+
+def large() -> plan.ModelShape:
+    """Qwen3-8B."""
+    matrices = dict(zip(MATRICES, [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 12288)] * 2))
+    matrices["up_proj"], matrices["down_proj"] = (4096, 12288), (12288, 4096)
+    return plan.ModelShape(
+        "8B", 36, 4096, 12288, 32, 8, 128, 151_936, 40_960, False, True, True, 8_190_735_360, matrices
+    )
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_and_shapes_are_the_models_own(tmp_path, kind, tied):
+    shape = read(tmp_path, kind, tie_word_embeddings=tied)
+    model = CLASSES[kind][1](config(kind, tie_word_embeddings=tied))
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.tied is tied
+    assert shape.head == model.get_output_embeddings().weight.numel()
+    assert shape.block == sum(
+        part.weight.numel() for part in model.base_model.layers[0].modules() if isinstance(part, torch.nn.Linear)
+    )
+    assert set(shape.matrices) == set(MATRICES)
+    assert shape.head_norms == (kind == "qwen3")
+    assert not list(tmp_path.glob("*.safetensors"))  # nothing but a config was there
+
+
+def test_a_model_with_a_window_shares_no_prompts(tmp_path):
+    assert read(tmp_path / "a", "mistral").expandable
+    assert not read(tmp_path / "b", "mistral", sliding_window=16).expandable
+
+
+# What autograd saves --------------------------------------------------------------------------------------------------
+
+
+def saved(model, masked: bool, autocast: bool) -> int:
+    """Bytes of the storages that autograd keeps of a forward to the last hidden state, parameters apart."""
+    ids = torch.randint(0, 64, (ROWS, WIDTH))
+    mask = torch.ones_like(ids)
+    if masked:
+        mask[0, 0] = 0
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept, found = [], {}
+
+    def pack(tensor):
+        kept.append(tensor)  # so that no address is used twice
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), use_cache=False
+        )
+    return sum(found.values())
+
+
+def build(kind: str, layers: int, attention: str, dtype: torch.dtype, lora: int | None, targets, dropout: float):
+    model = CLASSES[kind][1](config(kind, layers, attn_implementation=attention)).to(dtype)
+    if lora is not None:
+        from peft import LoraConfig, get_peft_model
+
+        peft = get_peft_model(model, LoraConfig(r=lora, target_modules=list(targets), lora_dropout=dropout))
+        peft.enable_input_require_grads()
+        model = peft.get_base_model()
+    return model.train()
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("precision", ["float32", "float32 autocast", "bfloat16", "bfloat16 autocast"])
+@pytest.mark.parametrize(
+    "masked, lora, targets, dropout",
+    [
+        (False, None, (), 0.0),
+        (True, None, (), 0.0),
+        (False, 4, ("q_proj", "v_proj"), 0.0),
+        (True, 4, MATRICES, 0.0),
+        (False, 4, MATRICES, 0.1),
+    ],
+)
+def test_a_block_saves_what_the_plan_says(shapes, kind, attention, precision, masked, lora, targets, dropout):
+    dtype, autocast = getattr(torch, precision.split()[0]), "autocast" in precision
+    setting = Setting(
+        lora=lora,
+        lora_targets=targets or ("q_proj",),
+        lora_dropout=dropout > 0,
+        parameter_bytes=dtype.itemsize,
+        autocast=autocast,
+        attention=attention,
+        device="cpu",
+    )
+    two, three = (saved(build(kind, n, attention, dtype, lora, targets, dropout), masked, autocast) for n in (2, 3))
+    shape = shapes[kind]
+    casts = 0  # copies of weights, which the plan counts by themselves
+    if autocast:
+        adapters = plan.adapter_parameters(dataclasses.replace(shape, layers=1), setting)
+        casts = 2 * ((shape.block if dtype == torch.float32 else 0) + adapters)
+    assert three - two == ROWS * WIDTH * plan.layer_activations(shape, setting, WIDTH, masked) + casts
+    if lora is None:
+        last = plan.last_activations(shape, setting) - setting.stream * shape.hidden  # its output is not saved
+        assert two - 2 * (three - two) == ROWS * WIDTH * last
+
+
+# Constants ------------------------------------------------------------------------------------------------------------
+
+
+def test_copied_constants_are_those_of_the_code():
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    assert plan.HELD == trainer._HELD
+    assert plan.CACHED == passes._CACHED
+    assert plan.BUCKET == weights._BUCKET
+    assert plan.CHUNK_LOGITS == {**fused_head._CHUNK_LOGITS, "cuda": fused_head._CHUNK_LOGITS_ELSEWHERE}
+    assert plan.COMPILE_FROM == fused_head._COMPILE_FROM_VOCABULARY
+    assert fused_head._EAGER_LOGITS["cpu"] == plan.EAGER_LOGITS
+    assert plan.TRL_TILE == (chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE)
+
+
+def test_defaults_are_the_trainers():
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets
+
+    theirs = {field.name: field.default for field in dataclasses.fields(PGPOConfig)}
+    ours = Setting()
+    for name in (
+        "max_completion_length",
+        "max_prompt_length",
+        "prompts_per_step",
+        "num_generations",
+        "objective",
+        "teacher",
+        "fused_head",
+        "gradient_checkpointing",
+    ):
+        assert getattr(ours, name) == theirs[name], name
+    assert ours.teacher_prompt_length == theirs["max_teacher_prompt_length"]
+    assert all(targets[kind] == list(ours.lora_targets) for kind in plan.BLOCKS)
+
+
+# Peaks ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    path = Path(__file__).parents[2] / "benchmarks/plan_accuracy.py"
+    spec = importlib.util.spec_from_file_location("plan_accuracy", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(V=9_000, H=96, I=288, layers=5, heads=6, kv=2, d=16, P=40, L=90, budget=520, group=8, questions=1),
+        dict(V=9_000, H=96, I=256, layers=5, heads=4, kv=4, d=24, P=150, L=40, budget=760, kind="llama", lora=4,
+             dtype="bfloat16", autocast=True, checkpointing=True, group=8, questions=1),
+    ],
+    ids=["full, float32", "LoRA, bfloat16, checkpointing"],
+)  # fmt: skip
+def test_the_peak_of_a_real_step_is_predicted(benchmark, changes):
+    case = benchmark.Case("small", **changes)
+    plan_, torch_ = benchmark.predicted(case), benchmark.allocated(case)
+    for moment in ("peak", "teacher", "loss", "backward"):
+        assert plan_[moment] == pytest.approx(torch_[moment], rel=0.12), moment
+
+
+def test_bytes_per_parameter_that_stay():
+    full = Setting(parameter_bytes=2)
+    sizes = {name: size / large().parameters for name, size in plan.static(large(), full).items()}
+    assert sizes == {"parameters": 2, "optimizer": 4, "teacher": 2, "teacher average": 4}
+    sizes = plan.static(large(), dataclasses.replace(full, parameter_bytes=4, gpus=4))
+    assert {name: size / large().parameters for name, size in sizes.items()} == {
+        "parameters": 4,
+        "optimizer": 8,
+        "teacher": 4,
+        "gradient buckets (DDP)": 4,
+    }
+    assert "teacher" not in plan.static(large(), dataclasses.replace(full, teacher="live"))
+    assert "teacher average" not in plan.static(large(), dataclasses.replace(full, teacher="frozen"))
+    sharded = plan.static(large(), dataclasses.replace(full, gpus=8, fsdp=True))  # what trains is fp32 there
+    assert {name: size * 8 / large().parameters for name, size in sharded.items()} == {
+        "parameters": 4,
+        "optimizer": 8,
+        "teacher": 2,
+        "teacher average": 4,
+    }
+
+
+def test_an_adapter_has_r_times_in_plus_out_parameters(shapes):
+    from peft import LoraConfig, get_peft_model
+
+    for targets in (("q_proj", "v_proj"), MATRICES):
+        model = get_peft_model(Qwen3ForCausalLM(config()), LoraConfig(r=3, target_modules=list(targets)))
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert plan.adapter_parameters(shapes["qwen3"], Setting(lora=3, lora_targets=targets)) == count
+
+
+LORA = Setting(lora=16, parameter_bytes=2, vllm_share=0.3)
+
+
+@pytest.mark.parametrize("memory", [60, 80, 141])
+def test_the_largest_budget_is_the_largest(memory):
+    found = plan.largest_budget(large(), LORA, memory * GIB)
+    assert plan.peak(Step(large(), LORA, found), memory * GIB)[1] <= memory * GIB
+    assert plan.peak(Step(large(), LORA, found + 1), memory * GIB)[1] > memory * GIB
+    assert found >= (plan.largest_budget(large(), LORA, 0.9 * memory * GIB) or 0)
+
+
+def test_a_whole_batch_that_fits_needs_no_larger_budget():
+    setting = dataclasses.replace(LORA, max_completion_length=64, max_prompt_length=64, teacher_prompt_length=128)
+    assert plan.largest_budget(large(), setting, 200 * GIB) == 32 * 8 * 128
+
+
+@pytest.mark.parametrize(
+    "change, higher",
+    [
+        (dict(max_completion_length=16384), True),
+        (dict(gradient_checkpointing=False), True),
+        (dict(fused_head=False), True),
+        (dict(attention="eager"), True),
+        (dict(lora=64), True),
+        (dict(lora=None), True),
+        (dict(parameter_bytes=4), True),
+        (dict(vllm_share=None), True),
+        (dict(vllm_share=0.2), False),
+        (dict(gpus=4, fsdp=True), False),
+    ],
+    ids=str,
+)
+def test_every_choice_moves_the_peak_the_way_it_must(change, higher):
+    changed = dataclasses.replace(LORA, **change)
+    before, after = (plan.peak(Step(large(), s, 16384), 80 * GIB)[1] for s in (LORA, changed))
+    assert (after > before) if higher else (after < before)
+
+
+# Command --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    config(max_position_embeddings=40_960).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_table_adds_up_and_the_file_says_the_same(folder, tmp_path, capsys):
+    words = ["plan", str(folder), "--memory", "2", "--device", "cpu", "--max_prompt_length", "100"]
+    words += ["--max-completion-length=200", "--teacher-prompt-length", "300", "--json", str(tmp_path / "plan.json")]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    document = json.loads((tmp_path / "plan.json").read_text())
+    assert document["setting"]["max_prompt_length"] == 100
+    assert document["setting"]["max_completion_length"] == 200
+    sums = {name: sum(items.values()) for name, items in document["moments"].items()}
+    assert document["peak"] == max(sums.values()) == sums[document["peak_moment"]]
+    printed = [float(x) for x in re.findall(r"^ *sum +(.*)$", out, re.M)[0].split()]
+    assert printed == pytest.approx([v / 2**20 for v in sums.values()], abs=0.01)
+    columns = re.findall(r"^ +rollout +teacher +loss +backward +step *$", out, re.M)
+    assert len(columns) == 1
+    assert "fit; largest max_tokens_per_microbatch" in out and "16384: fits in 2048 MiB" in out
+
+
+def test_what_it_advises_fits(folder, capsys):
+    flags = ["--max-prompt-length", "512", "--teacher-prompt-length", "8192", "--no-fused-head"]
+    flags += ["--no-gradient-checkpointing", "--attention", "eager", "--dtype", "bfloat16"]
+    assert main(["plan", str(folder), "--memory", "6", *flags]) == 0
+    advice = capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert "do not fit: it fits with" in advice
+    changes = re.findall(r"with (--[^,.]+)", advice)
+    assert changes
+    for change in changes:
+        assert main(["plan", str(folder), "--memory", "6", *flags, *change.split()]) == 0
+        assert "fit; largest" in capsys.readouterr().out, change
+
+
+def test_nothing_helps_a_model_that_is_too_large(folder, capsys):
+    assert main(["plan", str(folder), "--memory", "0.5"]) == 0  # the reserve alone is more
+    assert "do not fit: no single change is enough" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--memory", "0"], "memory is 0"),
+        (["--memory", "nan"], "memory is nan"),
+        (["--memory", "80", "--gpus", "0"], "gpus is 0"),
+        (["--memory", "80", "--gpus", "-1"], "gpus is -1"),
+        (["--memory", "80", "--gpus", "3"], "do not divide evenly by 3 GPUs"),
+        (["--memory", "80", "--max-completion-length", "40000"], "longer than the 40960 positions"),
+        (["--memory", "80", "--max-completion-length", "0"], "max_completion_length is 0"),
+        (["--memory", "80", "--max-tokens-per-microbatch", "0"], "max_tokens_per_microbatch is 0"),
+        (["--memory", "80", "--lora", "0"], "the LoRA rank is 0"),
+        (["--memory", "80", "--lora-targets", "qkv"], "'qkv' is no matrix"),
+        (["--memory", "80", "--vllm-share", "1.5"], "the vLLM share is 1.5"),
+        (["--memory", "80", "--fsdp"], "gpus is 1"),
+        (["--memory", "80", "--teacher", "trust_region"], "invalid choice: 'trust_region'"),
+        (["--memory", "80", "--json", "/no/such/plan.json"], "there is no folder /no/such"),
+        ([], "--memory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_arguments_are_told_in_one_sentence(folder, capsys, words, said):
+    assert main(["plan", str(folder), *words]) == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.count("\n") == 1 and out == ""
+
+
+def test_bad_models_are_told_in_one_sentence(tmp_path, capsys):
+    def refused(source: object) -> str:
+        assert main(["plan", str(source), "--memory", "80"]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        return err
+
+    (tmp_path / "empty").mkdir()
+    assert "there is no model folder" in refused(tmp_path / "nowhere")
+    assert "cannot be read" in refused("no-such-model-anywhere")  # offline, or not on the hub
+    assert "no config.json" in refused(tmp_path / "empty")
+    T5Config().save_pretrained(tmp_path / "t5")
+    assert "encoder-decoder" in refused(tmp_path / "t5")
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    assert "gpt2 model, whose blocks are not known here; known: llama" in refused(tmp_path / "gpt2")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{")
+    assert "cannot be read" in refused(tmp_path / "broken")
+    AutoConfig.for_model("llama", vocab_size=-1).save_pretrained(tmp_path / "negative")
+    assert "no model can be made" in refused(tmp_path / "negative")
+
+
+def test_a_setting_is_checked_before_anything_is_computed():
+    with pytest.raises(UserError, match="gpus is 0"):
+        plan.plan(large(), Setting(gpus=0), 80 * GIB)
