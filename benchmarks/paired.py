@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,14 @@ def report(name: str, question: str, limit: float, result: dict[str, Any]) -> bo
     print(f"{name}: {question}: ratio {result['ratio_median']:.4f} [{low:.4f}, {high:.4f}]", end=" ")
     print(f"over {result['pairs']} pairs, limit {limit:g}: {'reached' if reached else 'NOT reached'}")
     return reached
+
+
+def reuse_memory() -> None:
+    """Start the script anew so that freed tensors are reused, as with a GPU's allocator: otherwise the path with the
+    larger tensors also pays page faults."""
+    tuning = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "OMP_NUM_THREADS": "1"}
+    if any(os.environ.get(name) != value for name, value in tuning.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **tuning})
 
 
 def pairs_from_command_line(default: int) -> int:

@@ -9,13 +9,6 @@ Lengths are drawn anew for every pair.
 
 from __future__ import annotations
 
-import os
-import sys
-
-TUNING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "OMP_NUM_THREADS": "1"}  # freed memory is reused
-if __name__ == "__main__" and "MALLOC_MMAP_MAX_" not in os.environ:
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNING})
-
 import statistics
 import time
 import warnings
@@ -25,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from paired import measure, pairs_from_command_line, report
+from paired import measure, pairs_from_command_line, report, reuse_memory
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pgpo.teacher import Teacher
 from pgpo.train.config import PGPOConfig
-from pgpo.train.passes import Passes, States, open_forward, padded
+from pgpo.train.passes import Passes, States, open_forward
 from pgpo.train.trainer import PGPOTrainer
 
 ROWS, PREFIX, COMPLETION, VOCABULARY = 8, 600, 300, 4096
@@ -82,23 +75,16 @@ class Case:
         self.done: dict[str, tuple[States, int]] = {}
 
     def parts(self, sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-        return PGPOTrainer._micro_batches(self.trainer, sizes)  # type: ignore[arg-type]
+        return PGPOTrainer._micro_batches(self.trainer, sizes, True)  # type: ignore[arg-type]
 
     def shared(self) -> States:
         return self.passes.teacher(self.teacher, self.prompts, self.completions, self.parts)
 
     @torch.no_grad()
     def unshared(self) -> States:
-        inputs = padded(self.prompts, self.completions, 0)
-        assert self.teacher.module is not None
-        states: States = self.teacher.module(
-            input_ids=inputs.ids,
-            attention_mask=inputs.mask,
-            position_ids=inputs.positions,
-            use_cache=False,
-            finish=lambda hidden, head: States(hidden.flatten(0, 1)[inputs.keep], head),
-        )
-        return states
+        """Prompts, padded left, then completions, padded right, as TRL puts them together."""
+        prompts, completions = ([torch.tensor(row) for row in rows] for rows in (self.prompts, self.completions))
+        left, right = (pad(rows, 0, "left") for rows in (prompts, list(map(torch.ones_like, prompts))))
 
     def timed(self, way: str) -> Callable[[], float]:
         def run() -> float:
@@ -126,6 +112,7 @@ class Case:
 
 def main() -> None:
     pairs = pairs_from_command_line(15)
+    reuse_memory()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     case = Case()

@@ -1,7 +1,7 @@
-"""A whole update of PGPOTrainer over one of TRL's SDPOTrainer: same completions, same hints, same model, same optimizer.
+"""A whole update of PGPOTrainer over one of TRL's SDPOTrainer: same completions, hints, model and optimizer.
 
-An update = teacher forward, student forward and backward, loss, clip, optimizer step, EMA teacher. Sampling, rewards and
-the texts of the teacher's prompts are left out of both: what TRL's `_prepare_inputs` takes is subtracted.
+An update = teacher forward, student forward and backward, loss, clip, optimizer step, EMA teacher. Sampling, rewards
+and the texts of the teacher's prompts are left out of both: what `_prepare_inputs` takes is subtracted.
 
     lab    0.12 M parameters, V = 217; prompts of 15 tokens, completions of 14
     32k    Qwen3 of 11.5 M parameters, V = 32,768; prompts of 50 tokens, completions of 64
@@ -15,28 +15,23 @@ Both: fp32, no gradient checkpointing, AdamW, clip at 1. `--trl-defaults`: bf16 
 
 from __future__ import annotations
 
-import os
-import sys
-
-# Freed tensors are reused, as with a GPU's allocator; otherwise the path with the larger tensors also pays page faults.
-TUNING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "OMP_NUM_THREADS": "1"}
-if __name__ == "__main__" and "MALLOC_MMAP_MAX_" not in os.environ:
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNING, "CI": "true"})
-
 import argparse
+import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("CI", "true")  # TRL sends no telemetry from CI
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import numpy as np
 import torch
 import transformers
 from datasets import Dataset
-from paired import measure, report
+from paired import measure, report, reuse_memory
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -52,7 +47,8 @@ from pgpo import PGPOConfig, PGPOTrainer
 
 GROUP, GROUPS = 8, 8
 HINTED = (6, 7, 6, 7, 6)  # groups with a success, per batch: 80 %
-TEXTS = ["<pad>", "<eos>", "right", "wrong", "Correct", "solution:", "Correctly", "solve", "the", "original", "question."]
+TEMPLATE = ["Correct", "solution:", "Correctly", "solve", "the", "original", "question."]  # of the teacher's prompt
+TEXTS = ["<pad>", "<eos>", "right", "wrong", *TEMPLATE]
 PAD, EOS, RIGHT, WRONG = range(4)
 
 
@@ -66,33 +62,20 @@ class Scale:
     shape: dict[str, int]
 
 
+def shape(hidden: int, layers: int, kv_heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // 4,
+    }
+
+
 SCALES = {
-    "lab": Scale(
-        217,
-        15,
-        14,
-        dict(
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=16,
-        ),
-    ),
-    "32k": Scale(
-        32_768,
-        50,
-        64,
-        dict(
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-        ),
-    ),
+    "lab": Scale(vocabulary=217, prompt=15, completion=14, shape=shape(64, 2, 4)),
+    "32k": Scale(vocabulary=32_768, prompt=50, completion=64, shape=shape(256, 4, 2)),
 }
 
 
@@ -343,6 +326,7 @@ def main() -> None:
     parser.add_argument("--trl-defaults", action="store_true", help="bf16 and gradient checkpointing in both")
     parser.add_argument("--pairs", type=int, default=10)
     arguments = parser.parse_args()
+    reuse_memory()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

@@ -26,6 +26,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -146,6 +147,10 @@ EVALUATIONS: dict[str, tuple[str, str]] = {
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
 SECRET_SUFFIXES = ("_token", "api_key", "password", "secret")  # ours: hub_token, wandb_api_key and the like
+# The same within a text of JSON, such as --model_init_kwargs '{"token": "..."}', and user:password in an address.
+_SECRETS_IN_TEXT = re.compile(
+    r"""(["'](?:\w*_)?(?:token|api_key|password|secret)["']\s*:\s*["'])[^"']*|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)""", re.I
+)
 
 
 class RunLog:
@@ -462,17 +467,28 @@ def _command(arguments: Iterable[str]) -> list[str]:
         elif secret and equals:
             command.append(f"{option}=***")
         else:
-            command.append(_without_home(argument))
+            command.append(_without_home(_without_secrets(argument)))
         hide_next = secret and not equals
     return command
 
 
 def _is_secret(name: str) -> bool:
-    return name.lower().replace("-", "_").endswith(SECRET_SUFFIXES)
+    name = name.lower().replace("-", "_")
+    return name.endswith(SECRET_SUFFIXES) or name == "token"
 
 
 def _unless_secret(name: str, value: Any) -> Any:
-    return "***" if isinstance(value, str) and _is_secret(name) else value
+    if isinstance(value, Mapping):
+        return {key: _unless_secret(str(key), item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_unless_secret(name, item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return "***" if _is_secret(name) else _without_secrets(value)
+
+
+def _without_secrets(text: str) -> str:
+    return _SECRETS_IN_TEXT.sub(lambda match: f"{match[1] or ''}***", text)
 
 
 def _without_home(value: Any) -> Any:

@@ -404,6 +404,15 @@ def test_weights_that_depend_on_the_values() -> None:
         assert [i for rows in seen for i in range(7)[rows]] == list(range(7))
 
 
+@pytest.mark.parametrize("head", [fused_distillation_head, dense_distillation_head])
+@pytest.mark.parametrize("function", [True, False])
+def test_token_weights_are_constant(head: Any, function: bool) -> None:
+    case = build()
+    learned = case.weights.clone().requires_grad_()
+    out = head(**case.arguments(), token_weights=(lambda chunk, rows: learned[rows]) if function else learned)
+    assert torch.autograd.grad(out.loss, [learned, case.student_hidden], allow_unused=True)[0] is None
+
+
 # ------------------------------------------------------------------------------------------------ memory and work
 
 

@@ -603,6 +603,7 @@ def two_ranks(folder: Path) -> dict[str, dict]:
     return seen
 
 
+@pytest.mark.slow
 def test_all_ranks_decide_alike(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}

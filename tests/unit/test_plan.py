@@ -232,8 +232,8 @@ def benchmark():
     "changes",
     [
         dict(V=9_000, H=96, I=288, layers=5, heads=6, kv=2, d=16, P=40, L=90, budget=520, group=8, questions=1),
-        dict(V=9_000, H=96, I=256, layers=5, heads=4, kv=4, d=24, P=150, L=40, budget=760, kind="llama", lora=4,
-             dtype="bfloat16", autocast=True, checkpointing=True, group=8, questions=1),
+        dict(V=2_000, H=96, I=256, layers=16, heads=4, kv=4, d=24, P=300, L=40, budget=2_720, kind="llama", lora=4,
+             dtype="bfloat16", autocast=True, checkpointing=True, group=8, questions=2),
     ],
     ids=["full, float32", "LoRA, bfloat16, checkpointing"],
 )  # fmt: skip
@@ -257,6 +257,8 @@ def test_bytes_per_parameter_that_stay():
     }
     assert "teacher" not in plan.static(large(), dataclasses.replace(full, teacher="live"))
     assert "teacher average" not in plan.static(large(), dataclasses.replace(full, teacher="frozen"))
+    average = Step(large(), full, 16_384).moments()["step"]["teacher average"]
+    assert average == 4 * (large().parameters + large().head)  # and an fp32 copy of the largest bucket
     sharded = plan.static(large(), dataclasses.replace(full, gpus=8, fsdp=True))  # what trains is fp32 there
     assert {name: size * 8 / large().parameters for name, size in sharded.items()} == {
         "parameters": 4,
@@ -276,6 +278,18 @@ def test_an_adapter_has_r_times_in_plus_out_parameters(shapes):
 
 
 LORA = Setting(lora=16, parameter_bytes=2, vllm_share=0.3)
+
+
+def test_rows_and_tokens_of_one_gpu():
+    setting = dataclasses.replace(LORA, gpus=8, max_completion_length=900, max_prompt_length=100)
+    step = Step(large(), setting, 4_500)
+    assert (step.rows, step.row, step.fitting, step.positions, step.completions) == (32, 1000, 4, 4_500, 4_050)
+    assert step.several and "gradients" in step.loss()
+    assert step.held == 32 * 900 and step.blocks == 1  # fewer than 8 budgets
+    small = Step(large(), setting, 700)  # a row may exceed the budget, and a group stays together
+    assert (small.fitting, small.positions, small.held, small.blocks) == (1, 1000, 8 * 900, 4)
+    whole = Step(large(), setting, 32_000)
+    assert whole.fitting == 32 and not whole.several and "gradients" not in whole.loss()
 
 
 @pytest.mark.parametrize("memory", [60, 80, 141])

@@ -142,6 +142,34 @@ def test_the_command_in_the_configuration_starts_it_again(new, whole, tmp_path):
     assert story(tmp_path / "run") == story(whole)
 
 
+def test_killed_while_it_was_created(new, tmp_path):
+    """Before config.json was there: only our own two files may lie in it."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    for name in ("environment.json", "config.json.4711.tmp", "thesis.txt"):
+        (directory / name).write_text("x")
+    status, err = pgpo(*new, "--overwrite", "--max_steps", "1")
+    assert (status, len(list(directory.iterdir()))) == (2, 3)
+    assert "is not empty and not a run, it is not overwritten" in err[-1]
+    (directory / "thesis.txt").unlink()
+    assert pgpo(*new, "--overwrite", "--max_steps", "1")[0] == 0
+    assert not (directory / "config.json.4711.tmp").exists()
+
+
+def test_killed_while_a_run_is_overwritten(new, whole, tmp_path, monkeypatch):
+    """The old run can still be continued, or has no checkpoint: never a log with holes."""
+    shutil.copytree(whole, tmp_path / "run")
+
+    def killed(path, **_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runlog.shutil, "rmtree", killed)
+        with contextlib.suppress(KeyboardInterrupt):
+            RunLog.create(tmp_path / "run", {}, overwrite=True)
+    assert story(tmp_path / "run") == story(whole)
+
+
 @pytest.mark.parametrize("when", ["records", "line"])
 def test_killed_in_the_last_evaluation(new, whole, tmp_path, monkeypatch, when):
     """It ends neither without its line nor without its records."""

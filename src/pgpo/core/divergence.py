@@ -49,7 +49,8 @@ def divergence(
         temperature: divides both logits.
 
     Returns:
-        [...], nats, >= 0 up to rounding; fp32 (fp64 for fp64 logits). JSD is at most ln 2.
+        [...], nats, >= 0 up to rounding; fp32 (fp64 for fp64 logits). JSD is at most ln 2. Without a tail it is nan
+        where the teacher forbids (-inf) every token that is kept.
 
     Raises:
         ValueError: unknown kind, shapes that differ, or a number outside its range.

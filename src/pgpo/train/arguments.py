@@ -18,7 +18,7 @@ from trl import ModelConfig
 from pgpo.errors import UserError
 from pgpo.tasks import Task, load_task
 from pgpo.train.config import PGPOConfig
-from pgpo.train.field_types import check_types, huge, shown
+from pgpo.train.field_types import check_types, huge, reason, shown
 from pgpo.train.yaml_file import read_yaml
 
 T = TypeVar("T")
@@ -196,8 +196,8 @@ def make(cls: type[T], values: dict[str, Any]) -> T:
         return cls(**values)
     except UserError:
         raise
-    except (ValueError, TypeError) as error:
-        raise UserError(_sentence(error)) from error
+    except Exception as error:  # transformers and TRL check values, each in its own way
+        raise UserError(f"these arguments cannot be used: {reason(error)} ({type(error).__name__}).") from error
 
 
 def _take_recipe(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -222,7 +222,3 @@ def _peek(argv: Sequence[str], flag: str) -> str | None:
         if word.startswith(flag + "="):
             return word.split("=", 1)[1]
     return None
-
-
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())

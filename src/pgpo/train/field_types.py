@@ -73,6 +73,14 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__} with a huge number"
 
 
+def reason(error: BaseException, characters: int = 300) -> str:
+    """What an exception says, on one line, without the full stop."""
+    try:
+        return " ".join(str(error).split())[:characters].rstrip(".")
+    except Exception:
+        return "no reason given"
+
+
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)

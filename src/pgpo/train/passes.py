@@ -15,8 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -181,22 +180,6 @@ class Inputs:
 
 
 def padded(prompts: Sequence[Tokens], completions: Sequence[Tokens], pad: int) -> Inputs:
-    """Prompts padded left, completions right. A completion's last token predicts nothing and is left out."""
-    width = max(map(len, prompts))
-    tail = max(map(len, completions)) - 1
-    ids, mask = [], []
-    keep: list[int] = []
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        left, right = width - len(prompt), tail - (len(completion) - 1)
-        ids.append([*[pad] * left, *prompt, *completion[:-1], *[pad] * right])
-        mask.append([*[0] * left, *[1] * (width + tail - left - right), *[0] * right])
-        first = i * (width + tail) + width - 1
-        keep.extend(range(first, first + len(completion)))
-    masks = torch.tensor(mask)
-    return Inputs(torch.tensor(ids), (masks.cumsum(1) - 1).clamp_min(0), masks, torch.tensor(keep))
-
-
-def padded_behind(prompts: Sequence[Tokens], completions: Sequence[Tokens], pad: int) -> Inputs:
     """Every row from its first token on, padded at its end, where causal attention does not look: no mask."""
     rows = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
     width = max(map(len, rows))
@@ -242,7 +225,7 @@ class Passes:
         self._takes_positions = "position_ids" in inspect.signature(type(causal_lm(model)).forward).parameters
 
     def layout(self, prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> Inputs:
-        inputs = packed(prompts, completions) if self.pack else padded_behind(prompts, completions, self.pad)
+        inputs = packed(prompts, completions) if self.pack else padded(prompts, completions, self.pad)
         return inputs.to(self.device)
 
     def run(
@@ -297,19 +280,22 @@ class Passes:
         completions: Sequence[Tokens],
         parts: Callable[[Sequence[tuple[int, int]]], Iterator[list[int]]],
     ) -> States:
-        keys = [tuple(p) for p in prompts]
-        uses = Counter(keys)
-        shared = [key for key in uses if uses[key] > 1]
+        siblings: dict[tuple[int, ...], list[int]] = {}  # rows of each prompt, longest completion first
+        for i in sorted(range(len(prompts)), key=lambda i: -len(completions[i])):
+            siblings.setdefault(tuple(prompts[i]), []).append(i)
+        # Rows alone with their prompt go along, unless they can be packed.
+        carriers = {rows[0]: rows[1:] for rows in siblings.values() if len(rows) > 1 or not self.pack}
+        if not any(carriers.values()):
+            carriers = {}
         found: dict[int, Tensor] = {}
         head: Head | None = None
-        for chunk in parts([(len(key), 1) for key in shared]) if shared else ():
-            own = [shared[i] for i in chunk]
-            rows = [i for i, key in enumerate(keys) if key in set(own)]
-            result = self._shared(module, own, rows, keys, completions, parts)
-            if result is None:  # a cache that cannot be expanded
-                break
-            hidden, head = result
+        first = list(carriers)
+        for part in parts([(len(prompts[i]), len(completions[i])) for i in first]) if first else ():
+            mine = {first[i]: carriers[first[i]] for i in part}
+            hidden, head, complete = self._shared(module, mine, prompts, completions, parts)
             found |= hidden
+            if not complete:
+                break
         rest = [i for i in range(len(prompts)) if i not in found]
         for part in parts([(len(prompts[i]), len(completions[i])) for i in rest]) if rest else ():
             rows = [rest[i] for i in part]
@@ -321,55 +307,50 @@ class Passes:
     def _shared(
         self,
         module: nn.Module,
+        carriers: Mapping[int, Sequence[int]],
         prompts: Sequence[Tokens],
-        rows: Sequence[int],
-        keys: Sequence[Tokens],
         completions: Sequence[Tokens],
         parts: Callable[[Sequence[tuple[int, int]]], Iterator[list[int]]],
-    ) -> tuple[dict[int, Tensor], Head] | None:
-        """Hidden states of `rows`, whose prompts are among `prompts`; None if the model's cache cannot be expanded."""
-        start = padded(prompts, [[self.pad]] * len(prompts), self.pad).to(self.device)
-        assert start.mask is not None
+    ) -> tuple[dict[int, Tensor], Head, bool]:
+        """Hidden states of the carriers, run from the start, and of their followers, run behind the carrier's prompt;
+        False and no followers if the model's cache cannot be cut."""
+        start = padded([prompts[i] for i in carriers], [completions[i] for i in carriers], self.pad).to(self.device)
         cache = DynamicCache(config=causal_lm(module).config)
-        last, head = module(
+        hidden, head = module(
             input_ids=start.ids,
-            attention_mask=start.mask,
             position_ids=start.positions,
             past_key_values=cache,
             use_cache=True,
-            finish=lambda hidden, head: (hidden[:, -1], head),
+            finish=lambda hidden, head: (hidden.flatten(0, 1)[start.keep], head),
         )
-        width = start.ids.shape[1]
-        if not _expandable(cache, width):
-            return None
-        place = {tuple(p): i for i, p in enumerate(prompts)}
-        found = {i: last[place[tuple(keys[i])]].unsqueeze(0) for i in rows}  # predicts the first token
-        longer = [i for i in rows if len(completions[i]) > 1]
-        sizes = [(-(-len(keys[i]) // _CACHED), len(completions[i]) - 1) for i in longer]
+        found = dict(zip(carriers, hidden.split([len(completions[i]) for i in carriers]), strict=True))
+        if not _whole_cache(cache, start.ids.shape[1]):
+            return found, head, False
+        place = {j: k for k, i in enumerate(carriers) for j in carriers[i]}
+        found |= {j: found[i][:1] for i in carriers for j in carriers[i]}  # predicts the first token
+        longer = [j for j in place if len(completions[j]) > 1]
+        sizes = [(-(-len(prompts[j]) // _CACHED), len(completions[j]) - 1) for j in longer]
         for part in parts(sizes) if longer else ():
-            mine = [longer[i] for i in part]
-            prefix = max(len(keys[i]) for i in mine)
-            index = torch.tensor([place[tuple(keys[i])] for i in mine], device=self.device)
-            lengths = torch.tensor([len(keys[i]) for i in mine], device=self.device)
-            tails = [completions[i][:-1] for i in mine]
+            mine = [longer[j] for j in part]
+            index = torch.tensor([place[j] for j in mine], device=self.device)
+            lengths = torch.tensor([len(prompts[j]) for j in mine], device=self.device).unsqueeze(1)
+            prefix = max(len(prompts[j]) for j in mine)
+            tails = [completions[j][:-1] for j in mine]
             ids, seen = (t.to(self.device) for t in _padded_right(tails, self.pad))
-            expanded = DynamicCache(
-                [
-                    (layer.keys[index, :, width - prefix :], layer.values[index, :, width - prefix :])
-                    for layer in cache.layers
-                ]
+            cut = DynamicCache(
+                [(layer.keys[index, :, :prefix], layer.values[index, :, :prefix]) for layer in cache.layers]
             )
             hidden = module(
                 input_ids=ids,
-                attention_mask=torch.cat([start.mask[index, width - prefix :], seen], 1),
-                position_ids=lengths.unsqueeze(1) + torch.arange(ids.shape[1], device=self.device),
-                past_key_values=expanded,
+                attention_mask=torch.cat([torch.arange(prefix, device=self.device) < lengths, seen], 1),
+                position_ids=lengths + torch.arange(ids.shape[1], device=self.device),
+                past_key_values=cut,
                 use_cache=True,
                 finish=lambda hidden, head: hidden,
             )
-            for i, tail, states in zip(mine, tails, hidden, strict=True):
-                found[i] = torch.cat([found[i], states[: len(tail)]])
-        return found, head
+            for j, tail, states in zip(mine, tails, hidden, strict=True):
+                found[j] = torch.cat([found[j], states[: len(tail)]])
+        return found, head, True
 
 
 def combined(outputs: Sequence[tuple[float, States]]) -> States:
@@ -393,8 +374,8 @@ def combined(outputs: Sequence[tuple[float, States]]) -> States:
     )
 
 
-def _expandable(cache: DynamicCache, width: int) -> bool:
-    """Whether every layer holds plain keys and values of the whole prompt."""
+def _whole_cache(cache: DynamicCache, width: int) -> bool:
+    """Whether every layer holds plain keys and values of all tokens."""
     return all(type(layer) is DynamicLayer and layer.get_seq_length() == width for layer in cache.layers)
 
 

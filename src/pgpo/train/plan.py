@@ -169,7 +169,7 @@ class Setting:
 
     @property
     def shards(self) -> int:
-        return self.gpus if self.fsdp else 1
+        return 1
 
     @property
     def packed(self) -> bool:
@@ -738,7 +738,7 @@ def largest_budget(model: ModelShape, setting: Setting, memory: float) -> int | 
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return high
+    return low
 
 
 def advice(model: ModelShape, setting: Setting, memory: float) -> str:

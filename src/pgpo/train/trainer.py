@@ -23,6 +23,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,8 @@ TEACHER_FILE = "pgpo_teacher.safetensors"
 STATE_FILE = "pgpo_state.json"
 _LOGGER = logging.getLogger(__name__)
 _HELD = 8  # ours: teacher states are held for so many micro-batches of tokens; 2 H bytes each in half precision
-_RUN_TOKENS = 256  # ours: another forward and backward takes as long as so many tokens (measured: 80 to 250, CPU)
+# ours: what a run costs beside its tokens, in tokens, on a CPU; much less for larger models (docs/PERFORMANCE.md)
+_RUN_COST, _TEACHER_RUN_COST = 256, 128
 _CHECKED_TOKENS = 32  # ours
 _HEAD_TOLERANCE = 0.02  # ours: of the largest logit; bf16 rounds to 0.004, another formula misses by far more
 _DEMONSTRATION_ROWS = 8  # ours: at most so many demonstrations are watched per rank and step
@@ -417,17 +419,21 @@ class PGPOTrainer(SeamTrainer):
                 index = torch.cat([torch.arange(ends[i] - len(block[i].completion), ends[i]) for i in part])
                 yield [block[i] for i in part], states[index.to(states.hidden.device)]
 
-    def _micro_batches(self, sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+    def _micro_batches(self, sizes: Sequence[tuple[int, int]], teacher: bool = False) -> Iterator[list[int]]:
         """Indices of rows that go through the model together, longest first.
 
         sizes: (prompt, completion) tokens per row. A part takes at most the budget, unless it is a single row: rows
-        times its longest row, or, where prompts are padded left and completions right (GRPO), rows * (longest prompt +
-        longest completion), or, packed, the sum of its rows. It ends before its padding costs more than another run.
+        times its longest row, or, packed, the sum of its rows, or, for GRPO, whose prompts are padded left and
+        completions right, rows * (longest prompt + longest completion). Except for GRPO and under FSDP, it also ends
+        before its padding costs more than another run.
+        teacher: for shared prompts, whose rows are never packed; its runs have no backward and no loss.
         """
         most = self.args.micro_batch_size or len(sizes)
         budget = self.args.max_tokens_per_microbatch or math.inf
-        packed = self.distills and self.passes.pack
-        waste = math.inf if packed or self.is_fsdp_enabled else _RUN_TOKENS
+        packed = self.distills and self.passes.pack and not teacher
+        run_cost: float = _TEACHER_RUN_COST if teacher else _RUN_COST
+        if self.is_fsdp_enabled or not self.distills:  # there every run gathers the parameters; here TRL's own batch
+            run_cost = math.inf
         part: list[int] = []
         prompt = completion = width = total = 0
         for i in sorted(range(len(sizes)), key=lambda i: -sum(sizes[i])):
@@ -436,7 +442,7 @@ class PGPOTrainer(SeamTrainer):
                 longest = max(prompt, sizes[i][0]) + max(completion, sizes[i][1])
             filled = total + sum(sizes[i])
             needed = filled if packed else (len(part) + 1) * longest
-            if part and (len(part) == most or needed > budget or needed - filled > waste):
+            if part and (len(part) == most or needed > budget or needed - filled > run_cost):
                 yield part
                 part, prompt, completion, width, total = [], 0, 0, 0, 0
             part.append(i)
@@ -454,7 +460,7 @@ class PGPOTrainer(SeamTrainer):
                 self.teacher,
                 [r.teacher_prompt for r in rows],
                 [r.completion for r in rows],
-                self._micro_batches if self._shares_prompts else None,
+                partial(self._micro_batches, teacher=True) if self._shares_prompts else None,
             )
 
     def _distill(

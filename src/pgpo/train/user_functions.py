@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Set, Sized
 from typing import Any
 
 from pgpo.errors import UserError
-from pgpo.train.field_types import shown
+from pgpo.train.field_types import reason, shown
 
 _LARGEST = 3.4028234663852886e38  # of single precision, in which TRL keeps rewards
 _AGAIN = 1.0  # seconds, ours
@@ -166,9 +166,9 @@ def _items(returned: Any, what: str, place: str, unit: str, count: int) -> list[
 
 
 def _raised(error: BaseException, what: str, place: str, kwargs: Mapping[str, Any]) -> UserError:
-    reason = " ".join(str(error).split())[:300].rstrip(".")
+    samples = len(kwargs["prompts"])
     return UserError(
-        f"{what} raised {type(error).__name__} {place} on the batch of {len(kwargs['prompts'])} samples: {reason}."
+        f"{what} raised {type(error).__name__} {place} on the batch of {samples} samples: {reason(error)}."
     )
 
 

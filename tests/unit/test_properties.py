@@ -1,0 +1,351 @@
+"""What holds for every input of the core, on generated ones.
+
+By default about 1 000 cases, the same in every run; with `-m slow` more than 10 000, new in every run. A case that
+fails is shrunk by hypothesis and printed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pgpo.core import (
+    CrossFit,
+    EarlierInformation,
+    ExponentialLaw,
+    InformationMeter,
+    SmoothExponentialLaw,
+    dense_distillation_head,
+    divergence,
+    fused_distillation_head,
+    modulate,
+    token_entropy,
+)
+
+LN2 = math.log(2)
+SLOW_FACTOR = 11
+
+
+def examples(count: int, **strategies: Any) -> Callable[[Callable[..., None]], Any]:
+    """The check on `count` draws of the strategies by default, on SLOW_FACTOR times as many in the slow suite."""
+
+    def decorate(check: Callable[..., None]) -> Any:
+        @pytest.mark.parametrize("cases", [count, pytest.param(SLOW_FACTOR * count, marks=pytest.mark.slow)])
+        def test(cases: int) -> None:
+            chosen = settings(
+                max_examples=cases,
+                deadline=None,
+                database=None,
+                derandomize=cases == count,
+                suppress_health_check=list(HealthCheck),
+            )
+            chosen(given(**strategies)(check))()
+
+        return test
+
+    return decorate
+
+
+# Distributions --------------------------------------------------------------------------------------------------------
+
+_NUMBERS = st.one_of(
+    st.floats(-20, 20, width=32),
+    st.floats(-(2.0**100), 2.0**100, width=32),  # 1e30
+    st.sampled_from([0.0, -0.0, 1e-40, -1e-40, -math.inf]),
+)
+
+
+@st.composite
+def logits(draw: Any, rows: int = 1) -> Tensor:
+    """[rows, V] with at least one token per row that is not forbidden, V from 1."""
+    size = draw(st.integers(1, 9))
+    values = [draw(st.lists(_NUMBERS, min_size=size, max_size=size)) for _ in range(rows)]
+    for row in values:
+        allowed = draw(st.integers(0, size - 1))
+        row[allowed] = max(row[allowed], -1e30)
+    return torch.tensor(values, dtype=draw(st.sampled_from([torch.float32, torch.float64])))
+
+
+_TEMPERATURES = st.one_of(st.just(1.0), st.floats(0.05, 20))
+
+
+@examples(200, z=logits(), temperature=_TEMPERATURES, half=st.sampled_from([None, torch.bfloat16]))
+def test_entropy_lies_between_zero_and_the_uniform_distributions(z, temperature, half):
+    z = z if half is None else z.to(half)
+    entropy = token_entropy(z, temperature)
+    assert entropy.shape == z.shape[:-1] and entropy.dtype in (torch.float32, torch.float64)
+    assert (entropy >= 0).all() and (entropy <= math.log(z.shape[-1]) + 1e-6).all()
+
+
+@examples(
+    200,
+    pair=logits(rows=2),
+    temperature=_TEMPERATURES,
+    kind=st.sampled_from(["jsd", "forward_kl", "reverse_kl"]),
+    beta=st.floats(0.01, 0.99),
+    top_k=st.sampled_from([None, 1, 2, 5, 100]),
+    tail=st.booleans(),
+)
+def test_a_divergence_is_not_negative_and_jsd_at_most_ln_2(pair, temperature, kind, beta, top_k, tail):
+    value = divergence(*pair, kind, beta, top_k, tail, temperature)
+    if not tail and top_k is not None and top_k < pair.shape[1]:
+        kept = pair[0].topk(top_k).indices
+        if (pair[1][kept] == -math.inf).all():  # nothing to renormalise
+            assert value.isnan()
+            return
+    assert value >= -1e-5  # nan is not
+    if kind == "jsd":
+        assert value <= LN2 + 1e-5
+    if pair.isfinite().all() and (tail or top_k is None):
+        assert abs(divergence(pair[0], pair[0], kind, beta, top_k, tail, temperature)) <= 1e-5
+
+
+# Multipliers ----------------------------------------------------------------------------------------------------------
+
+_GAPS = st.one_of(st.floats(-30, 30), st.floats(allow_nan=False, allow_infinity=False))
+
+
+@examples(
+    150, alpha=st.floats(0, 100), rho_max=st.floats(1, 1e6), rho_min=st.floats(0, 1), gaps=st.tuples(_GAPS, _GAPS)
+)
+def test_rho_keeps_to_its_bounds_and_rises_with_the_information(alpha, rho_max, rho_min, gaps):
+    low, high = sorted(gaps)
+    law = ExponentialLaw(alpha, rho_max, rho_min)
+    assert rho_min <= law(low) <= law(high) <= rho_max
+    if rho_max > 1:
+        smooth = SmoothExponentialLaw(alpha, rho_max)
+        assert 0 <= smooth(low) <= smooth(high) * (1 + 1e-12) and smooth(high) <= rho_max * (1 + 1e-12)
+        assert smooth(low) <= ExponentialLaw(alpha, rho_max)(low) * (1 + 1e-9)
+    if alpha == 0:
+        assert law(high) == 1.0
+
+
+@examples(100, weight=st.floats(1e-3, 1), values=st.lists(st.floats(-50, 50), min_size=1, max_size=12))
+def test_earlier_information_stays_within_the_range_of_what_it_has_seen(weight, values):
+    earlier, told = EarlierInformation(weight), EarlierInformation(weight)
+    seen: list[float] = []
+    for value in values:
+        average = earlier.exchange(value)
+        told.load_state_dict({"weight": weight, "value": earlier.value})  # as after a restart
+        assert (average is None) == (not seen)
+        if average is not None:
+            slack = 1e-12 * (1 + max(map(abs, seen)))
+            assert min(seen) - slack <= average <= max(seen) + slack
+        seen.append(value)
+        assert told.value == earlier.value
+        if weight == 1:
+            assert earlier.value == pytest.approx(value)
+
+
+# The information meter ------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def batches(draw: Any) -> list[dict[str, Any]]:
+    """Samples: completion tokens' entropies of student and teacher, whether hinted. Some have no token."""
+    rows = draw(st.integers(1, 8))
+    nats = st.floats(0, 12, width=32)
+    samples = []
+    for _ in range(rows):
+        length = draw(st.integers(0, 5))
+        tokens = st.lists(nats, min_size=length, max_size=length)
+        samples.append({"student": draw(tokens), "teacher": draw(tokens), "hinted": draw(st.booleans())})
+    return samples
+
+
+def fill(meter: InformationMeter, samples: list[dict[str, Any]], width: int, shift: int = 0) -> None:
+    """Add the samples as one padded micro-batch of `width` columns, tokens from column `shift`, nan elsewhere."""
+    student, teacher = torch.full((2, len(samples), width), math.nan)
+    mask = torch.zeros(len(samples), width, dtype=torch.long)
+    for row, sample in enumerate(samples):
+        end = shift + len(sample["student"])
+        student[row, shift:end], teacher[row, shift:end] = map(torch.tensor, (sample["student"], sample["teacher"]))
+        mask[row, shift:end] = 1
+    hinted = torch.tensor([s["hinted"] for s in samples])
+    meter.add(student, teacher, mask, None if bool(hinted.all()) else hinted)
+
+
+@examples(
+    200,
+    samples=batches(),
+    order=st.randoms(use_true_random=False),
+    cuts=st.lists(st.integers(0, 8), max_size=3),
+    padding=st.integers(0, 4),
+    shift=st.integers(0, 3),
+    denominator=st.sampled_from(["all", "hinted"]),
+)
+def test_the_meter_knows_no_padding_order_or_splitting(samples, order, cuts, padding, shift, denominator):
+    whole = InformationMeter(denominator)
+    fill(whole, samples, 5)
+    expected = whole.summary()
+
+    shuffled = list(samples)
+    order.shuffle(shuffled)
+    bounds = [0, *sorted(min(c, len(samples)) for c in cuts), len(samples)]
+    parts = [shuffled[a:b] for a, b in itertools.pairwise(bounds) if b > a]
+    ranks = [InformationMeter(denominator) for _ in range(2)]
+    for i, part in enumerate(parts):
+        meter = ranks[i % 2]
+        if not any(s["hinted"] for s in part):
+            meter.add_unhinted(len(part))  # needs no forward pass
+        else:
+            fill(meter, part, 5 + padding + shift, shift)
+    sums: list[Tensor] = []
+    for meter in ranks:
+        try:
+            meter.summary(lambda t: sums.append(t.clone()) or t)  # type: ignore[func-returns-value]
+        except ValueError:
+            assert len(parts) == 1  # the second rank has nothing
+    actual = ranks[0].summary(lambda t: sum(sums))
+    assert (actual.samples, actual.hinted_samples) == (expected.samples, expected.hinted_samples)
+    for name in ("information", "student_entropy", "teacher_entropy"):
+        assert getattr(actual, name) == pytest.approx(getattr(expected, name), abs=1e-12)
+    limit = max([12.0 * s["hinted"] for s in samples])
+    assert abs(actual.information) <= limit
+
+
+# The fused head -------------------------------------------------------------------------------------------------------
+
+FUSED = dict(
+    n=st.integers(0, 9),
+    vocabulary=st.integers(1, 13),
+    widths=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    chunk_size=st.integers(1, 10),
+    kind=st.sampled_from(["jsd", "forward_kl", "reverse_kl", "sampled_token"]),
+    beta=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    top_k=st.sampled_from([None, 1, 3, 100]),
+    tail=st.booleans(),
+    temperature=st.sampled_from([0.6, 1.0, 2.5]),
+    biases=st.tuples(st.booleans(), st.booleans()),
+    scales=st.tuples(st.sampled_from([0.5, 1.0]), st.sampled_from([1.0, 2.0])),
+    softcaps=st.tuples(st.sampled_from([None, 5.0]), st.sampled_from([None, 8.0])),
+    frozen=st.booleans(),
+    form=st.sampled_from(["weights", "function", "per token"]),
+    seed=st.integers(0, 2**31),
+)
+
+
+@examples(120, **FUSED)
+def test_the_fused_head_is_its_dense_twin(
+    n,
+    vocabulary,
+    widths,
+    chunk_size,
+    kind,
+    beta,
+    top_k,
+    tail,
+    temperature,
+    biases,
+    scales,
+    softcaps,
+    frozen,
+    form,
+    seed,
+):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    inputs = {
+        "student_hidden": random(n, widths[0]),
+        "student_weight": random(vocabulary, widths[0]),
+        "teacher_hidden": random(n, widths[1]),
+        "teacher_weight": random(vocabulary, widths[1]),
+        "student_bias": random(vocabulary) if biases[0] else None,
+        "teacher_bias": random(vocabulary) if biases[1] else None,
+    }
+    labels = torch.randint(vocabulary, (n,), generator=generator)
+    weights, old = random(n).abs(), random(n)
+
+    def ratio(chunk: Any, rows: slice) -> Tensor:
+        return (chunk.student_logprob - old[rows]).exp().clamp_max(2.0) * weights[rows]
+
+    results = []
+    for head, options in ((fused_distillation_head, {"chunk_size": chunk_size}), (dense_distillation_head, {})):
+        own = {k: None if v is None else v.clone() for k, v in inputs.items()}
+        trained = [own[k] for k in ("student_hidden", "student_weight", "student_bias") if own[k] is not None]
+        if frozen:
+            trained = trained[:1]
+        for t in trained:
+            t.requires_grad_()
+        out = head(
+            **own,
+            labels=labels,
+            token_weights={"weights": weights, "function": ratio, "per token": None}[form],
+            kind=kind,
+            beta=beta,
+            top_k=top_k,
+            tail=tail,
+            temperature=temperature,
+            student_scale=scales[0],
+            teacher_scale=scales[1],
+            student_softcap=softcaps[0],
+            teacher_softcap=softcaps[1],
+            **options,
+        )
+        loss = out.loss if form != "per token" else (weights * out.divergence + old * out.student_logprob).sum()
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        values = [out.divergence, out.student_entropy, out.teacher_entropy, out.student_logprob, out.teacher_logprob]
+        results.append(
+            [*values, loss.unsqueeze(0), *(torch.zeros_like(t) if g is None else g for t, g in zip(trained, gradients))]
+        )
+    for fused, dense in zip(*results, strict=True):
+        assert fused.shape == dense.shape
+        assert torch.allclose(fused, dense, rtol=1e-9, atol=1e-9)
+
+
+# Cross-fitting --------------------------------------------------------------------------------------------------------
+
+_RHO = st.one_of(st.sampled_from([0.0, 1.0, 2.0]), st.floats(0, 10))
+
+
+@examples(
+    100,
+    shapes=st.lists(st.sampled_from([(), (1,), (3,), (2, 4)]), min_size=1, max_size=4),
+    rhos=st.tuples(_RHO, _RHO),
+    missing=st.lists(st.sampled_from(["none", "a", "b", "both"]), min_size=4, max_size=4),
+    seed=st.integers(0, 2**31),
+)
+def test_a_cross_fitted_step_is_rho_b_g_a_plus_rho_a_g_b(shapes, rhos, missing, seed):
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [nn.Parameter(torch.zeros(s, dtype=torch.float64)) for s in shapes]
+    halves = [[torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes] for _ in range(2)]
+    present = [[missing[i] not in (half, "both") for i in range(len(shapes))] for half in ("a", "b")]
+
+    def backward(half: int) -> None:
+        for p, g, there in zip(parameters, halves[half], present[half]):
+            if there:
+                p.grad = g.clone() if p.grad is None else p.grad + g
+
+    crossed = CrossFit(parameters)
+    backward(0)
+    crossed.stash()
+    assert all(p.grad is None for p in parameters)
+    backward(1)
+    multiplier = crossed.combine(*rhos)
+    assert multiplier == (rhos[0] + rhos[1]) / 2
+    zero = torch.zeros((), dtype=torch.float64)
+    parts = [
+        (a if there_a else zero, b if there_b else zero)
+        for a, b, there_a, there_b in zip(*halves, *present, strict=True)
+    ]
+    if rhos[0] == rhos[1]:
+        for p, (a, b) in zip(parameters, parts, strict=True):
+            assert p.grad is None or torch.equal(p.grad, (a + b).expand_as(p))
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    handle = modulate(optimizer)
+    handle.arm(multiplier)
+    optimizer.step()
+    for p, (a, b) in zip(parameters, parts, strict=True):
+        expected = -(rhos[1] * a + rhos[0] * b)
+        assert torch.allclose(p, expected.expand_as(p), rtol=1e-12, atol=1e-12)
