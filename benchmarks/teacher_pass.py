@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from paired import measure, pairs_from_command_line, report, reuse_memory
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pgpo.teacher import Teacher
@@ -82,9 +83,17 @@ class Case:
 
     @torch.no_grad()
     def unshared(self) -> States:
-        """Prompts, padded left, then completions, padded right, as TRL puts them together."""
+        """Prompts, padded left (they are equally long), and completions, padded right, as TRL puts them together."""
         prompts, completions = ([torch.tensor(row) for row in rows] for rows in (self.prompts, self.completions))
-        left, right = (pad(rows, 0, "left") for rows in (prompts, list(map(torch.ones_like, prompts))))
+        ids = torch.cat([torch.stack(prompts), pad_sequence(completions, True)], 1)
+        seen = pad_sequence([torch.ones(PREFIX + len(row), dtype=torch.long) for row in completions], True)
+        keep = torch.zeros_like(seen).bool()
+        keep[:, PREFIX - 1 : -1] = seen[:, PREFIX:].bool()  # the places that predict the completions
+        assert self.teacher.module is not None
+        states: States = self.teacher.module(
+            input_ids=ids, attention_mask=seen, use_cache=False, finish=lambda hidden, head: States(hidden[keep], head)
+        )
+        return states
 
     def timed(self, way: str) -> Callable[[], float]:
         def run() -> float:

@@ -287,16 +287,22 @@ def test_importance_ratio_is_taken_at_the_sampling_temperature(tmp_path):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_no_forward_exceeds_the_token_budget(tmp_path):
-    """Long prompts beside long completions: the padded tensor counts, not the longest row."""
-    t = trainer(tmp_path, max_tokens_per_microbatch=2200)
+@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
+def test_micro_batches_keep_to_the_token_budget(tmp_path, objective):
+    """Rows are padded to the longest of them; TRL's own, for GRPO, to the longest prompt and the longest completion."""
+    t = trainer(tmp_path, max_tokens_per_microbatch=2200, objective=objective)
     sizes = [(1000, 100), (100, 1000), (1000, 90), (90, 900), (10, 10), (12, 8)]
     parts = list(t._micro_batches(sizes))
     assert sorted(i for part in parts for i in part) == list(range(6))
     for part in parts:
-        padded = len(part) * (max(sizes[i][0] for i in part) + max(sizes[i][1] for i in part))
+        padded = len(part) * max(sum(sizes[i]) for i in part)
+        if objective == "grpo":
+            padded = len(part) * (max(sizes[i][0] for i in part) + max(sizes[i][1] for i in part))
         assert padded <= 2200 or len(part) == 1
     assert len(parts) < 6
+
+
+def test_no_forward_exceeds_the_token_budget(tmp_path):
     for share in (True, False):
         seen = []
         budget = trainer(tmp_path, max_tokens_per_microbatch=60, share_teacher_prompts=share)

@@ -169,7 +169,7 @@ class Setting:
 
     @property
     def shards(self) -> int:
-        return 1
+        return self.gpus if self.fsdp else 1
 
     @property
     def packed(self) -> bool:
@@ -652,7 +652,7 @@ class Step:
         s, m = self.setting, self.model
         if not s.distills:
             return {}
-        held = self.held + (self.completions if self.shares else 0)
+        held = 0 * self.held + (self.completions if self.shares else 0)
         return {"teacher states": float(held * m.hidden * s.stream)}
 
     def _head(self) -> dict[str, float]:
