@@ -39,10 +39,11 @@ def _small(**options: Any) -> Any:
     return dataclasses.replace(task, train=task.train[:TRAINING_ROWS])
 
 
-cli._draw = lambda *_: None  # the picture is drawn from the log, at the end
 _load = lab_world.load
-lab_world.load = _small
-_small(variant="plain", domain="physics")  # before the fork
+if "pytest" not in sys.modules:  # in the server alone; the tests' own process keeps its world
+    cli._draw = lambda *_: None  # the picture is drawn from the log, at the end
+    lab_world.load = _small
+    _small(variant="plain", domain="physics")  # before the fork
 
 
 class Phases:

@@ -143,9 +143,18 @@ def build(kind: str, layers: int, attention: str, dtype: torch.dtype, lora: int 
     return model.train()
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+PRECISIONS = ("float32", "float32 autocast", "bfloat16", "bfloat16 autocast")
+
+
+@pytest.mark.parametrize(
+    "kind, precision",
+    [
+        *((kind, p) for kind in ("qwen3", "llama") for p in PRECISIONS),
+        ("qwen2", PRECISIONS[1]),
+        ("mistral", PRECISIONS[1]),
+    ],
+)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("precision", ["float32", "float32 autocast", "bfloat16", "bfloat16 autocast"])
 @pytest.mark.parametrize(
     "masked, lora, targets, dropout",
     [
@@ -232,8 +241,8 @@ def benchmark():
     "changes",
     [
         dict(V=9_000, H=96, I=288, layers=5, heads=6, kv=2, d=16, P=40, L=90, budget=520, group=8, questions=1),
-        dict(V=2_000, H=96, I=256, layers=16, heads=4, kv=4, d=24, P=300, L=40, budget=2_720, kind="llama", lora=4,
-             dtype="bfloat16", autocast=True, checkpointing=True, group=8, questions=2),
+        dict(V=2_000, H=96, I=256, layers=12, heads=4, kv=4, d=24, P=120, L=40, budget=1_280, kind="llama", lora=4,
+             dtype="bfloat16", autocast=True, checkpointing=True, group=8),
     ],
     ids=["full, float32", "LoRA, bfloat16, checkpointing"],
 )  # fmt: skip

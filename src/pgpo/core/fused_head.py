@@ -258,7 +258,7 @@ def _weighted(output: HeadOutput, token_weights: TokenWeights) -> HeadOutput:
 def _weights_of(token_weights: TokenWeights, values: HeadOutput, rows: slice) -> Tensor:
     if isinstance(token_weights, Tensor):
         return token_weights.detach()[rows].to(values.divergence)
-    weights = token_weights(values, rows)
+    weights = token_weights(values, rows).detach()
     _check_vector("the result of token_weights", weights, len(values.divergence))
     return weights.to(values.divergence)
 

@@ -87,8 +87,9 @@ class Study:
     test_k: int
     queue: list[Run]
     compare: dict[str, list[str]]  # reference method -> methods compared with it
-    alarms: dict[str, str]  # method whose signals are studied -> healthy method that gives the limits
     document: dict[str, Any] = field(repr=False)
+    # method whose signals are studied -> healthy method that gives the limits
+    alarms: dict[str, str] = field(default_factory=dict)
 
 
 def read_study(path: Path) -> Study:
@@ -152,7 +153,7 @@ def _study(document: Any) -> Study:
     if not isinstance(alarms, dict):
         raise UserError("alarms must map the method that is watched to the healthy one that gives the limits.")
     _chosen([*alarms, *alarms.values()], methods, "alarms", allow_empty=True)
-    return Study(name, seeds, test_k, list(queue.values()), references, alarms, document)
+    return Study(name, seeds, test_k, list(queue.values()), references, document, alarms)
 
 
 def _arm(

@@ -49,6 +49,8 @@ class EvalArguments(TaskArguments):
             raise UserError(f"rows is {self.rows}; it must be at least 1, or left out for all questions.")
         if self.k < 1:
             raise UserError(f"k is {self.k}; it must be at least 1 completion per question.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; a seed must be between 0 and 4294967295.")
         if self.records and not Path(self.records).parent.is_dir():
             raise UserError(f"the folder of {self.records} does not exist; make it, or choose another --records.")
         lab = PRESETS["lab_world"] if self.task == "lab_world" else {}  # otherwise the paper's validation settings

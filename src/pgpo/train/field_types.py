@@ -29,6 +29,7 @@ _KINDS: dict[Any, str] = {
 _MAY_BE_INFINITE = {"importance_clip", "vllm_importance_sampling_clip_max"}
 # transformers takes more than it annotates.
 _ALSO: dict[str, tuple[type, ...]] = {"fsdp": (bool, list)}
+_SHOWN = 120  # characters
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 60, 60
 
@@ -68,7 +69,8 @@ def huge(value: Any) -> bool:
 def shown(value: Any) -> str:
     """A value for a sentence: short, whatever it holds."""
     try:
-        return _REPR.repr(value)
+        text = _REPR.repr(value)
+        return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
     except ValueError:  # Python writes no number of more than 4300 digits
         return f"a {type(value).__name__} with a huge number"
 

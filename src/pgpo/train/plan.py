@@ -532,14 +532,13 @@ class Step:
             groups = math.ceil(self.held / (s.num_generations * completion))
             prompts = min(max(self.budget, prompt), groups * prompt)
             rows = self.budget // (math.ceil(prompt / CACHED) + completion)
-            sharing = math.ceil(self.held / completion)
+            sharing = max(1, math.ceil(self.held / completion) - groups)  # a demonstration's own row reads another one
             rows = max(1, min(rows, sharing))
             cache = m.layers * self._cache()
             passes.append(cache * prompts + self._forward(prompts, prompts, prompt, masked=groups > 1))
             kept = cache * prompts + prompts * m.hidden * s.stream
-            keys = rows * self.teacher_row
-            before = cache * keys if sharing > rows else 0.0
-            passes.append(kept + before + 2 * cache * rows * prompt)
+            keys, more = rows * self.teacher_row, min(rows, sharing - rows)
+            passes += [kept + 2 * cache * rows * prompt, kept + cache * (keys + 2 * more * prompt)]
             passes.append(kept + cache * keys + self._forward(rows * completion, keys, self.teacher_row, masked=True))
         items = {"teacher states": states * (2 if self.blocks > 1 else 1), "teacher pass": max(passes)}
         if self.blocks > 1:
@@ -652,7 +651,7 @@ class Step:
         s, m = self.setting, self.model
         if not s.distills:
             return {}
-        held = 0 * self.held + (self.completions if self.shares else 0)
+        held = self.held + (self.completions if self.shares else 0)
         return {"teacher states": float(held * m.hidden * s.stream)}
 
     def _head(self) -> dict[str, float]:
