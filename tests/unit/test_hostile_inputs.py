@@ -35,7 +35,7 @@ from pgpo.runlog import RunLog
 from pgpo.teacher import ContextTemplates
 from pgpo.train import arguments, run
 from pgpo.train.arguments import parse
-from pgpo.train.user_functions import time_limit
+from pgpo.train.user_functions import call, check_rewards, time_limit
 
 ROWS = 16  # 4 prompts x 4 completions
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,10 @@ def refused(folder, capsys, monkeypatch):
         raise UserError("reached the model.")
 
     monkeypatch.setattr(run, "load_model", stop)
-    monkeypatch.setattr(arguments, "load_task", functools.cache(arguments.load_task))  # the lab's takes a while
+    load, cached = arguments.load_task, functools.cache(arguments.load_task)  # the lab's takes a while
+    monkeypatch.setattr(
+        arguments, "load_task", lambda name, **kw: (cached if name == "lab_world" else load)(name, **kw)
+    )
 
     def check(*words: object) -> str:
         before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
@@ -214,7 +217,7 @@ SNIPPETS: list[tuple[str | bytes, str]] = [
     ("chat_template_kwargs: {a: 1, a: 2}\n", "'a' stands twice"),
     ("1: x\n1.0: y\n", "1.0 stands twice"),
     ("alpha: 1.0\n\tseed: 3\n", "not valid YAML: .*line 2"),
-    ("alpha:\t1.0\n", "reached the model"),  # a tab between the two is YAML
+    ("alpha:\t1.0\n", "not valid YAML: .*line 1"),
     (b"\xef\xbb\xbfalpha: 1.0\n", "reached the model"),  # a byte order mark
     ("alpha: 1.0\r\nseed: 3\r\n", "reached the model"),
     ("alpha: 1.0\n".encode("utf-16"), "recipe r.yaml is not UTF-8 at byte 0; save it as UTF-8"),
@@ -240,7 +243,7 @@ SNIPPETS: list[tuple[str | bytes, str]] = [
     ("alpha: yes\n", "alpha is True; it must be a number"),
     ("alpha: .inf\n", "alpha is inf; it must be a finite number"),
     ("num_generations: 2.0\n", "--num_generations/--num-generations: invalid int value: '2.0'"),
-    ("overwrite: 3\n", "overwrite.*'3'"),
+    ("overwrite: 3\n", "--overwrite: Truthy value expected: got 3"),
     ("eval_rows: {}\n", "eval_rows is {}; it must be a whole number or None"),
     ('data_path: "a\\0b"\n', "data_path is .*, which holds a NUL character; remove it"),
     ("help: 1\n", "the recipe has unknown names: help"),
@@ -345,8 +348,8 @@ def test_fuzzed_recipes(refused, folder, seeds):
     ends = set()
     for seed in seeds:
         (folder / "r.yaml").write_bytes(spoiled(random.Random(seed), RECIPE.encode()))
-        ends.add(refused("train", "--config", "r.yaml", "--use_cpu").split(":")[1][:24])
-    assert " reached the model.\n" in ends and len(ends) > 5  # some are in order, the others wrong in many ways
+        ends.add(refused("train", "--config", "r.yaml", "--use_cpu").split("line")[0])
+    assert "pgpo: reached the model.\n" in ends and len(ends) > 5  # some are in order, the others wrong in many ways
 
 
 @fuzzed(100)
@@ -431,7 +434,7 @@ def test_fuzzed_templates_are_taken_whole_or_refused(tmp_path, seeds):
 @pytest.mark.parametrize("name", ["reprompt_template", "solution_template", "feedback_template"])
 def test_a_template_without_its_placeholder_is_refused(tmp_path, name):
     with pytest.raises(UserError, match=f"The {name.split('_')[0]} template holds no placeholder; it must hold"):
-        trainer_kit.trainer(tmp_path, **{name: "{} {0} {{x}}"})
+        trainer_kit.trainer(tmp_path, **{name: "{} {0} {{ x }}"})
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -496,7 +499,7 @@ def test_data(refused, folder, content, says):
 
 
 SCIENCE = ["train", "--task", "science_qa", "--domain", "physics", "--data_path", "q.jsonl", "--no_data_check"]
-SCIENCE += ["--use_cpu", "--model_name_or_path", "m"]
+SCIENCE += ["--use_cpu", "--prompts_per_step", "4", "--model_name_or_path", "m"]
 
 
 @fuzzed(100)
@@ -590,15 +593,31 @@ RETURNED: list[tuple[Callable[[], object], str]] = [
 
 
 @pytest.mark.parametrize(("returned", "says"), RETURNED, ids=range(len(RETURNED)))
-def test_whatever_a_reward_function_returns(tmp_path, returned, says):
+def test_whatever_a_reward_function_returns(returned, says):
     calls = []
 
-    def verdict(prompts, completions, **kwargs):
+    def verdict(prompts):
         calls.append(len(prompts))
         return returned()
 
-    assert_training_refuses(trainer_kit.trainer(tmp_path, reward=verdict), f"^reward function 'verdict' {says}")
+    what, place = "reward function 'verdict'", "at step 1"
+    with pytest.raises(UserError, match=f"^{what} {says}") as caught:
+        rewards, problem = check_rewards(
+            call(verdict, what, place, "reward", None, {"prompts": ROWS * ["w1"]}), what, place
+        )
+        raise UserError(problem or f"no problem with {rewards}")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     assert calls == [ROWS]  # not called again to find the sample: it may send mail, or count
+
+
+@pytest.mark.parametrize("number", [0, 6, 7, 15, 17])
+def test_what_a_reward_function_returns_reaches_no_update(tmp_path, number):
+    returned, says = RETURNED[number]
+
+    def verdict(prompts, completions, **kwargs):
+        return returned()
+
+    assert_training_refuses(trainer_kit.trainer(tmp_path, reward=verdict), f"^reward function 'verdict' {says}")
 
 
 @pytest.mark.parametrize(
@@ -844,7 +863,7 @@ def test_code_that_comes_with_a_model_runs_when_asked_alone(tmp_path, monkeypatc
     )
     assert PGPOConfig(str(tmp_path), use_cpu=True).trust_remote_code is False
     for options in ({}, {"trust_remote_code": False}):
-        with pytest.raises(UserError, match="cannot be loaded .*contains custom code"):
+        with pytest.raises(UserError, match=r"cannot be loaded .*contains custom code"):
             run.load_model(place, **options)
     for words in (
         ["eval", str(place)],

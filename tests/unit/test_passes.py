@@ -88,10 +88,10 @@ def test_whole_logits_are_handed_over_without_a_head():
 
 def test_layouts_by_hand():
     inputs = padded([[5, 6, 7], [8]], [[1, 2], [3, 4, 9]], pad=0)
-    assert inputs.ids.tolist() == [[5, 6, 7, 1, 0], [0, 0, 8, 3, 4]]
-    assert inputs.mask.tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
-    assert inputs.positions.tolist() == [[0, 1, 2, 3, 3], [0, 0, 0, 1, 2]]
-    assert inputs.keep.tolist() == [2, 3, 7, 8, 9]
+    assert inputs.ids.tolist() == [[5, 6, 7, 1], [8, 3, 4, 0]]
+    assert inputs.mask is None
+    assert inputs.positions.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert inputs.keep.tolist() == [2, 3, 4, 5, 6]
     row = packed([[5, 6, 7], [8]], [[1, 2], [3, 4, 9]])
     assert row.ids.tolist() == [[5, 6, 7, 1, 8, 3, 4]]
     assert row.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
@@ -194,7 +194,7 @@ def test_a_shared_prompt_is_run_once():
     tokens = counted(teacher.module)
     prompt = list(range(2, 30))
     own.teacher(teacher, [prompt] * 8, [[7, 8, 9]] * 8, at_once)
-    assert tokens == [28, 16]  # the prompt, then two tokens of eight completions
+    assert tokens == [30, 14]  # the prompt with one completion, then two tokens of the seven others
     tokens.clear()
     own.teacher(teacher, [prompt] * 8, [[7, 8, 9]] * 8)
     assert tokens == [8 * 30]

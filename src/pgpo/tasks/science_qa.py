@@ -374,7 +374,7 @@ def _from_path(domain: str, path: Path) -> tuple[list[Question], list[Question]]
     try:
         exists = path.exists()
     except OSError as error:  # such as a name that is too long
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+        raise UserError(f"{str(path)[:60]!r} cannot be read ({error.strerror}); check the path.") from error
     if not exists:
         raise UserError(f"There is no file or folder {path}; pass path= with the SciKnowEval files.")
     if path.is_file():

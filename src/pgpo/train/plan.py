@@ -512,8 +512,8 @@ class Step:
             items = {"generation": max(first, last)}
         else:
             n = self.positions
-            items = {"log-probabilities": max(self._forward(n, n, self.row, self.masked), self._tile(12))}
-        return items | self._cast_weights(every=s.full) | self._gathered()
+            items = {"log-probabilities": max(self._forward(n, n, self.row, self.fitting > 1), self._tile(12))}
+        return items | self._cast_weights(every=s.full) | self._gathered(reduced=False)
 
     def teacher(self) -> dict[str, float]:
         """A teacher pass in the last block: gradients and the block before are still there (trainer._with_teacher).
@@ -544,17 +544,16 @@ class Step:
         if self.blocks > 1:
             items["gradients"] = gradients(m, s)
         # autocast keeps what it casts of parameters that train only
-        return items | self._cast_weights(every=s.full and s.teacher == "live") | self._gathered()
+        return items | self._cast_weights(every=s.full and s.teacher == "live") | self._gathered(reduced=False)
 
     def loss(self) -> dict[str, float]:
         """The end of the student's forward, where the heads run."""
         items = self._saved() | self._states() | self._head()
         if self.several:
             items["gradients"] = gradients(self.model, self.setting)
+        every = self.setting.full or not self.setting.gradient_checkpointing
         # kept by autocast until the forward ends, and of frozen weights by autograd
-        return (
-            items | self._cast_weights(self.setting.full or not self.setting.gradient_checkpointing) | self._gathered()
-        )
+        return items | self._cast_weights(every) | self._gathered()
 
     def backward(self) -> dict[str, float]:
         """The largest of three times in the backward pass.
@@ -701,15 +700,18 @@ class Step:
         n, more = (self.completions, 0) if s.device == "cuda" else (self.positions, temporaries)
         return float(min(n, TRL_TILE[0]) * min(m.vocabulary, TRL_TILE[1]) * (s.matmul + more))
 
-    def _gathered(self) -> dict[str, float]:
+    def _gathered(self, reduced: bool = True) -> dict[str, float]:
         """FSDP2, not measured: embedding and head whole from forward to backward, and the teacher's; three blocks (the
-        one that runs and two ahead); gradients of a block and of the head, whole and in fp32 for their reduction."""
+        one that runs and two ahead); `reduced`: gradients of a block and of the head, whole, and in fp32 to be summed.
+        """
         s, m = self.setting, self.model
         if not s.fsdp:
             return {}
         heads = m.head * (1 if m.tied else 2) * (2 if "teacher" in static(m, s) and s.full else 1)
-        reduced = (m.block + m.head) * (s.stream + FP32) if s.full else 0
-        return {"gathered (FSDP)": float(s.stream * (heads + 3 * m.block) + reduced)}
+        whole = s.stream * (heads + 3 * m.block)
+        if reduced and s.full:
+            whole += (m.block + m.head) * (s.stream + FP32)
+        return {"gathered (FSDP)": float(whole)}
 
 
 # Answers ------------------------------------------------------------------------------------------------------------

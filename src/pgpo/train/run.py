@@ -124,7 +124,7 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
         _remove_leftovers(directory)
     run_id = runlog.read_run(directory).config.get(RUN_ID) if resume else uuid.uuid4().hex
     checkpoint = last_checkpoint(directory) if resume else None
-    existing = next(p for p in (directory, *directory.parents) if p.exists())
+    existing = _existing(directory)
     if not resume and main:
         _require_free(directory, existing, run.overwrite)
     with tempfile.TemporaryDirectory() as scratch:
@@ -576,6 +576,16 @@ def _remove_parts(directory: Path, names: Sequence[str]) -> None:
             shutil.rmtree(directory / name)
         else:
             (directory / name).unlink(missing_ok=True)
+
+
+def _existing(directory: Path) -> Path:
+    """The directory or the nearest of its parents that is there."""
+    try:
+        return next(p for p in (directory, *directory.parents) if p.exists())
+    except OSError as error:  # such as a name that is too long
+        raise UserError(
+            f"the run directory {str(directory)[:60]!r} cannot be made ({error.strerror}); choose another --output_dir."
+        ) from error
 
 
 def _require_free(directory: Path, existing: Path, overwrite: bool) -> None:
