@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -39,12 +40,20 @@ def measure(a: Callable[[], Any], b: Callable[[], Any], pairs: int, warmup: int 
     return {
         "pairs": pairs,
         "ratio_median": statistics.median(ratios),
+        "ratio_median_95": _median_interval(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
         "a_seconds_median": statistics.median(seconds["a"]),
         "b_seconds_median": statistics.median(seconds["b"]),
         "ratios": ratios,
     }
+
+
+def _median_interval(values: list[float]) -> tuple[float, float]:
+    """95 % interval of the median by order statistics (all values, if they are few)."""
+    n = len(values)
+    k = max(0, math.floor(n / 2 - 1.96 * math.sqrt(n) / 2) - 1)
+    return sorted(values)[k], sorted(values)[n - 1 - k]
 
 
 def report(name: str, question: str, limit: float, result: dict[str, Any]) -> bool:

@@ -54,6 +54,7 @@ class Case:
             passes=self.passes,
             distills=True,
             is_fsdp_enabled=False,
+            accelerator=SimpleNamespace(device=torch.device("cpu")),
         )
         self.rng = np.random.default_rng(0)
         self.tokens = 0  # that went through the model since it was last set to 0

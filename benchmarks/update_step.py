@@ -11,6 +11,8 @@ success (6, 7, 6, 7, 6 of 8 in five batches that take turns). JSD with beta 0.5 
 or over the whole vocabulary. SDPOTrainer runs 8 micro-batches of 8 rows, each padded to the longest of the 64, a common
 setting of its; PGPOTrainer runs its defaults, with a token budget equal to the tokens of such a micro-batch.
 Both: fp32, no gradient checkpointing, AdamW, clip at 1. `--trl-defaults`: bf16 and gradient checkpointing in both.
+The first update, from equal weights, is not timed: there both must have worked on the same tokens and hints, and their
+divergences are reported.
 """
 
 from __future__ import annotations
@@ -216,8 +218,11 @@ def common(folder: Path, defaults: bool) -> dict[str, Any]:
 
 
 class Ours(Updates):
-    def __init__(self, batches: list[Given], folder: Path, tokenizer: Any, top_k: int, defaults: bool) -> None:
+    def __init__(
+        self, batches: list[Given], folder: Path, tokenizer: Any, top_k: int, defaults: bool, own_budget: bool
+    ) -> None:
         super().__init__(batches)
+        self.own_budget = own_budget
 
         def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
             completions = self.batch.completions
@@ -237,7 +242,9 @@ class Ours(Updates):
         self.attach()
 
     def __call__(self) -> float:
-        self.trainer.args.max_tokens_per_microbatch = self.batches[self.calls % len(self.batches)].micro_batch_tokens
+        if not self.own_budget:
+            batch = self.batches[self.calls % len(self.batches)]
+            self.trainer.args.max_tokens_per_microbatch = batch.micro_batch_tokens
         seconds = super().__call__()
         log = next(entry for entry in reversed(self.trainer.state.log_history) if "divergence" in entry)
         self.seen.active_tokens, self.seen.divergence = int(log["active_tokens"]), log["divergence"]
@@ -287,14 +294,15 @@ class Trl(Updates):
         self.seen.teacher_prompts += [ids[i][mask[i]].tolist() for i in active.nonzero().flatten().tolist()]
 
 
-def compare(name: str, top_k: int, pairs: int, defaults: bool) -> bool:
+def compare(name: str, top_k: int, pairs: int, defaults: bool, own_budget: bool) -> bool:
     scale = SCALES[name]
     rng = np.random.default_rng(0)
     batches = [given(scale, hinted, rng) for hinted in HINTED]
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         tokenizer = build(scale, folder)
-        ours, trl = (kind(batches, folder, tokenizer, top_k, defaults) for kind in (Ours, Trl))
+        ours = Ours(batches, folder, tokenizer, top_k, defaults, own_budget)
+        trl = Trl(batches, folder, tokenizer, top_k, defaults)
         ours(), trl()  # the only update from equal weights: the loss is another mean, so that the weights part
         assert ours.seen.active_tokens == trl.seen.active_tokens, "the trainers saw different work"
         assert sorted(ours.seen.teacher_prompts) == sorted(trl.seen.teacher_prompts), "the trainers saw different hints"
@@ -303,7 +311,8 @@ def compare(name: str, top_k: int, pairs: int, defaults: bool) -> bool:
             "divergence_a": ours.seen.divergence,
             "divergence_b": trl.seen.divergence,
             "teacher_prompt_tokens_mean": float(np.mean([len(p) for p in ours.seen.teacher_prompts])),
-            "micro_batch_tokens": batches[0].micro_batch_tokens,
+            "token_budget_a": ours.trainer.args.max_tokens_per_microbatch,
+            "micro_batch_tokens_b": batches[0].micro_batch_tokens,
             "longest_completion": max(map(len, batches[0].completions)),
             "parameters": sum(p.numel() for p in ours.trainer.model.parameters()),
         }
@@ -311,8 +320,11 @@ def compare(name: str, top_k: int, pairs: int, defaults: bool) -> bool:
     print(f"divergence of the first update: {work['divergence_a']:.6f} here, {work['divergence_b']:.6f} in TRL")
     what = f"top {top_k} + tail" if top_k else "full vocabulary"
     setting = "bf16 and checkpointing in both" if defaults else "fp32"
+    if own_budget:
+        setting += ", its own default token budget"
     return report(
-        f"update_step_{name}_{'topk' if top_k else 'full'}{'_trl_defaults' if defaults else ''}",
+        f"update_step_{name}_{'topk' if top_k else 'full'}{'_trl_defaults' if defaults else ''}"
+        f"{'_default_budget' if own_budget else ''}",
         f"one update of 64 completions, {name}, {what}, {setting}: PGPOTrainer / TRL SDPOTrainer",
         0.33,
         {**result, "first_update": work},
@@ -324,6 +336,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=list(SCALES))
     parser.add_argument("--divergence", choices=["topk", "full"])
     parser.add_argument("--trl-defaults", action="store_true", help="bf16 and gradient checkpointing in both")
+    parser.add_argument("--default-budget", action="store_true", help="PGPOTrainer's own token budget, 16,384")
     parser.add_argument("--pairs", type=int, default=10)
     arguments = parser.parse_args()
     reuse_memory()
@@ -332,7 +345,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     for name in [arguments.scale] if arguments.scale else SCALES:
         for top_k in {"topk": [100], "full": [0], None: [100, 0]}[arguments.divergence]:
-            compare(name, top_k, max(7, arguments.pairs), arguments.trl_defaults)
+            compare(name, top_k, max(7, arguments.pairs), arguments.trl_defaults, arguments.default_budget)
 
 
 if __name__ == "__main__":

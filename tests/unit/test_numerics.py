@@ -373,6 +373,7 @@ class Fragile(torch.optim.SGD):
 
 
 def fragile(lr: float = 0.5, weight_decay: float = 0.1):
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # torch hooks a class with its first instance: both steps from here
     parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
     parameter.grad = torch.ones(2)
     return Fragile([parameter], lr=lr, weight_decay=weight_decay)

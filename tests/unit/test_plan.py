@@ -425,6 +425,10 @@ def test_bad_models_are_told_in_one_sentence(tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{")
     assert "cannot be read" in refused(tmp_path / "broken")
+    quantized = config()
+    quantized.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    quantized.save_pretrained(tmp_path / "quantized")
+    assert "is quantized" in refused(tmp_path / "quantized")
     AutoConfig.for_model("llama", vocab_size=-1).save_pretrained(tmp_path / "negative")
     assert "no model can be made" in refused(tmp_path / "negative")
 

@@ -129,4 +129,5 @@ def _append_tail(log_probs: Tensor) -> Tensor:
 
 
 def _renormalise(log_probs: Tensor) -> Tensor:
-    return log_probs - torch.logsumexp(log_probs, dim=-1, keepdim=True)
+    # Not minus logsumexp, which is rounded at the size of log-probabilities that may all be very small.
+    return torch.log_softmax(log_probs, dim=-1)

@@ -151,7 +151,7 @@ def fused_distillation_head(
         _check_vector("token_weights", token_weights, rows)
     device = student_hidden.device.type
     if chunk_size is None:
-        chunk_size = max(1, _CHUNK_LOGITS.get(device, _CHUNK_LOGITS_ELSEWHERE) // vocabulary)
+        chunk_size = _default_chunk_size(student_hidden, student_weight)
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; a chunk has at least one row, or None for the default.")
     if compiled is None and device != "cuda" and not (device == "cpu" and vocabulary >= _COMPILE_FROM_VOCABULARY):
@@ -351,6 +351,14 @@ def _check_shapes(
     return rows, vocabulary
 
 
+def _default_chunk_size(hidden: Tensor, weight: Tensor) -> int:
+    """Rows per chunk. A lone chunk may be twice as long and peak no higher: the teacher's logits are gone before the
+    weight's gradient, [V, H], needs their room."""
+    rows = max(1, _CHUNK_LOGITS.get(hidden.device.type, _CHUNK_LOGITS_ELSEWHERE) // len(weight))
+    alone = weight.requires_grad and len(hidden) <= min(2 * rows, hidden.shape[1])
+    return 2 * rows if alone else rows
+
+
 def _check_vector(name: str, vector: Tensor, length: int) -> None:
     if vector.shape != (length,):
         raise ValueError(f"{name} must have shape [{length}]; got {tuple(vector.shape)}.")
@@ -426,40 +434,42 @@ class _Gradients:
     def __init__(
         self, student: _Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]
     ) -> None:
-        self.student = student
-        matmul = student.weight.dtype
-        wide = torch.promote_types(matmul, torch.float32)
-        same = not student.wide and matmul == weight.dtype
+        self.student, self.needs = student, needs
+        wide = torch.promote_types(student.weight.dtype, torch.float32)
+        same = not student.wide and student.weight.dtype == weight.dtype
+        self.sum_dtype = weight.dtype if same else wide
         self.hidden = torch.empty_like(hidden) if needs[0] else None
-        self.weight = torch.empty_like(weight, dtype=matmul if same else wide) if needs[1] else None
+        self.weight: Tensor | None = None  # made when the first chunk needs it
         self.bias = torch.zeros_like(bias, dtype=wide) if needs[2] else None  # type: ignore[arg-type]
         self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        self.started = False
 
     def add(self, rows: slice, logit_gradient: Tensor) -> None:
         """Add what a chunk's d loss / d logits [rows, V], in the matmul's dtype, contributes."""
         hidden = self.student.hidden[rows]
         if self.hidden is not None:
             self.hidden[rows] = logit_gradient @ self.student.weight
-        if self.weight is not None:
-            self._add_to_weight(self.weight, logit_gradient.t(), hidden)
+        if self.needs[1]:
+            self._add_to_weight(logit_gradient.t(), hidden)
         if self.bias is not None:
             self.bias += logit_gradient.sum(0, dtype=self.bias.dtype)
-        self.started = True
 
-    def _add_to_weight(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        beta = 1.0 if self.started else 0.0  # 0: whatever is in memory before the first chunk does not count
+    def _add_to_weight(self, a: Tensor, b: Tensor) -> None:
+        beta = 1.0
+        if self.weight is None:
+            beta = 0.0  # whatever is in this memory does not count
+            self.weight = torch.empty_like(self.student.weight, dtype=self.sum_dtype)
+        total = self.weight
         if self.student.wide:
             _addmm_fp32(total, a, b, beta)
         elif total.dtype == b.dtype:
             total.addmm_(a, b, beta=beta)
         else:  # product and sum differ in dtype: a block of the vocabulary at a time keeps the product small
             for block in _slices(0, len(total), 2**14):
-                total[block] = a[block] @ b + (total[block] if self.started else 0.0)
+                total[block] = a[block] @ b + (total[block] if beta else 0.0)
 
     def result(self) -> tuple[Tensor | None, ...]:
-        if not self.started and self.weight is not None:
-            self.weight.zero_()
+        if self.needs[1] and self.weight is None:
+            self.weight = torch.zeros_like(self.student.weight)
         gradients = (self.hidden, self.weight, self.bias)
         return tuple(g if g is None else g.to(dtype) for g, dtype in zip(gradients, self.dtypes, strict=True))
 
@@ -753,7 +763,11 @@ class _GradientInForward(torch.autograd.Function):
                 chunks.append(chunk)
                 if any(needs):
                     out = None if narrow is None else narrow[: len(zs)]
-                    gradients.add(rows, _differentiate(options, zs, zt, chunk, picked, weights, None, out))
+                    logit_gradient = _differentiate(options, zs, zt, chunk, picked, weights, None, out)
+                    del zt
+                    if rows.stop == len(hidden):
+                        del teacher  # see _default_chunk_size
+                    gradients.add(rows, logit_gradient)
             ctx.gradients = gradients.result()
         values = _joined(options, chunks, hidden, labels)
         ctx.mark_non_differentiable(*(v for v in values if v is not None))
@@ -808,6 +822,9 @@ class _Recompute(torch.autograd.Function):
                 on_divergence = None if per_divergence is None else per_divergence[rows].to(options.dtype)
                 on_logprob = None if per_logprob is None else per_logprob[rows].to(options.dtype)
                 out = None if narrow is None else narrow[: len(zs)]
-                gradient = _differentiate(options, zs, zt, chunk, picked, on_divergence, on_logprob, out)
-                gradients.add(rows, gradient)
+                logit_gradient = _differentiate(options, zs, zt, chunk, picked, on_divergence, on_logprob, out)
+                del zt
+                if rows.stop == len(hidden):
+                    del teacher  # see _default_chunk_size
+                gradients.add(rows, logit_gradient)
             return *gradients.result(), *(None,) * 6

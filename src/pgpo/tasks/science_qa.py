@@ -485,11 +485,13 @@ def _question(domain: str, idx: int, record: _Record) -> Question:
     if not _is_list_of_texts(labels) or not _is_list_of_texts(options) or not len(labels) == len(options) >= 2:
         raise UserError(f'{where}: column "choices" must have two or more texts in "label" and as many in "text".')
     if not all(len(label) == 1 and "A" <= label <= "Z" for label in labels):
-        raise UserError(f"{where}: the option labels are {labels}; make each one capital letter.")
+        raise UserError(f"{where}: the option labels are {labels!s:.60}; make each one capital letter.")
     if len(set(labels)) < len(labels):
-        raise UserError(f"{where}: the option labels {labels} repeat a letter; give each option its own.")
+        raise UserError(f"{where}: the option labels {labels!s:.60} repeat a letter; give each option its own.")
     if answer not in labels:
-        raise UserError(f"{where}: answerKey {answer!r} is not among the option labels {labels}; correct one of them.")
+        raise UserError(
+            f"{where}: answerKey {answer!r:.60} is not among the option labels {labels!s:.60}; correct one of them."
+        )
     return Question(domain, idx, text, tuple(labels), tuple(options), answer)
 
 
@@ -503,7 +505,7 @@ def _number(record: _Record) -> int:
 def _column(record: _Record, name: str, kind: type) -> Any:
     if name not in record.columns:
         found = ", ".join(record.columns)
-        raise UserError(f'{record.where}: no column "{name}" among {found}; use the columns of {HUB_DATASET}.')
+        raise UserError(f'{record.where}: no column "{name}" among {found:.200}; use the columns of {HUB_DATASET}.')
     value = record.columns[name]
     if not isinstance(value, kind):
         expected = {str: "a text", int: "a whole number", dict: "an object"}[kind]

@@ -154,7 +154,7 @@ class Parser(HfArgumentParser):
         super().__init__(kinds, prog=prog, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`.")
+        raise UserError(f"{message:.400}; see `{self.prog} --help`.")
 
 
 def parse(argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed:

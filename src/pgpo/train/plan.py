@@ -208,6 +208,8 @@ def read_model(source: str) -> ModelShape:
         raise UserError(f"{source} is an encoder-decoder ({kind}); the trainer needs a decoder-only language model.")
     if kind not in BLOCKS:
         raise UserError(f"{source} is a {kind} model, whose blocks are not known here; known: {', '.join(BLOCKS)}.")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{source} is quantized, which is not planned here; give the model it was made from.")
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
@@ -432,7 +434,7 @@ class Step:
 
     @property
     def shares(self) -> bool:
-        """Teacher prompts are run once (trainer._shares_prompts; passes._expandable)."""
+        """Teacher prompts are run once (trainer._shares_prompts; passes._whole_cache)."""
         return not self.setting.fsdp and self.model.expandable
 
     @property
@@ -460,7 +462,7 @@ class Step:
 
     @property
     def masked(self) -> bool:
-        """Only TRL pads prompts on their left; rows padded behind need no mask (passes.padded_behind)."""
+        """Only TRL pads prompts on their left; rows padded behind need no mask (passes.padded)."""
         return self.fitting > 1 and not self.setting.distills
 
     @property
@@ -519,8 +521,8 @@ class Step:
         """A teacher pass in the last block: gradients and the block before are still there (trainer._with_teacher).
 
         States: w H per completion token held, twice while they are put together.
-        Shared prompts: keys and values of the prompts, of the expanded copies (twice while they are handed over, beside
-            those of the run before), and of the completions behind them.
+        Shared prompts: keys and values of the prompts, each with its longest completion, of the copies (twice while
+            they are handed over, beside those of the run before), and of the completions behind them.
         Other prompts: a plain forward of prompts and completions within the budget.
         """
         s, m = self.setting, self.model
@@ -530,13 +532,14 @@ class Step:
         if self.shares:
             prompt, completion = s.teacher_prompt_length, s.max_completion_length
             groups = math.ceil(self.held / (s.num_generations * completion))
-            prompts = min(max(self.budget, prompt), groups * prompt)
+            first = min(max(self.budget, self.teacher_row), 2 * groups * self.teacher_row)
             rows = self.budget // (math.ceil(prompt / CACHED) + completion)
-            sharing = max(1, math.ceil(self.held / completion) - groups)  # a demonstration's own row reads another one
+            # The longest row of a prompt carries it, and a demonstration's own row reads another prompt.
+            sharing = max(1, math.ceil(self.held / completion) - 2 * groups)
             rows = max(1, min(rows, sharing))
             cache = m.layers * self._cache()
-            passes.append(cache * prompts + self._forward(prompts, prompts, prompt, masked=groups > 1))
-            kept = cache * prompts + prompts * m.hidden * s.stream
+            passes.append(cache * first + self._forward(first, first, self.teacher_row, masked=False))
+            kept = cache * first
             keys, more = rows * self.teacher_row, min(rows, sharing - rows)
             passes += [kept + 2 * cache * rows * prompt, kept + cache * (keys + 2 * more * prompt)]
             passes.append(kept + cache * keys + self._forward(rows * completion, keys, self.teacher_row, masked=True))

@@ -61,8 +61,9 @@ TEACHER_FILE = "pgpo_teacher.safetensors"
 STATE_FILE = "pgpo_state.json"
 _LOGGER = logging.getLogger(__name__)
 _HELD = 8  # ours: teacher states are held for so many micro-batches of tokens; 2 H bytes each in half precision
-# ours: what a run costs beside its tokens, in tokens, on a CPU; much less for larger models (docs/PERFORMANCE.md)
-_RUN_COST, _TEACHER_RUN_COST = 256, 128
+# What a run costs beside its tokens, in tokens: (with backward and loss, the teacher's forward). Ours: CPU measured
+# (docs/PERFORMANCE.md), elsewhere estimated from kernel launches and not measured.
+_RUN_COST, _RUN_COST_ELSEWHERE = {"cpu": (256, 64)}, (1024, 1024)
 _CHECKED_TOKENS = 32  # ours
 _HEAD_TOLERANCE = 0.02  # ours: of the largest logit; bf16 rounds to 0.004, another formula misses by far more
 _DEMONSTRATION_ROWS = 8  # ours: at most so many demonstrations are watched per rank and step
@@ -431,7 +432,7 @@ class PGPOTrainer(SeamTrainer):
         most = self.args.micro_batch_size or len(sizes)
         budget = self.args.max_tokens_per_microbatch or math.inf
         packed = self.distills and self.passes.pack and not teacher
-        run_cost: float = _TEACHER_RUN_COST if teacher else _RUN_COST
+        run_cost: float = _RUN_COST.get(self.accelerator.device.type, _RUN_COST_ELSEWHERE)[teacher]
         if self.is_fsdp_enabled or not self.distills:  # there every run gathers the parameters; here TRL's own batch
             run_cost = math.inf
         part: list[int] = []
