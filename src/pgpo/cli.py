@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pgpo import __version__
-from pgpo.errors import UserError
+from pgpo.errors import LostRankError, UserError
 
 HELP = f"""pgpo {__version__}: Physics-Guided Policy Optimization with Self-Distillation
 
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"pgpo: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except LostRankError as error:
+        print(f"pgpo: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         print("pgpo: stopped.", file=sys.stderr)
         return getattr(stop, "status", 130)

@@ -1,4 +1,4 @@
-"""The one error that a user's own mistake raises."""
+"""The errors that end a command with one sentence."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class UserError(ValueError):
 
     The command line prints the sentence without a traceback and exits with status 2.
     """
+
+
+class LostRankError(RuntimeError):
+    """Another process of the job has died, failed or fallen silent; the sentence names it. Exit status 1."""

@@ -30,7 +30,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,7 @@ ALARMS_FILE = "alarms.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 _LOGS = (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, ALARMS_FILE)  # a line per step; cut when a run is resumed
 FIGURE_FILE = "figure.png"
+LOCK_FILE = ".lock"  # there while a process works in the folder
 
 STEP = "step"
 INFORMATION = "information"
@@ -179,7 +181,7 @@ class RunLog:
         try:
             if directory.exists() and not directory.is_dir():
                 raise UserError(f"The run directory {directory} is a file; choose another --output_dir.")
-            if directory.is_dir() and any(directory.iterdir()):
+            if occupied(directory):
                 if not overwrite:
                     raise UserError(
                         f"The run directory {directory} already exists and is not empty; continue that run with"
@@ -368,6 +370,59 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def lock(folder: Path, refusal: str) -> Iterator[None]:
+    """One process at a time in a folder, which is made. The system releases the lock when the process ends, however it
+    ends; on Windows, and on file systems without locks, nobody is kept apart.
+
+    Raises UserError: `refusal` if another process holds it, or that the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        import fcntl
+    except ImportError:
+        yield
+        return
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    path = folder / LOCK_FILE
+    while True:
+        with _opened(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(refusal) from error
+            except OSError:  # a file system without locks
+                yield
+                return
+            if not _is(file, path):
+                continue  # who held it has just removed this file, and the next one may have made its own
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return path.open("a")
+    except OSError as error:
+        raise _not_writable(path.parent, error) from error
+
+
+def _is(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def occupied(directory: Path) -> bool:
+    """Whether anything but a lock lies in a directory."""
+    return directory.is_dir() and any(path.name != LOCK_FILE for path in directory.iterdir())
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise UserError(f"There is no run directory {directory}; give the --output_dir of a run.")
@@ -409,8 +464,9 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 def _remove_run(directory: Path) -> None:
     if not (directory / CONFIG_FILE).exists():
-        begun = [p for p in directory.iterdir() if p.name.startswith((ENVIRONMENT_FILE, f"{CONFIG_FILE}."))]
-        if len(begun) < len(list(directory.iterdir())):
+        there = [p for p in directory.iterdir() if p.name != LOCK_FILE]
+        begun = [p for p in there if p.name.startswith((ENVIRONMENT_FILE, f"{CONFIG_FILE}."))]
+        if len(begun) < len(there):
             raise UserError(
                 f"{directory} is not empty and not a run, it is not overwritten; choose another --output_dir."
             )
@@ -425,9 +481,7 @@ def _remove_run(directory: Path) -> None:
 
 
 def _not_writable(directory: Path, error: OSError) -> UserError:
-    return UserError(
-        f"The run directory {directory} cannot be written ({error.strerror}); choose another --output_dir."
-    )
+    return UserError(f"The directory {directory} cannot be written ({error.strerror}); choose another one.")
 
 
 def _document(values: Mapping[str, Any]) -> str:

@@ -48,6 +48,7 @@ def lora():
 
 CASES: dict[str, dict] = {
     "plain": {},
+    "twenty_steps": dict(max_steps=20, learning_rate=0.1),
     "split_groups": dict(prompts_per_step=3),  # 12 rows in groups of 4: the middle group lies on both ranks
     "one_rank_without_teacher": dict(reward=first_half_fails),
     "nobody": dict(reward=nobody_succeeds),

@@ -178,11 +178,20 @@ def test_failed_runs_are_left_out_and_counted():
     assert found["seeds"] == [0, 1, 2, 3] and found["left_out"]["failed"] == 1
 
 
-def test_too_few_runs_are_an_error():
+def test_without_a_watched_run_there_is_no_study():
     with pytest.raises(UserError, match="no finished run of style/sdpo"):
         alarm_study([frozen(0), frozen(1)], "style", "sdpo", "frozen")
-    with pytest.raises(UserError, match="1 healthy runs of style/frozen"):
-        alarm_study([*watched(), frozen(0)], "style", "sdpo", "frozen")
+
+
+def test_without_two_healthy_runs_there_are_no_limits_and_no_alarms(result):
+    found = alarm_study([*watched(), frozen(0)], "style", "sdpo", "frozen")
+    for name, signal in found["signals"].items():
+        assert signal["roc_rise"]["value"] == result["signals"][name]["roc_rise"]["value"]
+        assert signal.get("limit") is None
+    table = alarm_table(found)
+    assert "; no limits, for only 1 runs of frozen are healthy." in table
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(found["signals"]) and all(row.endswith("| – | – | – | – | – |") for row in rows)
 
 
 def test_the_table_says_what_the_dictionary_says(result):

@@ -266,6 +266,20 @@ def test_batches_come_back_as_they_were(tmp_path):
 
 # A trainer that goes on from a checkpoint is the one that never stopped -----------------------------------------------
 
+
+def seal_again(path: Path) -> None:
+    """Let the manifest fit what the checkpoint now holds."""
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "manifest.json")
+    listed = {
+        p.relative_to(path).as_posix(): {
+            "bytes": p.stat().st_size,
+            "sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
+        }
+        for p in files
+    }
+    change_manifest(path, files=listed)
+
+
 TIMES = ("step_time", "generation_seconds", "update_seconds")
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
 
@@ -354,6 +368,7 @@ def test_another_number_of_processes_goes_on_and_is_told(tmp_path):
     trained(tmp_path / "a", num_iterations=2, max_steps=1)
     file = tmp_path / "a/checkpoint-1/pgpo_progress-0.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"ranks": 2}))
+    seal_again(file.parent)
     with pytest.warns(UserWarning, match="written by another number of processes: the run goes on, but not bit for"):
         again = trained(tmp_path / "b", tmp_path / "a/checkpoint-1", num_iterations=2, max_steps=2)
     assert again.state.global_step == 2
@@ -369,6 +384,113 @@ def test_a_changed_save_steps_acts(tmp_path):
     trained(tmp_path / "a", max_steps=2, save_steps=2)
     trained(tmp_path / "b", tmp_path / "a/checkpoint-2", max_steps=5, save_steps=1)
     assert checkpoint.steps(tmp_path / "b") == [3, 4, 5]
+
+
+# A trainer that is given a checkpoint verifies it ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> Path:
+    """Checkpoints of steps 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("three")
+    trained(folder, max_steps=3)
+    return folder
+
+
+@pytest.fixture
+def copy_of(three, tmp_path) -> Path:
+    shutil.copytree(three, tmp_path / "a")
+    return tmp_path / "a"
+
+
+def refusal(t, resume: object) -> str:
+    """What the trainer says instead of training; nothing was loaded."""
+    before = trainer_kit.weights(t.model)
+    t.training_step = None
+    with pytest.raises(UserError) as caught:
+        trainer_kit.train(t, resume_from_checkpoint=resume)
+    assert trainer_kit.bitwise_equal(trainer_kit.weights(t.model), before)
+    return str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_refused_with_the_file_and_an_older_whole_one(copy_of, three):
+    flip(copy_of / "checkpoint-3/optimizer.pt")
+    flip(copy_of / "checkpoint-2/scheduler.pt")
+    t = trainer(copy_of / "b")
+    assert refusal(t, str(copy_of / "checkpoint-3")) == (
+        f"the checkpoint {copy_of}/checkpoint-3 is not as it was written (optimizer.pt: its content changed "
+        f"(SHA-256)); continue from {copy_of}/checkpoint-1."
+    )
+    (copy_of / "checkpoint-1/model.safetensors").unlink()
+    assert refusal(t, copy_of / "checkpoint-2") == (
+        f"the checkpoint {copy_of}/checkpoint-2 is not as it was written (scheduler.pt: its content changed "
+        "(SHA-256)); no older one is whole, so restore it from a copy."
+    )
+    shutil.copy(three / "checkpoint-3/optimizer.pt", copy_of / "checkpoint-3")
+    (copy_of / "checkpoint-2/scheduler.pt").unlink()
+    assert "(scheduler.pt: missing); no older one" in refusal(t, copy_of / "checkpoint-2")  # 3 is whole, but newer
+
+
+def test_true_is_the_newest_whole_one_and_what_is_skipped_is_said(copy_of, three, tmp_path):
+    whole = trained(tmp_path / "whole", three / "checkpoint-2", save_strategy="no")
+    os.truncate(copy_of / "checkpoint-3/model.safetensors", 100)
+    (copy_of / "runs").mkdir()
+    t = trainer(copy_of, save_strategy="no")
+    said: list[str] = []
+    t.say = said.append
+    trainer_kit.train(t, resume_from_checkpoint=True)
+    assert_same(t, whole)
+    (sentence,) = said
+    assert sentence.startswith("checkpoint checkpoint-3 cannot be read (model.safetensors: 100 of ")
+
+
+def test_true_without_a_whole_one(copy_of, tmp_path):
+    assert refusal(trainer(tmp_path / "empty"), True) == (
+        f"{tmp_path / 'empty'} has no whole checkpoint; give the path of one, or start from the beginning."
+    )
+    for path in copy_of.glob("checkpoint-*"):
+        flip(path / "model.safetensors")
+    t = trainer(copy_of)
+    said: list[str] = []
+    t.say = said.append
+    assert "has no whole checkpoint" in refusal(t, True)
+    assert [s.split()[1] for s in said] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
+
+
+def test_a_path_that_is_not_there_and_a_checkpoint_of_plain_trl_are_refused(copy_of):
+    t = trainer(copy_of / "b")
+    missing = copy_of / "checkpoint-9"
+    assert refusal(t, str(missing)) == f"there is no checkpoint {missing}; give its folder, or True for the newest one."
+    for file in [copy_of / "checkpoint-3/manifest.json", *(copy_of / "checkpoint-3").glob("pgpo_*")]:
+        file.unlink()
+    assert refusal(t, str(copy_of / "checkpoint-3")) == (
+        f"{copy_of}/checkpoint-3 is no checkpoint of pgpo (it has no manifest.json), so teacher and schedule cannot be "
+        "continued; give it to the trainer as the model, to train on from its weights."
+    )
+
+
+def test_without_a_manifest_it_goes_on_and_says_that_it_cannot_verify(copy_of, three, tmp_path):
+    whole = trained(tmp_path / "whole", three / "checkpoint-2", save_strategy="no")
+    (copy_of / "checkpoint-2/manifest.json").unlink()
+    with pytest.warns(UserWarning, match=r"checkpoint-2 has no manifest.json: whether it is whole cannot be verified"):
+        again = trained(tmp_path / "again", copy_of / "checkpoint-2", save_strategy="no")
+    assert_same(again, whole)
+
+
+def test_a_checkpoint_may_be_copied_to_another_name_but_not_to_that_of_another_step(copy_of, three, tmp_path):
+    whole = trained(tmp_path / "whole", three / "checkpoint-2", save_strategy="no")
+    (copy_of / "checkpoint-2").rename(copy_of / "best")
+    again = trained(tmp_path / "again", copy_of / "best", save_strategy="no")
+    assert_same(again, whole)
+    (copy_of / "best").rename(copy_of / "checkpoint-2000")
+    assert "it is the checkpoint of step 2); continue from" in refusal(again, copy_of / "checkpoint-2000")
+
+
+def test_false_and_none_start_from_the_beginning(copy_of):
+    for resume in (False, None):
+        t = trainer(copy_of, max_steps=1, save_strategy="no")
+        trainer_kit.train(t, resume_from_checkpoint=resume)
+        assert t.state.global_step == 1
 
 
 # What a checkpoint holds ----------------------------------------------------------------------------------------------
@@ -453,6 +575,7 @@ def test_no_pickled_code_runs(tmp_path, form, peft):
         if name.endswith("_model.bin"):  # transformers falls back to it
             (path / "model.safetensors").unlink(missing_ok=True)
             (path / "adapter_model.safetensors").unlink(missing_ok=True)
+        seal_again(path)  # whoever can write the folder can write a manifest
         try:
             trainer_kit.train(t, resume_from_checkpoint=str(path))
         except ReadAll:
@@ -491,6 +614,7 @@ def test_metadata_of_a_sharded_checkpoint_names_nothing_but_torchs_own(tmp_path)
         name_as_pickle("builtins", "eval"),
     ):
         (place / ".metadata").write_bytes(content)
+        seal_again(place.parent)
         with pytest.raises(
             UserError, match=r"checkpoint-1 cannot be continued \(UnpicklingError: it names .*\); remove"
         ):

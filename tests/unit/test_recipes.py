@@ -255,6 +255,7 @@ def test_every_new_field_of_the_configuration_is_accounted_for() -> None:
         "guard_max_actions",
         "on_nonfinite",
         "reward_timeout",
+        "rank_timeout",
     }
     assert not ours & METHOD.keys()
     assert set(PGPOConfig.__annotations__) <= ours | METHOD.keys()

@@ -8,9 +8,11 @@ import functools
 import gc
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -210,6 +212,105 @@ def test_the_records_are_those_of_the_last_step(whole, tmp_path, monkeypatch):
     records = [json.loads(line)["reward"] for line in (directory / "test_records.jsonl").read_text().splitlines()]
     last = read_run(directory).evaluations[-1]
     assert (last["step"], last["split"], last["avg_at_k"]) == (6, "test", sum(records) / len(records))
+
+
+def test_a_checkpoint_is_hashed_once(whole, tmp_path, monkeypatch):
+    """Not by the command and by its trainer again: a large one takes minutes."""
+    shutil.copytree(whole, tmp_path / "run")
+    hashed = []
+    plain = checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", lambda file: (hashed.append(file.name), plain(file))[1])
+    assert pgpo("train", "--resume", tmp_path / "run")[0] == 0
+    assert hashed and len(set(hashed)) == len(hashed)
+
+
+# Two processes in one directory ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def running(new, at_step, tmp_path):
+    """A process that trains in tmp_path/run, and now stands still in step 4, with a checkpoint of step 3."""
+
+    def stand_still() -> None:
+        (tmp_path / "here").touch()
+        time.sleep(600)
+
+    at_step(4, stand_still)
+    process = multiprocessing.get_context("fork").Process(target=pgpo, args=new)
+    process.start()
+    at_step(None)
+    while not (tmp_path / "here").exists():
+        assert process.exitcode is None
+        time.sleep(0.01)
+    yield process
+    process.kill()
+    process.join()
+
+
+def content(directory: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in directory.rglob("*") if p.is_file()}
+
+
+def test_a_second_process_is_refused_and_changes_nothing_until_the_first_is_dead(new, whole, tmp_path, running):
+    directory = tmp_path / "run"
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rho"')  # the line that it is writing: not to be cut off
+    (directory / "checkpoints/.writing/checkpoint-4").mkdir(parents=True)  # nor this
+    before = content(directory)
+    for words in (("train", "--resume", directory), (*new, "--overwrite")):
+        assert pgpo(*words) == (
+            2,
+            [f"pgpo: another process is training in {directory}; wait until it ends, or stop it first."],
+        )
+    assert content(directory) == before
+    assert (directory / "checkpoints/.writing/checkpoint-4").exists()
+    running.kill()
+    running.join()
+    assert_resumes_to(whole, directory)
+
+
+def test_of_two_that_start_one_runs(new, whole, tmp_path):
+    barrier = multiprocessing.get_context("fork").Barrier(2)
+
+    def start(number: int) -> None:
+        barrier.wait()
+        status, err = pgpo(*new, "--overwrite")
+        (tmp_path / f"{number}.json").write_text(json.dumps([status, err[-1]]))
+
+    both = [multiprocessing.get_context("fork").Process(target=start, args=(i,)) for i in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    (_, done), (status, refused) = sorted(json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+    assert (status, done) == (2, f"run directory: {tmp_path / 'run'}")
+    assert refused.startswith("pgpo: another process is training in")
+    assert story(tmp_path / "run") == story(whole)
+
+
+def test_only_the_first_rank_takes_the_lock(tmp_path, monkeypatch):
+    taken = []
+
+    @contextlib.contextmanager
+    def lock(folder, refusal):
+        taken.append(folder)
+        yield
+
+    monkeypatch.setattr(runlog, "lock", lock)
+    monkeypatch.setattr(run, "_train", lambda *_: (0, tmp_path))
+    for rank in (1, 0):
+        parsed = parse(["--use_cpu"])
+        monkeypatch.setattr(type(parsed.config), "process_index", rank)
+        run.train(parsed, tmp_path / "run")
+        assert taken == ([] if rank else [tmp_path / "run"])
+
+
+def test_the_lock_of_a_dead_process_is_in_nobodys_way(new, tmp_path):
+    """Killed before it had written anything else."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").touch()
+    assert pgpo(*new, "--max_steps", "1")[0] == 0
+    assert not (tmp_path / "run/.lock").exists()
 
 
 # Foreign and broken checkpoints ---------------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ import torch
 
 from pgpo import runlog
 from pgpo.errors import UserError
-from pgpo.runlog import RunLog, read_run, write_atomically
+from pgpo.runlog import RunLog, lock, read_run, write_atomically
 
 
 def _strict(text: str) -> dict:
@@ -257,3 +261,63 @@ def test_importing_the_run_log_and_reading_versions_imports_no_library() -> None
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.strip() == "[]"
+
+
+def contend(folder: Path, rounds: int, results: Any) -> None:
+    """Take the lock again and again; while it is held, nobody else may hold it."""
+    held = clashes = 0
+    for _ in range(rounds):
+        try:
+            with lock(folder, "busy"):
+                held += 1
+                try:
+                    (folder / "inside").touch(exist_ok=False)
+                except FileExistsError:
+                    clashes += 1
+                time.sleep(0.0005)
+                (folder / "inside").unlink(missing_ok=True)
+        except UserError as error:
+            assert str(error) == "busy"
+    results.put((held, clashes))
+
+
+def test_a_folder_has_one_holder_at_a_time(tmp_path: Path) -> None:
+    """Real processes; a lock file that is removed while another one opens it is the trap."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=contend, args=(tmp_path / "new", 400, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sum(clashes for _, clashes in found) == 0
+    assert sum(held for held, _ in found) > 100
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_lock_passes_on_what_goes_wrong_inside_and_is_free_afterwards(tmp_path: Path) -> None:
+    for error in (FileNotFoundError("gone"), BlockingIOError("later"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), lock(tmp_path, "busy"):
+            raise error
+    with lock(tmp_path, "busy"), pytest.raises(UserError, match="busy"), lock(tmp_path, "busy"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_keeps_nobody_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with lock(tmp_path, "busy"), lock(tmp_path, "busy"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\)"),
+        lock(tmp_path / "file/run", ""),
+    ):
+        pass

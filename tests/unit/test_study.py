@@ -37,6 +37,7 @@ from pgpo.lab.study import (
     write_records,
     write_tables,
 )
+from pgpo.runlog import lock
 
 STEPS = 20
 
@@ -299,7 +300,7 @@ def test_a_failed_run_may_be_changed(tmp_path: Path) -> None:
 
 
 def test_two_studies_in_one_folder_are_refused(tmp_path: Path) -> None:
-    with study_module._lock(tmp_path), pytest.raises(UserError, match="another study is running"):
+    with lock(tmp_path, "busy"), pytest.raises(UserError, match="another study is running"):
         run(study_of(arm("a")), tmp_path)
     assert len(run(study_of(arm("a")), tmp_path)) == 1
 

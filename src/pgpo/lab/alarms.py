@@ -111,7 +111,9 @@ def alarm_study(
             "false_alarms": {"reference": n, "watched": n}}}}; the step number has its ROC area alone.
 
     Raises:
-        UserError: no watched run, or fewer than two healthy reference runs.
+        UserError: no watched run.
+
+    Fewer than two healthy reference runs give no limits: then there are ROC areas alone.
     """
     chosen = [r for r in records if r["setting"] == setting and r["method"] in (watched, reference)]
     trained = [r for r in chosen if r["status"] == "ok" and r["steps"]]
@@ -120,12 +122,10 @@ def alarm_study(
     healthy = [c for c in references if c.decline is None]
     if not runs:
         raise UserError(f"the records have no finished run of {setting}/{watched}; run it first.")
-    if len(healthy) < 2:
-        raise UserError(
-            f"the records have {len(healthy)} healthy runs of {setting}/{reference}; limits need two seeds or more."
-        )
     seeds = sorted({c.seed for c in (*runs, *healthy)})
-    limits = {seed: calibrate([c.lines for c in healthy if c.seed != seed], warmup) for seed in seeds}
+    limits: dict[int, dict[str, float]] = {seed: {} for seed in seeds}
+    if len(healthy) >= 2:
+        limits = {seed: calibrate([c.lines for c in healthy if c.seed != seed], warmup) for seed in seeds}
     result: dict[str, Any] = {
         "setting": setting,
         "watched": watched,
@@ -184,9 +184,14 @@ def alarm_table(result: Mapping[str, Any]) -> str:
     seen = ", ".join(f"seed {seed}: {step}" for seed, step in declines.items()) or "none"
     text = (
         f"{result['setting']}: {len(declines)} of {len(result['seeds'])} runs of {result['watched']} decline (step at "
-        f"which it is seen: {seen}); limits from {healthy['reference']} healthy runs of {result['reference']}, leaving "
-        "out the run's own seed."
+        f"which it is seen: {seen}); "
     )
+    if healthy["reference"] < 2:
+        text += f"no limits, for only {healthy['reference']} runs of {result['reference']} are healthy."
+    else:
+        text += (
+            f"limits from {healthy['reference']} healthy runs of {result['reference']}, leaving out the run's own seed."
+        )
     if left_out["failed"] or left_out["reference_declined"]:
         text += (
             f" Left out: {left_out['failed']} failed runs, and {len(left_out['reference_declined'])} runs of "
@@ -199,9 +204,9 @@ def alarm_table(result: Mapping[str, Any]) -> str:
     n, of = len(declines), healthy["reference"] + healthy["watched"]
     for name, found in result["signals"].items():
         cells = [name, _area(found["roc_rise"]), _area(found.get("roc_excess"))]
-        if "leads" in found:
+        if found.get("limit") is not None:
             leads = " ".join("–" if lead is None else f"{lead}" for lead in found["leads"].values()) or "–"
-            limit = "–" if found["limit"] is None else f"{found['limit']:.3g}"
+            limit = f"{found['limit']:.3g}"
             false = sum(found["false_alarms"].values())
             cells += [limit, leads, f"{found['in_time']}/{n}", f"{found['missed']}/{n}", f"{false}/{of}"]
         else:

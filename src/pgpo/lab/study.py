@@ -20,8 +20,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from pgpo.lab.alarms import alarm_study, alarm_table
 from pgpo.lab.analysis import summarize_study, tables_markdown, validation_curve
 from pgpo.lab.plan import Arm, Run, Study, argv, read_study
 from pgpo.lab.workers import Job, Pool, Result
+from pgpo.runlog import lock
 
 RECORDS_FILE = "records.jsonl.gz"
 SUMMARY_FILE = "summary.json"
@@ -297,7 +298,7 @@ def run_study(
     """
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        stack.enter_context(_lock(out))
+        stack.enter_context(lock(out, f"another study is running in {out}; wait for it, or choose another --out."))
         records = read_records(out / RECORDS_FILE)
         check_unchanged(study, records)
         if retry_failed:
@@ -415,22 +416,6 @@ def seconds_for(todo: Sequence[Run], runs: Sequence[Run], records: Mapping[str, 
     measured = sum(records[run.name]["seconds"] for run in done)
     factor = measured / sum(run.arm.seconds for run in done) if done else 1.0
     return factor * sum(run.arm.seconds for run in todo)
-
-
-@contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """One study at a time in a folder: two would overwrite each other's records."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another study is running in {out}; wait for it, or choose another --out.") from error
-        yield
 
 
 class _Progress:

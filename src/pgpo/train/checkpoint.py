@@ -21,7 +21,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,12 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def named_step(path: Path) -> int | None:
+    """The step in a checkpoint's name; None for another name."""
+    found = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return None if found is None else int(found[1])
+
+
 def problem(path: Path, run: str | None = None) -> str | None:
     """Why a checkpoint is not what was written under its name (by the run of this id, if given), or None."""
     try:
@@ -141,7 +147,7 @@ def problem(path: Path, run: str | None = None) -> str | None:
         schema, step, writer, listed = (manifest[key] for key in ("schema", "step", "run", "files"))
         if schema != SCHEMA:
             return f"{MANIFEST_FILE}: version {schema}, this pgpo reads {SCHEMA}"
-        if _name(step) != path.name:
+        if named_step(path) not in (None, step):  # a copy may have any other name
             return f"{MANIFEST_FILE}: it is the checkpoint of step {step}"
         if run is not None and writer != run:
             return f"{MANIFEST_FILE}: another run wrote it"
@@ -161,6 +167,22 @@ def problem(path: Path, run: str | None = None) -> str | None:
         return f"{Path(error.filename or path).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST_FILE}: {type(error).__name__}"
+    return None
+
+
+def newest_whole(
+    folder: Path, run: str | None = None, before: int | None = None, say: Callable[[str], Any] | None = None
+) -> Path | None:
+    """The newest checkpoint in a folder that `problem` has nothing against; `say` is told of those that are skipped.
+
+    before: a step; only older checkpoints are looked at.
+    """
+    for step in reversed([s for s in steps(folder) if before is None or s < before]):
+        path = folder / _name(step)
+        if (found := problem(path, run)) is None:
+            return path
+        if say is not None:
+            say(f"checkpoint {path.name} cannot be read ({found}); trying the one before.")
     return None
 
 

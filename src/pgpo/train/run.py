@@ -106,13 +106,23 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
     Raises:
         UserError: anything a user can mend. A new directory without a finished step is removed again.
     """
+    if parsed.config.process_index != 0:  # the other ranks write no run log
+        return _train(parsed, directory, resume)
+    existing = _existing(directory)
+    if not resume:
+        _require_free(directory, existing, parsed.run.overwrite)
+    with _alone(directory, existing):
+        return _train(parsed, directory, resume)
+
+
+def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
     run, args = parsed.run, parsed.config
     quiet()
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # models that fit a CPU gain nothing from more, and spinning threads lose a lot
-    main = args.process_index == 0  # the other ranks write no run log
+    main = args.process_index == 0
     task = run.load()
     _prepare_selection(parsed, task)
     if len(task.train) < args.prompts_per_step:
@@ -124,9 +134,6 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
         _remove_leftovers(directory)
     run_id = runlog.read_run(directory).config.get(RUN_ID) if resume else uuid.uuid4().hex
     checkpoint = last_checkpoint(directory) if resume else None
-    existing = _existing(directory)
-    if not resume and main:
-        _require_free(directory, existing, run.overwrite)
     with tempfile.TemporaryDirectory() as scratch:
         source = model_source(parsed, task, Path(scratch), directory if resume else None)
         m = parsed.model
@@ -147,6 +154,7 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
         trainer = _trainer(parsed, task, model, tokenizer)
         args.output_dir = str(directory / runlog.CHECKPOINTS_FOLDER)
         trainer.say = say
+        trainer.advice = lambda: _after_a_lost_rank(trainer, directory)
         trainer.run_id = run_id = trainer.gather_objects([run_id])[0]
         if not main:
             log = RunLog(directory)
@@ -156,11 +164,11 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
             log = RunLog.resume(directory, checkpoint[0])
             runlog.update_config(directory, _config(parsed, run_id))  # a later --resume must know what this one changed
         try:
-            with _full_disk_explained(directory), log:
+            with trainer.rank_watch(), _full_disk_explained(directory), log:
                 status = _Session(trainer, log, run, task).go(checkpoint)
         except BaseException:
             if main and checkpoint is None and trainer.state.global_step == 0:
-                _discard(directory, existing)
+                _discard(directory)
             raise
     if not main:
         return status, directory
@@ -242,20 +250,24 @@ def last_checkpoint(directory: Path) -> tuple[int, Path]:
     """Step and path of the newest checkpoint that is whole and of this run; others are named and skipped."""
     folder = directory / runlog.CHECKPOINTS_FOLDER
     run_id = runlog.read_run(directory).config.get(RUN_ID)
-    found = checkpoints.steps(folder)
-    for step in reversed(found):
-        path = folder / f"checkpoint-{step}"
-        problem = checkpoints.problem(path, run_id)
-        if problem is None:
-            return step, path
-        say(f"checkpoint {path.name} cannot be read ({problem}); trying the one before.")
-    if not found:
+    path = checkpoints.newest_whole(folder, run_id, say=say)
+    if path is not None:
+        return int(path.name.removeprefix("checkpoint-")), path
+    if not checkpoints.steps(folder):
         raise UserError(
             f"{directory} has no readable checkpoint, for it was stopped before its first one was written: there is "
             'nothing to continue, so start it again with the "command" in its config.json, --overwrite and a smaller '
             "--save_steps."
         )
     raise UserError(f"{directory} has no readable checkpoint in {runlog.CHECKPOINTS_FOLDER}/; start a new run.")
+
+
+def _after_a_lost_rank(trainer: PGPOTrainer, directory: Path) -> str:
+    saved = checkpoints.steps(directory / runlog.CHECKPOINTS_FOLDER)
+    go_on = (
+        f"continue from step {saved[-1]} with: pgpo train --resume {directory}" if saved else "nothing is saved yet."
+    )
+    return f"after step {trainer.state.global_step}; {go_on}"
 
 
 @contextmanager
@@ -362,6 +374,7 @@ class _Session(TrainerCallback):
             args.max_steps, args.num_train_epochs = -1, 0
         elif self.main:
             records.unlink(missing_ok=True)  # of a run that ended earlier, and now goes on
+        self.trainer.trusted = None if checkpoint is None else checkpoint[1].resolve()
         try:
             with self._stopped_by_signals(), _progress(args.objective) as (self.bar, self.line):
                 self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint[1]))
@@ -560,14 +573,25 @@ def _create(parsed: Parsed, directory: Path, base: Path, run_id: str) -> RunLog:
     return log
 
 
-def _discard(directory: Path, existing: Path) -> None:
-    """Remove what a run without a finished step wrote, and the folders made for it; nothing else that lies there."""
+@contextmanager
+def _alone(directory: Path, existing: Path) -> Iterator[None]:
+    """No other process trains in this directory meanwhile. The folders made for it go if they stay empty."""
+    try:
+        with runlog.lock(
+            directory, f"another process is training in {directory}; wait until it ends, or stop it first."
+        ):
+            yield
+    finally:
+        for folder in (directory, *directory.parents):
+            if folder == existing or not folder.is_dir() or any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+
+def _discard(directory: Path) -> None:
+    """Remove what a run without a finished step wrote; nothing else that lies there."""
     files = (runlog.CONFIG_FILE, runlog.ENVIRONMENT_FILE, runlog.EVALUATIONS_FILE, runlog.SAMPLES_FILE)
     _remove_parts(directory, (*files, runlog.CHECKPOINTS_FOLDER, BASE_FOLDER))
-    for folder in (directory, *directory.parents):
-        if folder == existing or not folder.is_dir() or any(folder.iterdir()):
-            break
-        folder.rmdir()
 
 
 def _remove_parts(directory: Path, names: Sequence[str]) -> None:
@@ -594,7 +618,7 @@ def _require_free(directory: Path, existing: Path, overwrite: bool) -> None:
         raise UserError(
             f"the run directory {directory} cannot be made: {existing} is a file; choose another --output_dir."
         )
-    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+    if runlog.occupied(directory) and not overwrite:
         raise UserError(
             f"the run directory {directory} already exists; continue it with `pgpo train --resume {directory}`, or "
             "choose another --output_dir, or replace it with --overwrite."

@@ -49,6 +49,7 @@ from pgpo.evaluate.run import evaluate
 from pgpo.evaluate.runners import TransformersRunner
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
 from pgpo.teacher.weights import reshard
+from pgpo.train.adapters import adapter_problem
 from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
 from pgpo.train.field_types import file_name
 from pgpo.train.guard import CollapseGuard, GuardActions
@@ -876,6 +877,8 @@ class PGPOTrainer(SeamTrainer):
                 "guard='rollback' keeps a copy of weights and optimizer, which is not sharded under FSDP; use "
                 "'rollback_teacher', 'halve_step' or 'warn'."
             )
+        if (problem := adapter_problem(self.model, self.distills)) is not None:
+            raise UserError(problem)
         if not self.distills:
             return
         if self.is_multimodal:

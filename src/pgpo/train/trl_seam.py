@@ -34,9 +34,11 @@ from trl.models import unwrap_model_for_generation
 from pgpo.errors import UserError
 from pgpo.teacher.weights import TEACHER_ADAPTER
 from pgpo.train import checkpoint as checkpoints
+from pgpo.train.ranks import watch_ranks
 from pgpo.train.user_functions import call, call_async, check_rewards, check_texts, is_async
 
 MOST_SKIPS = 5  # ours: after so many steps in a row that were skipped, training stops
+_OWN = "pgpo_"  # begin of the names of our own files in a checkpoint
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Batch = dict[str, Any]
@@ -91,8 +93,11 @@ class SeamTrainer(GRPOTrainer):
         self.skips_in_a_row = 0
         self.last_rollout: Rollout | None = None
         self.run_id: str | None = None  # written into checkpoints
+        self.trusted: Path | None = None  # a checkpoint that was verified already
         self.failed_save: str | None = None  # why the newest checkpoint could not be written
         self.say: Callable[[str], Any] = warnings.warn
+        self.advice: Callable[[], str] = lambda: f"after step {self.state.global_step}."  # when a rank is lost
+        self._watching = False
         self.before_seal: Callable[[], Any] = lambda: None
         super().__init__(*args, **kwargs)
 
@@ -253,6 +258,24 @@ class SeamTrainer(GRPOTrainer):
             engine.temperature, engine.top_p = before
 
     # TRL's members ----------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but a checkpoint is verified first, and True is the newest one that is whole."""
+        with self.rank_watch():
+            return super().train(self._verified(resume_from_checkpoint), *args, **kwargs)
+
+    @contextlib.contextmanager
+    def rank_watch(self) -> Iterator[None]:
+        """End this process if another rank is lost (`watch_ranks`); may be opened around `train`."""
+        if self._watching:
+            yield
+            return
+        self._watching = True
+        try:
+            with watch_ranks(self.args.rank_timeout, self.advice):
+                yield
+        finally:
+            self._watching = False
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         start = time.perf_counter()
@@ -608,7 +631,7 @@ class SeamTrainer(GRPOTrainer):
         return self.args.steps_per_generation * self.num_iterations
 
     def _own_file(self, what: str, ending: str) -> str:
-        return f"pgpo_{what}-{self.accelerator.process_index}.{ending}"
+        return f"{_OWN}{what}-{self.accelerator.process_index}.{ending}"
 
     def _get_train_sampler(self, *args: Any) -> Any:
         self._sampler = super()._get_train_sampler(*args)
@@ -620,11 +643,49 @@ class SeamTrainer(GRPOTrainer):
             for _ in range(epochs):
                 torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
 
+    def _verified(self, resume: Any) -> str | None:
+        """Path of the checkpoint to continue from. The main process looks; all raise UserError if it cannot be used."""
+        found: list[str | UserError | None] = [None]
+        if resume and self.accelerator.is_main_process:
+            try:
+                found = [self._whole_checkpoint(resume)]
+            except UserError as error:
+                found = [error]
+        result = self.gather_objects(found)[0]
+        if isinstance(result, UserError):
+            raise result
+        return result
+
+    def _whole_checkpoint(self, resume: Any) -> str:
+        if resume is True:
+            folder = Path(self.args.output_dir)
+            path = checkpoints.newest_whole(folder, self.run_id, say=self.say)
+            if path is None:
+                raise UserError(f"{folder} has no whole checkpoint; give the path of one, or start from the beginning.")
+            return str(path)
+        path = Path(resume).resolve()
+        if not path.is_dir():
+            raise UserError(f"there is no checkpoint {resume}; give its folder, or True for the newest one.")
+        if path == self.trusted or (problem := checkpoints.problem(path, self.run_id)) is None:
+            return str(resume)
+        if not (path / checkpoints.MANIFEST_FILE).exists():
+            if not any(path.glob(f"{_OWN}*")):
+                raise UserError(
+                    f"{resume} is no checkpoint of pgpo (it has no {checkpoints.MANIFEST_FILE}), so teacher and "
+                    "schedule cannot be continued; give it to the trainer as the model, to train on from its weights."
+                )
+            self.say(f"{path.name} has no {checkpoints.MANIFEST_FILE}: whether it is whole cannot be verified.")
+            return str(resume)
+        older = checkpoints.newest_whole(path.parent, self.run_id, before=checkpoints.named_step(path))
+        go_on = "no older one is whole, so restore it from a copy" if older is None else f"continue from {older}"
+        raise UserError(f"the checkpoint {resume} is not as it was written ({problem}); {go_on}.")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with _explained(resume_from_checkpoint):
             for file in Path(resume_from_checkpoint).rglob(".metadata"):
                 checkpoints.require_inert(file)
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with _dtypes_kept(self.model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -643,6 +704,17 @@ class SeamTrainer(GRPOTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _explained(str(checkpoint)):
             super()._load_rng_state(checkpoint)
+
+
+@contextlib.contextmanager
+def _dtypes_kept(model: nn.Module) -> Iterator[None]:
+    """PEFT makes adapters fp32 when it loads them, also those that TRL made bf16 (QLoRA): the run would go on otherwise
+    than it began."""
+    before = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != before.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(before[name])
 
 
 @contextlib.contextmanager
