@@ -10,8 +10,11 @@ is measured:
                 libraries and compiled code are loaded. Told beside it.
 
 No constant of the plan is fitted. Terms that it lacked at first (torch's fp32 copy in scatter_ on a CPU, values cached
-in the keys' dtype, the prompt cache of the run before) were found on other shapes than these (H = 256 with V = 32,000
-and H = 128 with V = 2,000). Rollouts are given, except in the case "rollout", where the model samples.
+in the keys' dtype, the prompt cache of the run before) were found on other shapes than CASES (H = 256 with V = 32,000
+and H = 128 with V = 2,000). HELD_OUT were chosen afterwards; all were within the limit at the first attempt (0.94 to
+1.07), and the largest gap showed one more term (the teacher's logits of a lone chunk are freed early), added since.
+Rollouts are given, and the generation that the plan foresees is then left out of its peak (the measured one is of the
+whole step); in the cases "rollout" the model samples.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +76,8 @@ class Case:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     dropout: float = 0.0
     samples: bool = False
+    memory: int | None = None  # MiB; the budget is then the largest that the plan allows
+    held_out: bool = False
 
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -114,6 +121,34 @@ CASES = [
         teacher="live", lora=8, checkpointing=True, budget=400, samples=True,
     ),
 ]  # fmt: skip
+# Chosen when the plan and the cases above were done, for what those leave out.
+HELD_OUT = [
+    Case("llama 29M untied, bf16, no checkpointing", kind="llama", V=32_000, H=320, I=864, layers=6, heads=5, kv=5,
+         d=64, tied=False, dtype="bfloat16", autocast=True, budget=768),
+    Case("llama 18M untied, largest budget for 500 MiB", kind="llama", V=24_000, H=320, I=864, layers=3, heads=5, kv=5,
+         d=64, tied=False, P=16, L=32, questions=16, group=8, memory=500),
+    Case("qwen3 40M, one row longer than the budget", H=256, I=768, layers=2, P=30, L=90, budget=100),
+    Case("qwen3 13M untied, bf16 without autocast, frozen", V=20_000, H=256, I=768, tied=False, dtype="bfloat16",
+         teacher="frozen", layers=5, heads=4, kv=2, d=64, budget=2048),
+    Case("llama 8M, long rows, small vocabulary", kind="llama", V=5_000, H=256, I=704, layers=8, heads=8, kv=2, d=32,
+         P=100, L=924, questions=2, group=2, budget=1024),
+    Case("llama 22M, GRPO, LoRA 16, bf16, checkpointing", kind="llama", V=32_000, H=384, I=1024, layers=6, heads=6,
+         kv=2, d=64, objective="grpo", lora=16, targets=ALL, dropout=0.05, dtype="bfloat16", autocast=True,
+         checkpointing=True, budget=1024),
+    Case("llama 22M, GRPO, bf16 autocast, checkpointing", kind="llama", V=32_000, H=384, I=1024, layers=6, heads=6,
+         kv=2, d=64, objective="grpo", autocast=True, checkpointing=True, budget=1024),
+    Case("qwen3 15M, SDPO, checkpointing, long rows", V=40_000, H=256, I=768, layers=6, heads=4, kv=2, d=64, P=150,
+         L=874, group=4, objective="sdpo", autocast=True, checkpointing=True, budget=4096),
+    Case("llama 22M untied, LoRA 8, all logits, live", kind="llama", V=24_000, H=320, I=864, layers=6, heads=5, kv=5,
+         d=64, tied=False, lora=8, fused=False, teacher="live", autocast=True, budget=1024),
+    Case("qwen3 22M, everything in one micro-batch", V=60_000, H=256, I=768, layers=6, heads=4, kv=2, d=64, budget=8192,
+         checkpointing=True),
+    Case("qwen3 9M, eager attention, bf16, GRPO", V=20_000, H=256, I=768, layers=4, heads=8, kv=2, d=32, P=56, L=200,
+         objective="grpo", attention="eager", dtype="bfloat16", autocast=True, budget=1024),
+    Case("llama 3M, 16 layers, long prompts, rollout", kind="llama", V=3_000, H=128, I=352, layers=16, heads=8, kv=8,
+         d=16, P=500, L=60, questions=2, group=8, budget=560, objective="grpo", checkpointing=True, samples=True),
+]  # fmt: skip
+ALL_CASES = CASES + [replace(case, held_out=True) for case in HELD_OUT]
 
 
 # One run ------------------------------------------------------------------------------------------------------------
@@ -287,9 +322,9 @@ def _kilobytes(name: str) -> int:
 # Comparison ---------------------------------------------------------------------------------------------------------
 
 
-def predicted(case: Case) -> dict[str, float]:
-    """What `pgpo plan` says of the case, in bytes."""
-    from pgpo.train.plan import Setting, Step, peak, read_model
+def _planned(case: Case) -> tuple[Any, Any]:
+    """ModelShape and Setting of a case."""
+    from pgpo.train.plan import Setting, read_model
 
     with tempfile.TemporaryDirectory() as folder:
         import torch
@@ -304,8 +339,29 @@ def predicted(case: Case) -> dict[str, float]:
         parameter_bytes=4 if case.dtype == "float32" else 2, autocast=case.autocast, optimizer=case.optimizer,
         fused_head=case.fused, gradient_checkpointing=case.checkpointing, attention=case.attention, device="cpu",
     )  # fmt: skip
-    step = Step(model, setting, case.budget)
-    return {"peak": peak(step)[1], **{name: sum(items.values()) for name, items in step.moments().items()}}
+    return model, setting
+
+
+def with_budget(case: Case) -> Case:
+    """The case with its token budget, where that follows from a memory."""
+    from pgpo.train.plan import largest_budget
+
+    if case.memory is None:
+        return case
+    budget = largest_budget(*_planned(case), case.memory * MIB)
+    if budget is None:
+        raise RuntimeError(f"{case.name}: not even one row fits")
+    return replace(case, budget=budget)
+
+
+def predicted(case: Case) -> dict[str, float]:
+    """What `pgpo plan` says of the case, in bytes. Where the rollout is given, nothing is generated, and the planned
+    generation is left out."""
+    from pgpo.train.plan import Step
+
+    moments = Step(*_planned(case), case.budget).moments()
+    sums = {name: sum(items.values()) for name, items in moments.items() if name != "rollout" or case.samples}
+    return {"peak": max(sums.values()), **sums}
 
 
 def _in_process(case: Case, what: str) -> dict[str, float]:
@@ -318,8 +374,16 @@ def _in_process(case: Case, what: str) -> dict[str, float]:
     return result
 
 
-def compare(case: Case) -> dict[str, Any]:
-    plan, torch_, system = predicted(case), _in_process(case, "allocated"), _in_process(case, "resident")
+def measured(case: Case) -> dict[str, dict[str, float]]:
+    """Bytes, each way of measuring in a process of its own."""
+    ways = ("allocated", "resident")
+    with ThreadPoolExecutor(len(ways)) as pool:  # each thread waits for its process
+        return dict(zip(ways, pool.map(partial(_in_process, case), ways), strict=True))
+
+
+def compare(case: Case, found: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Predicted over measured, kept and printed; `case` with its budget."""
+    plan, torch_, system = predicted(case), found["allocated"], found["resident"]
     ratio = plan["peak"] / torch_["peak"]
     line = {
         "case": asdict(case),
@@ -339,6 +403,24 @@ def compare(case: Case) -> dict[str, Any]:
     return line
 
 
+def keep(lines: list[dict[str, Any]]) -> None:
+    """Write the results file."""
+    from paired import _cpu
+
+    from pgpo.runlog import environment
+
+    document = {
+        "question": "peak of a training step: pgpo plan / torch's CPU allocator",
+        "limit": LIMIT,
+        "reached": all(line["within_limit"] for line in lines),
+        "ratio_min": min(line["predicted_over_allocated"] for line in lines),
+        "ratio_max": max(line["predicted_over_allocated"] for line in lines),
+        "cases": lines,
+        "machine": {**environment(), "cpu": _cpu(), "system": platform.platform()},
+    }
+    (RESULTS / "plan_accuracy.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", help="part of the names of the cases to run; nothing is written then")
@@ -346,26 +428,16 @@ def main() -> None:
     parser.add_argument("--measure", choices=("allocated", "resident"))
     arguments = parser.parse_args()
     if arguments.one:
-        case = next(c for c in CASES if c.name == arguments.one)
+        case = with_budget(next(c for c in ALL_CASES if c.name == arguments.one))
         result = {"allocated": allocated, "resident": resident}[arguments.measure](case)
         print(json.dumps(result))
         return
-    lines = [compare(case) for case in CASES if arguments.only is None or arguments.only in case.name]
+    cases = [with_budget(case) for case in ALL_CASES if arguments.only is None or arguments.only in case.name]
+    lines = [compare(case, measured(case)) for case in cases]
     missed = [line for line in lines if not line["within_limit"]]
     print(f"{len(lines) - len(missed)} of {len(lines)} within {LIMIT:.0%} of what torch allocated")
     if arguments.only is None:
-        from paired import _cpu
-
-        from pgpo.runlog import environment
-
-        document = {
-            "question": "peak of a training step: pgpo plan / torch's CPU allocator",
-            "limit": LIMIT,
-            "reached": not missed,
-            "cases": lines,
-            "machine": {**environment(), "cpu": _cpu(), "system": platform.platform()},
-        }
-        (RESULTS / "plan_accuracy.json").write_text(json.dumps(document, indent=2) + "\n")
+        keep(lines)
 
 
 if __name__ == "__main__":

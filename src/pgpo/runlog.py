@@ -393,7 +393,10 @@ def lock(folder: Path, refusal: str) -> Iterator[None]:
             except BlockingIOError as error:
                 raise UserError(refusal) from error
             except OSError:  # a file system without locks
-                yield
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
                 return
             if not _is(file, path):
                 continue  # who held it has just removed this file, and the next one may have made its own

@@ -13,7 +13,7 @@ from pgpo.train.trainer import PGPOTrainer
 
 
 def end(how: str, file: Path) -> None:
-    file.write_text(str(time.time()))
+    file.write_text(f"{time.time()} {os.getpid()}")
     if how in ("SIGKILL", "SIGSTOP"):
         os.kill(os.getpid(), getattr(signal, how))
     elif how == "exit":

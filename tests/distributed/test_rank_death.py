@@ -62,9 +62,12 @@ class Job:
         while self.survivor.poll() is None:
             assert time.monotonic() - start < 400, self.said()
             time.sleep(0.1)
-        return time.time() - float(self.ended.read_text())
+        return time.time() - float(self.ended.read_text().split()[0])
 
     def close(self) -> None:
+        if self.ended.exists():  # torchrun gives its processes groups of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(self.ended.read_text().split()[1]), 9)
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, 9)
@@ -87,16 +90,17 @@ def job(tmp_path):
 CASES = [
     # launcher, rank, how, where, what names the rank
     ("apart", 1, "SIGKILL", "optimize", "pgpo: rank 1 ({host}, process {pid}) has not been heard of for 1"),
-    ("apart", 0, "SIGKILL", "optimize", "pgpo: the store of the job at 127.0.0.1, where rank 0 is, has not answered"),
+    ("apart", 0, "SIGKILL", "optimize", "pgpo: the job's store at 127.0.0.1, rank 0's machine, has not answered"),
     ("apart", 1, "SIGSTOP", "optimize", "pgpo: rank 1 ({host}, process {pid}) has not been heard of for 1"),
-    ("apart", 0, "SIGSTOP", "optimize", "pgpo: the store of the job at 127.0.0.1, where rank 0 is, has not answered"),
+    ("apart", 0, "SIGSTOP", "optimize", "pgpo: the job's store at 127.0.0.1, rank 0's machine, has not answered"),
     ("apart", 1, "error", "optimize", "({host}, process {pid}) has failed: MemoryError: no room for 3 more tensors"),
+    ("apart", 0, "error", "optimize", "({host}, process {pid}) has failed: MemoryError: no room for 3 more tensors"),
     ("apart", 1, "exit", "save_extra", "pgpo: rank 1 ({host}, process {pid}) has not been heard of for 1"),
     ("apart", 1, "SIGSTOP", "held_out_records", "pgpo: rank 1 ({host}, process {pid}) has not been heard of for 1"),
     ("torchrun", 1, "SIGKILL", "optimize", "rank      : 1 (local_rank: 1)\n  exitcode  : -9"),
     ("torchrun", 0, "SIGKILL", "_generate_and_score_completions", "rank      : 0 (local_rank: 0)\n  exitcode  : -9"),
     ("torchrun", 1, "SIGSTOP", "optimize", "pgpo: rank 1 ({host}, process"),
-    ("torchrun", 1, "error", "save_extra", "MemoryError: no room for 3 more tensors"),
+    ("torchrun", 1, "error", "save_extra", "rank      : 1 (local_rank: 1)\n  exitcode  : 1"),
 ]
 
 
@@ -123,5 +127,8 @@ def test_the_job_ends_and_names_the_rank(job, launcher, rank, how, where, named)
     assert checkpoint.problem(started.run / "checkpoints/checkpoint-2") is None
     finished = 4 if where == "save_extra" else 3
     if launcher == "apart":
-        assert f"ends after step {finished}; continue from step 2 with: pgpo train --resume {started.run}" in survivor
+        assert (
+            f"ends after step {finished}; continue from step 2, with the same launcher, by: pgpo train --resume "
+            in survivor
+        )
     assert len(read_run(started.run).metrics) == finished

@@ -134,6 +134,14 @@ def test_weights_that_rank_0_alone_has_read_reach_student_and_teacher(one, fsdp2
             assert largest_difference(results["loaded_by_rank_0"][part], one["plain"][part]) < 1e-5
 
 
+def test_weights_that_stay_whole_until_the_backward_change_nothing(one, fsdp2):
+    """As in ZeRO-2; the teacher reads its new average, not what was gathered before."""
+    for results in fsdp2:
+        for part in ("weights", "teacher"):
+            assert largest_difference(results["kept_whole"][part], one["plain"][part]) < 1e-5
+        assert max(results["kept_whole"]["held"]) <= 1.0
+
+
 def test_what_cannot_be_sharded_is_refused(fsdp2):
     refusals = fsdp2[0]["refusals"]
     assert "set fsdp_offload_params: false" in refusals["offload"]

@@ -200,6 +200,7 @@ def sharded_only(folder: str) -> dict:
         "sharded": resumed("SHARDED_STATE_DICT", f"{folder}/sharded"),
         "half_precision": half_precision(folder),
         "loaded_by_rank_0": loaded_by_rank_0(folder),
+        "kept_whole": run(dict(fsdp=True, fsdp_config=dict(version=2, reshard_after_forward=False)), folder),
         "refusals": refusals(folder),
     }
 

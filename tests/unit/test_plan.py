@@ -243,8 +243,10 @@ def benchmark():
         dict(V=9_000, H=96, I=288, layers=5, heads=6, kv=2, d=16, P=40, L=90, budget=520, group=8, questions=1),
         dict(V=2_000, H=96, I=256, layers=12, heads=4, kv=4, d=24, P=120, L=40, budget=1_280, kind="llama", lora=4,
              dtype="bfloat16", autocast=True, checkpointing=True, group=8),
+        dict(V=20_000, H=96, I=128, layers=1, heads=2, kv=2, d=48, P=8, L=40, budget=96, kind="llama", tied=False,
+             teacher="live", optimizer="sgd", questions=1),
     ],
-    ids=["full, float32", "LoRA, bfloat16, checkpointing"],
+    ids=["full, float32", "LoRA, bfloat16, checkpointing", "untied, one chunk of logits"],
 )  # fmt: skip
 def test_the_peak_of_a_real_step_is_predicted(benchmark, changes):
     case = benchmark.Case("small", **changes)
@@ -299,6 +301,20 @@ def test_rows_and_tokens_of_one_gpu():
     assert (small.fitting, small.positions, small.held, small.blocks) == (1, 1000, 8 * 900, 4)
     whole = Step(large(), setting, 32_000)
     assert whole.fitting == 32 and not whole.several and "gradients" not in whole.loss()
+
+
+@pytest.mark.parametrize(
+    "vocabulary, tokens", [(151_936, 1_000), (151_936, 1_500), (151_936, 2_500), (30_000, 4_000), (30_000, 8_000)]
+)
+@pytest.mark.parametrize("lora", [None, 16])
+def test_chunks_of_logits_are_those_of_the_fused_head(vocabulary, tokens, lora):
+    setting = Setting(max_prompt_length=1, max_completion_length=tokens, lora=lora)
+    hidden = torch.empty(tokens, 4096, device="meta")
+    weight = torch.empty(vocabulary, 4096, device="meta", requires_grad=lora is None)
+    chunks = -(-tokens // fused_head._default_chunk_size(hidden, weight))
+    bytes_per_logit = 6 if chunks == 1 and lora is None else 10  # the teacher's, fp32, make room for the gradient
+    logits = Step(dataclasses.replace(large(), vocabulary=vocabulary), setting, 1).loss()["logits"]
+    assert logits == -(-tokens // chunks) * vocabulary * bytes_per_logit
 
 
 @pytest.mark.parametrize("memory", [60, 80, 141])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from pgpo.errors import LostRankError, UserError
 from pgpo.train import ranks
@@ -17,7 +20,7 @@ class Store(dict):
 
     def set(self, key, value):
         if self.gone:
-            raise RuntimeError("connection lost")
+            raise RuntimeError("too slow")
         self[key] = value.encode()
 
     def check(self, keys):
@@ -37,12 +40,13 @@ def clock(monkeypatch):
 
     clock = Clock()
     monkeypatch.setattr(ranks.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(ranks.time, "sleep", clock.forward)
     return clock
 
 
-def watches(world=3, limit=45.0):
+def watches(world=3, limit=45.0, **options):
     store = Store()
-    return store, [Watch(store, rank, world, limit, lambda: "after step 7.") for rank in range(world)]
+    return store, [Watch(lambda: store, r, world, limit, lambda: "after step 7.", **options) for r in range(world)]
 
 
 def beat(*which, count):
@@ -50,12 +54,16 @@ def beat(*which, count):
         watch.exchange(str(count))
 
 
-def test_ranks_that_beat_are_well(clock):
+def problem(watch, limit=45.0, **options):
+    return watch.problem(ranks.time.monotonic(), limit, **options)
+
+
+def test_ranks_that_beat_are_well_however_slow_their_beats(clock):
     _, all_ranks = watches()
     for count in range(100):
         beat(*all_ranks, count=count)
         clock.forward(44.0)
-        assert [w.problem(45.0) for w in all_ranks] == [None] * 3
+        assert [problem(w) for w in all_ranks] == [None] * 3
 
 
 def test_the_silent_rank_is_named_by_all_others(clock):
@@ -68,10 +76,10 @@ def test_the_silent_rank_is_named_by_all_others(clock):
         clock.forward(2)
     assert b.signs[0].startswith("2|")
     for other in (a, c):
-        problem = other.problem(45.0)
-        assert problem.startswith(f"rank 1 ({b.me}) has not been heard of for ")
-        assert other.sentence(problem) == f"{problem}; rank {other.rank} of 3 ends after step 7."
-        assert other.problem(1000.0) is None
+        found = problem(other)
+        assert found.startswith(f"rank 1 ({b.me}) has not been heard of for 5")
+        assert other.sentence(found) == f"{found}; rank {other.rank} of 3 ends after step 7."
+        assert problem(other, 1000.0) is None
 
 
 def test_a_rank_that_never_came_is_named_too(clock):
@@ -79,17 +87,20 @@ def test_a_rank_that_never_came_is_named_too(clock):
     for count in range(30):
         beat(a, c, count=count)
         clock.forward(2)
-    assert a.problem(45.0) == "rank 1 (never seen) has not been heard of for 58 s"
+    assert problem(a) == "rank 1 (never seen) has not been heard of for 60 s"
 
 
-def test_a_rank_that_is_done_may_be_silent(clock):
-    _, (a, b, c) = watches()
+def test_a_rank_that_is_done_may_be_silent_and_take_the_store_with_it(clock):
+    store, (a, b, c) = watches()
     beat(a, b, c, count=0)
-    b.exchange("done")
+    a.exchange("done")
     for count in range(1, 30):
         clock.forward(2)
-        beat(a, c, count=count)
-    assert a.problem(45.0) is None
+        beat(b, c, count=count)
+    assert problem(b) is None
+    store.gone = True
+    clock.forward(1000)
+    assert problem(b) is None
 
 
 def test_a_store_that_does_not_answer_accuses_nobody_else(clock):
@@ -101,8 +112,22 @@ def test_a_store_that_does_not_answer_accuses_nobody_else(clock):
         clock.forward(2)
         with pytest.raises(RuntimeError):
             a.exchange(str(count))
-    assert "where rank 0 is, has not answered for 56 s" in a.problem(45.0)
-    assert a.problem(57.0) is None
+    assert "rank 0's machine, has not answered for 56 s" in problem(a)
+    assert problem(a, 57.0) is None
+    store.gone = False  # it was slow, and so it was for the others
+    a.exchange("30")
+    assert problem(a) is None
+
+
+def test_why_rank_0_failed_is_told_though_its_store_went_with_it(clock):
+    store, (a, b, _) = watches()
+    beat(a, b, count=0)
+    a.me += "|ValueError: 3 is not 4"
+    a.exchange("failed")
+    b.exchange("1")
+    store.gone = True
+    clock.forward(46)
+    assert problem(b, patience=20.0).endswith("has failed: ValueError: 3 is not 4")
 
 
 def test_a_failure_is_told_after_the_others_had_time_to_end(clock):
@@ -111,100 +136,191 @@ def test_a_failure_is_told_after_the_others_had_time_to_end(clock):
     b.me += "|ValueError: 3 is | not 4"
     b.exchange("failed")
     a.exchange("1")
-    assert a.problem(45.0, patience=20.0) is None
-    assert a.problem(45.0) == f"rank 1 ({b.me.split('|')[0]}) has failed: ValueError: 3 is | not 4"
-    clock.forward(20.0)
-    assert a.problem(45.0, patience=20.0) is not None
-    assert b.problem(45.0) is None  # of itself it knows
+    assert problem(a, patience=20.0) is None
+    assert problem(a) == f"rank 1 ({b.me.split('|')[0]}) has failed: ValueError: 3 is | not 4"
+    for count in range(2, 12):
+        a.exchange(str(count))
+    assert problem(a, patience=20.0) is not None
+    assert problem(b) is None  # of itself it knows
 
 
-def threads_of(watch):
-    return [t for t in watch._threads if t.is_alive()]
+@pytest.mark.parametrize("advice", ["raises", "blocks"])
+def test_the_process_ends_whatever_becomes_of_the_advice(advice, capsys, monkeypatch):
+    """After a cut cable the disk may be gone too."""
+    monkeypatch.setattr(ranks, "_ADVICE_TIMEOUT", 0.1)
+    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
+    released, statuses = threading.Event(), []
+
+    def ask():
+        if advice == "raises":
+            raise OSError("stale file handle")
+        released.wait(30)
+
+    store = Store()
+    a = Watch(lambda: store, 0, 2, 45.0, ask, end=statuses.append)
+    for count in range(30):
+        a.exchange(str(count))
+    assert a.look(time.monotonic()) and statuses == [1]
+    assert capsys.readouterr().err.endswith(
+        "rank 1 (never seen) has not been heard of for 60 s; rank 0 of 2 ends here.\n"
+    )
+    released.set()
 
 
-def test_the_process_is_ended_once_another_rank_is_silent(capsys):
-    store, ended = Store(), threading.Event()
-    statuses = []
+def test_a_pause_of_this_process_accuses_nobody(clock):
+    """Suspended together: who wakes first finds all signs old."""
+    ended = []
+    _, (a, b) = watches(2, end=ended.append)
+    beat(a, b, count=0)
+    waits = iter([False, False, True])
+    a._stopped.wait = lambda seconds: clock.forward(100.0) or next(waits)
+    a._keep_watching()
+    assert ended == []
 
-    def end(status):
-        statuses.append(status)
-        ended.set()
 
-    a = Watch(store, 0, 2, 1.5, lambda: "after step 7.", end=end, beat=0.02)
-    b = Watch(store, 1, 2, 1.5, end=lambda status: None, beat=0.02)
+def test_beats_are_slower_in_large_jobs():
+    assert Watch(Store, 0, 64, 45.0).beat == 2.0
+    large = Watch(Store, 0, 512, 45.0)
+    assert large.beat == 16.0 and large.limit == 64.0
+
+
+# With a real store, which a thread serves ----------------------------------------------------------------------------
+
+
+class Cable(threading.Thread):
+    """Hands bytes on between the watches and the store, until it is cut once."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(daemon=True)
+        self.port, self.pairs, self.cuts = port, [], 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.start()
+
+    def run(self):
+        while True:
+            near, _ = self.listener.accept()
+            far = socket.create_connection(("127.0.0.1", self.port))
+            self.pairs.append((near, far))
+            for a, b in ((near, far), (far, near)):
+                threading.Thread(target=self.hand_on, args=(a, b), daemon=True).start()
+
+    @staticmethod
+    def hand_on(a, b):
+        try:
+            while data := a.recv(65536):
+                b.sendall(data)
+        except OSError:
+            pass
+        for end in (a, b):
+            end.close()
+
+    def cut(self):
+        for pair in self.pairs:
+            for end in pair:
+                end.shutdown(socket.SHUT_RDWR)
+        self.cuts += 1
+        self.pairs = []
+
+
+@pytest.fixture
+def served():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def connect(port=server.port):
+        timeout = timedelta(seconds=10)
+        return dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+    return server, connect
+
+
+def until(condition, seconds=30):
+    start = time.monotonic()
+    while not condition() and time.monotonic() - start < seconds:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_the_process_is_ended_once_another_rank_is_silent(served, capsys):
+    _, connect = served
+    ended, others = [], []
+    a = Watch(connect, 0, 2, 1.0, lambda: "after step 7.", end=ended.append, beat=0.05)
+    b = Watch(connect, 1, 2, 1.0, end=others.append, beat=0.05)
     a.start(), b.start()
-    time.sleep(2.0)
-    assert not ended.is_set()
-    b._stopped.set()  # it stops beating, and
-    b.store = Store()  # cannot say that it is done
-    assert ended.wait(10)
-    assert statuses == [1]
+    assert until(lambda: a.signs and b.signs and int(a.signs[1].split("|")[0]) > 30)  # longer than the limit
+    assert ended == others == []
+    b.exchange = lambda state: None  # it stops beating, and
+    b._last = "still here"
+    b.stop(None)  # does not say that it is done
+    assert until(lambda: ended) and ended == [1]
     assert capsys.readouterr().err.startswith(f"pgpo: rank 1 ({b.me}) has not been heard of for ")
     a.stop(None)
 
 
-def test_the_end_is_told(capsys):
-    store = Store()
-    a, b = (Watch(store, rank, 2, 1.5, end=pytest.fail, beat=0.02) for rank in range(2))
+def test_the_end_is_told(served, capsys):
+    server, connect = served
+    ended = []
+    a, b = (Watch(connect, rank, 2, 1.0, end=ended.append, beat=0.05) for rank in range(2))
     a.start(), b.start()
+    assert until(lambda: b.signs)
     a.stop(None)
-    assert store[a.keys[0]].decode() == f"done|{a.me}"
-    time.sleep(2.0)  # longer than the limit: b knows that a is done
+    assert server.get(a.keys[0]).decode() == f"done|{a.me}"
+    assert until(lambda: b.misses[0] > 40)  # twice the limit: b knows that a is done
     b.stop("ValueError: a\n  b")
-    assert store[b.keys[1]].decode().endswith("|ValueError: a b") and store[b.keys[1]].startswith(b"failed|")
-    assert not threads_of(a) + threads_of(b)
-    assert capsys.readouterr().err == ""
+    told = server.get(b.keys[1]).decode()
+    assert told.startswith("failed|") and told.endswith("|ValueError: a b")
+    assert not any(t.is_alive() for t in (*a._threads, *b._threads))
+    assert ended == [] and capsys.readouterr().err == ""
 
 
-def test_a_pause_of_this_process_is_not_the_others_silence(monkeypatch):
-    """Suspended together: who wakes first finds all signs old."""
-    now, ended = [0.0], []
-    monkeypatch.setattr(ranks.time, "monotonic", lambda: now[0])
-    a = Watch(Store(), 0, 2, 10.0, end=ended.append, beat=0.02)
-    a.exchange("0")
-    thread = threading.Thread(target=a._keep_watching, daemon=True)
-    thread.start()
-    time.sleep(0.2)
-    now[0] += 100.0
-    time.sleep(0.3)
-    assert ended == []
-    for _ in range(40):  # time that passes as it should, without a sign
-        now[0] += 1.0
-        time.sleep(0.03)
-    assert ended == [1]
+def test_a_connection_that_breaks_once_is_made_anew(served):
+    server, connect = served
+    cable, ended = Cable(server.port), []
+    port = cable.listener.getsockname()[1]
+    a = Watch(lambda: connect(port), 0, 2, 5.0, end=ended.append, beat=0.05)
+    b = Watch(connect, 1, 2, 5.0, end=ended.append, beat=0.05)
+    a.start(), b.start()
+    assert until(lambda: a.signs and b.signs)
+    cable.cut()
+    assert until(lambda: cable.pairs)
+    before = b.signs[0]
+    assert until(lambda: b.signs[0] != before)
+    assert ended == [] and cable.cuts == 1
+    a.stop(None), b.stop(None)
+
+
+# Around a block of code -----------------------------------------------------------------------------------------------
 
 
 def opened(monkeypatch, watch):
-    monkeypatch.setattr(ranks, "_open", lambda limit, advice: watch)
+    monkeypatch.setattr(ranks, "_open", lambda limit, advice, say: watch)
 
 
 def test_the_error_of_a_collective_is_explained(monkeypatch, clock):
     _, (a, b) = watches(2)
     a.start = lambda: None
-    a._threads = [threading.Thread(target=lambda: None)] * 2
-    a._threads[0].start()
+    a.stop = lambda failure: None
     opened(monkeypatch, a)
-    monkeypatch.setattr(ranks.time, "sleep", lambda s: (clock.forward(s), a.exchange(str(clock.now))))
+    monkeypatch.setattr(ranks.time, "sleep", lambda s: (clock.forward(2), a.exchange(str(clock.now))))
     beat(a, b, count=0)
     beat(a, b, count=1)
-    says = r"^rank 1 \(.*\) has not been heard of for 10 s; rank 0 of 2 ends after step 7.$"
+    says = r"^rank 1 \(.*\) has not been heard of for 12 s; rank 0 of 2 ends after step 7.$"
     with pytest.raises(LostRankError, match=says), watch_ranks(45.0):
-        raise RuntimeError("gloo/transport/tcp/pair.cc:537: Connection reset by peer")
+        raise RuntimeError("[c10d] Gloo connectFullMesh failed with Connection closed by peer")
     assert clock.now < 1016
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), UserError("lower --alpha."), KeyboardInterrupt()])
 def test_other_errors_pass_and_are_told_the_others(monkeypatch, error):
     store = Store()
-    a = Watch(store, 0, 2, 45.0)
+    a = Watch(lambda: store, 1, 2, 45.0)
     opened(monkeypatch, a)
     with pytest.raises(type(error)) as caught, watch_ranks(45.0):
         raise error
     assert caught.value is error
-    assert store[a.keys[0]].startswith(b"failed|") and type(error).__name__.encode() in store[a.keys[0]]
+    assert store[a.keys[1]].startswith(b"failed|") and type(error).__name__.encode() in store[a.keys[1]]
 
 
-def test_one_process_is_not_watched(monkeypatch):
+def test_one_process_is_not_watched():
     before = threading.active_count()
     with watch_ranks(45.0), watch_ranks(None):
         assert threading.active_count() == before

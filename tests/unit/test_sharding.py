@@ -45,7 +45,7 @@ def test_weights_are_rounded_for_the_layers_but_neither_gradient_sums_nor_output
     assert full.state.fsdp_plugin.mixed_precision_policy is None
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_zero2", "ddp"])
 def test_accelerate_launches_the_shipped_configurations(name, monkeypatch):
     """As `accelerate launch --config_file` reads them, up to the plugin that its environment makes."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -56,7 +56,7 @@ def test_accelerate_launches_the_shipped_configurations(name, monkeypatch):
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "x.py"]))
     environment = prepare_multi_gpu_env(arguments)
     assert (arguments.num_processes, environment["ACCELERATE_MIXED_PRECISION"]) == (8, "bf16")
-    assert environment.get("ACCELERATE_USE_FSDP") == ("true" if name == "fsdp2" else None)
+    assert environment.get("ACCELERATE_USE_FSDP") == (None if name == "ddp" else "true")
     if name == "ddp":
         return
     for variable, value in environment.items():

@@ -164,7 +164,7 @@ class PGPOConfig(GRPOConfig):
         "files or sockets, not a computation inside a C library.",
     )
     rank_timeout: float | None = _option(
-        25.0,
+        45.0,
         "Several processes: seconds without a sign of life after which a rank counts as dead and the job ends, naming "
         "it; None = wait as long as torch does (ddp_timeout).",
     )

@@ -659,7 +659,8 @@ class Step:
     def _head(self) -> dict[str, float]:
         """Heads of student and teacher.
 
-        Fused (core/fused_head.py): two buffers of a chunk's logits, on CUDA in fp32 and a third in the matmul's dtype;
+        Fused (core/fused_head.py): two buffers of a chunk's logits, on CUDA in fp32 and a third in the matmul's dtype
+        (of a lone chunk the teacher's is gone when the weight's gradient comes: the larger of the two counts);
         the student's kept states and their gradient, w H each; the weight's gradient, in fp32 where it is added up in
         fp32, and rounded; under autocast bf16 copies of both heads and both states.
         All logits: both sides in fp32, and in the entropy log-probabilities, probabilities, the two masked and
@@ -676,7 +677,10 @@ class Step:
             return {"logits": 6.0 * FP32 * m.vocabulary * tokens, "head states": kept, "head in bf16": casts}
         wide = s.device == "cuda" and c == 2
         chunk = max(1, CHUNK_LOGITS[s.device] // m.vocabulary)
-        step = math.ceil(tokens / math.ceil(tokens / chunk))
+        if s.full and tokens <= min(2 * chunk, m.hidden):
+            chunk *= 2  # core.fused_head._default_chunk_size
+        chunks = math.ceil(tokens / chunk)
+        step = math.ceil(tokens / chunks)
         gradient = 0
         if s.full:
             gradient = (FP32 if wide or c != w else w) * m.head + (w * m.head if wide and w < FP32 else 0)
@@ -684,8 +688,12 @@ class Step:
         if s.device == "cpu":  # torch's scatter_ into bf16 works in an fp32 copy; without a compiler, six of a few rows
             eager = 6 * FP32 * min(EAGER_LOGITS, step * m.vocabulary) if m.vocabulary < COMPILE_FROM else 0
             temporary = max(eager, FP32 * step * m.vocabulary if c == 2 else 0)
+        student, teacher = (step * m.vocabulary * width for width in ((FP32 + 2, FP32) if wide else (c, c)))
+        while_both = teacher + temporary
+        if chunks == 1:  # they are gone when the weight's gradient is made
+            while_both = max(0, while_both - gradient)
         return {
-            "logits": float(step * m.vocabulary * (2 * FP32 + 2 if wide else 2 * c) + temporary),
+            "logits": float(student + while_both),
             "head states": 2 * kept,
             "head gradient": float(gradient),
             "head in bf16": casts,

@@ -9,12 +9,15 @@ Without it torch waits `ddp_timeout` (half an hour) for a rank whose machine is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import socket
 import sys
 import threading
 import time
+import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -24,29 +27,33 @@ import torch.distributed as dist
 from pgpo.errors import LostRankError
 
 BEAT = 2.0  # seconds; ours
+_RANKS_PER_SECOND = 32  # ours: each rank reads all others, so beats are slower in jobs of more than 64 ranks
 # Ours, seconds. Once a connection has broken, a rank that was silent for so long is the reason; and when a rank has
 # said that it failed, the others have twice as long to end by themselves.
 SUSPICION = 10.0
 _STORE_TIMEOUT = 10.0  # ours: seconds that one question to the store may take
+_ADVICE_TIMEOUT = 3.0  # ours: seconds; the disk may be what is gone
 _MESSAGE = 300  # ours: characters of a failed rank's message that the others show
-_numbers = itertools.count()  # every rank opens its watches in the same order
 
 
 @contextlib.contextmanager
-def watch_ranks(limit: float | None, advice: Callable[[], str] = str) -> Iterator[None]:
+def watch_ranks(
+    limit: float | None, advice: Callable[[], str] = str, say: Callable[[str], Any] = warnings.warn
+) -> Iterator[None]:
     """End this process if another rank of the job dies, fails, or is silent for `limit` seconds.
 
-    Silent ranks end it by `os._exit(1)` from a thread, since the main one waits in a collective. An error of a
-    collective that such a rank explains is raised as that.
+    Every rank must open it (a collective agrees on that). Silent ranks end this one by `os._exit(1)` from a thread,
+    since the main one waits in a collective. An error of a collective that such a rank explains is raised as that.
 
     Args:
-        limit: seconds; None, one process, or a job without a TCP store (MASTER_ADDR, MASTER_PORT): nothing is watched.
+        limit: seconds; None, or one process: nothing is watched.
         advice: what to tell the user to do; called when a rank is lost.
+        say: told on rank 0 if some rank cannot reach the job's store (MASTER_ADDR, MASTER_PORT), so nothing is watched.
 
     Raises:
         LostRankError: instead of the error of a collective, with the name of the rank that is gone.
     """
-    watch = None if limit is None else _open(limit, advice)
+    watch = None if limit is None else _open(limit, advice, say)
     if watch is None:
         yield
         return
@@ -69,14 +76,18 @@ def watch_ranks(limit: float | None, advice: Callable[[], str] = str) -> Iterato
 class Watch:
     """This rank's sign of life, and what it knows of the others.
 
+    A rank's silence is counted in our own completed beats, so that neither a slow store nor a pause of this process
+    accuses anybody.
+
     Args:
-        store: `set(key, text)`, `check([keys])`, `multi_get([keys])`; its calls may block.
+        connect: makes a store: `set(key, text)`, `check([keys])`, `multi_get([keys])`; its calls may block.
+        prefix: the same on all ranks, and another one for every watch.
         end: called with the exit status when another rank is lost.
     """
 
     def __init__(
         self,
-        store: Any,
+        connect: Callable[[], Any],
         rank: int,
         world: int,
         limit: float,
@@ -85,12 +96,14 @@ class Watch:
         end: Callable[[int], Any] = os._exit,
         beat: float = BEAT,
     ) -> None:
-        self.store, self.rank, self.limit, self.advice, self.end, self.beat = store, rank, limit, advice, end, beat
+        self.connect, self.rank, self.advice, self.end = connect, rank, advice, end
+        self.beat = max(beat, world / _RANKS_PER_SECOND)
+        self.limit = max(limit, 4 * self.beat)
+        self.store: Any = None
         self.keys = {other: f"pgpo/{prefix}/{other}" for other in range(world)}
         self.me = f"{socket.gethostname()}, process {os.getpid()}"
-        now = time.monotonic()
-        self.answered = now  # when the store last did
-        self.heard = dict.fromkeys(self.keys, now)  # rank -> when its sign last changed
+        self.answered = time.monotonic()  # when the store last did
+        self.misses = dict.fromkeys(self.keys, 0)  # rank -> our beats since its sign last changed
         self.signs: dict[int, str] = {}  # rank -> "count|who", "done|who" or "failed|who|why"
         self._stopped = threading.Event()
         self._last = "done"
@@ -108,54 +121,84 @@ class Watch:
         self._stopped.set()
         for thread in self._threads:
             thread.join(timeout=_STORE_TIMEOUT / 2)  # a store that is gone does not hold up the end
+        if failure is not None and self.rank == 0:
+            time.sleep(1.5 * self.beat)  # the store may go with this process: the others shall have read it
 
     def explain(self) -> str | None:
         """Which rank made a collective of this one fail; waits up to 1.5 SUSPICION for it to fall silent."""
-        until = time.monotonic() + 1.5 * SUSPICION
-        while (problem := self.problem(min(SUSPICION, self.limit))) is None and time.monotonic() < until:
+        until = time.monotonic() + 1.5 * max(SUSPICION, 4 * self.beat)
+        limit = min(max(SUSPICION, 4 * self.beat), self.limit)
+        while (problem := self.problem(time.monotonic(), limit)) is None and time.monotonic() < until:
             time.sleep(self.beat / 4)
         return problem
 
-    def problem(self, limit: float, patience: float = 0.0) -> str | None:
+    def problem(self, now: float, limit: float, patience: float = 0.0) -> str | None:
         """The rank that failed at least `patience` seconds ago, or was silent for `limit` seconds, if there is one."""
-        now = time.monotonic()
-        for rank, sign in sorted(self.signs.items()):
-            state, who, *why = sign.split("|", 2)
-            if state == "failed" and rank != self.rank and now - self.heard[rank] >= patience:
-                return f"rank {rank} ({who}) has failed: {why[0]}"
-        if now - self.answered > limit:
+        signs: dict[int, list[str]] = {}  # rank -> [state, who, why]
+        for rank in self.keys:
+            signs[rank] = f"{self.signs.get(rank, '|never seen')}|".split("|", 2)
+        for rank, (state, who, why) in signs.items():
+            if state == "failed" and rank != self.rank and self.misses[rank] * self.beat >= patience:
+                return f"rank {rank} ({who}) has failed: {why.rstrip('|')}"
+        first = self.signs.get(0, "")
+        if now - self.answered > limit and not first.startswith("done"):  # rank 0 may take the store with it
+            silence = now - self.answered
+            if first.startswith("failed"):
+                return f"rank 0 ({first.split('|')[1]}) has failed: {first.split('|', 2)[2]}"
             return (
-                f"the store of the job at {os.environ.get('MASTER_ADDR', '?')}, where rank 0 is, has not answered for "
-                f"{now - self.answered:.0f} s"
+                f"the job's store at {os.environ.get('MASTER_ADDR', '?')}, rank 0's machine, has not answered for "
+                f"{silence:.0f} s"
             )
-        for rank, heard in self.heard.items():
-            state, who = (self.signs.get(rank, "") + "|").split("|")[:2]
-            if rank != self.rank and state != "done" and self.answered - heard > limit:
-                return f"rank {rank} ({who or 'never seen'}) has not been heard of for {self.answered - heard:.0f} s"
+        for rank, (state, who, _) in signs.items():
+            if rank != self.rank and state not in ("done", "failed") and self.misses[rank] * self.beat > limit:
+                return f"rank {rank} ({who}) has not been heard of for {self.misses[rank] * self.beat:.0f} s"
         return None
 
     def sentence(self, problem: str) -> str:
-        return " ".join(f"{problem}; rank {self.rank} of {len(self.keys)} ends {self.advice()}".split())
+        return " ".join(f"{problem}; rank {self.rank} of {len(self.keys)} ends {self._advice()}".split())
 
     def exchange(self, state: str) -> None:
         """One beat: write our sign and read those of the others."""
+        if self.store is None:
+            self.store = self.connect()
         self.store.set(self.keys[self.rank], f"{state}|{self.me}")
-        known = [r for r, key in self.keys.items() if r != self.rank and (r in self.signs or self.store.check([key]))]
+        others = [rank for rank in self.keys if rank != self.rank]
+        known = [r for r in others if r in self.signs or self.store.check([self.keys[r]])]
         signs = self.store.multi_get([self.keys[r] for r in known]) if known else []
         self.answered = time.monotonic()
+        for rank in others:
+            self.misses[rank] += 1
         for rank, sign in zip(known, signs, strict=True):
             text = sign.decode(errors="replace") if isinstance(sign, bytes) else sign
             if text != self.signs.get(rank):
-                self.signs[rank], self.heard[rank] = text, self.answered
+                self.signs[rank], self.misses[rank] = text, 0
+
+    def look(self, now: float) -> bool:
+        """Whether another rank is lost; if so this process is told to end, whatever else fails."""
+        problem = self.problem(now, self.limit, patience=2 * SUSPICION)
+        if problem is None:
+            return False
+        try:
+            print(f"pgpo: {self.sentence(problem)}", file=sys.stderr, flush=True)
+        finally:
+            self.end(1)
+        return True
+
+    def _advice(self) -> str:
+        found: list[str] = []
+        thread = threading.Thread(target=lambda: found.append(self.advice()), daemon=True)
+        thread.start()
+        thread.join(_ADVICE_TIMEOUT)
+        return found[0] if found else "here."
 
     def _keep_beating(self) -> None:
         for count in itertools.count():
             try:
                 self.exchange(str(count))
             except dist.DistNetworkError:
-                return  # the connection is gone for good; the other thread sees it from `answered`
+                self.store = None  # the connection is gone; the store perhaps is not
             except Exception:
-                pass  # too slow this time
+                pass  # too slow this time; `answered` tells
             if self._stopped.wait(self.beat):
                 break
         with contextlib.suppress(Exception):
@@ -165,36 +208,47 @@ class Watch:
         before = time.monotonic()
         while not self._stopped.wait(self.beat / 2):
             now = time.monotonic()
-            if now - before > self.limit / 2:  # it was this process that stood still, perhaps with all the others
+            if now - before > self.limit / 2:  # it was this process that stood still
                 self.answered = now
-                self.heard = dict.fromkeys(self.keys, now)
             before = now
-            problem = self.problem(self.limit, patience=2 * SUSPICION)
-            if problem is not None:
-                print(f"pgpo: {self.sentence(problem)}", file=sys.stderr, flush=True)
-                self.end(1)
+            if self.look(now):
                 return
 
 
-def _open(limit: float, advice: Callable[[], str]) -> Watch | None:
+def _open(limit: float, advice: Callable[[], str], say: Callable[[str], Any]) -> Watch | None:
     """A watch with a connection of its own: the group's is locked while a collective waits for its store."""
-    number = next(_numbers)
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
+    watch, problem, rank = None, "", dist.get_rank()
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_STORE_TIMEOUT)
+        connect = functools.partial(
+            dist.TCPStore,
+            host,
+            port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=_STORE_TIMEOUT),
         )
-    except (KeyError, ValueError, RuntimeError):
+        watch = Watch(connect, rank, dist.get_world_size(), limit, advice)
+        watch.store = connect()
+    except (KeyError, ValueError, RuntimeError) as error:
+        problem = f"rank {rank} cannot reach the job's store ({type(error).__name__}: {error})"
+    told: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+    dist.all_gather_object(told, (uuid.uuid4().hex, " ".join(problem.split())[:_MESSAGE]))
+    problem = next((p for _, p in told if p), "")
+    if problem or watch is None:
+        if rank == 0:
+            say(f"the processes of this job do not watch each other: {problem}.")
         return None
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a failed attempt
-    return Watch(store, dist.get_rank(), dist.get_world_size(), limit, advice, f"{attempt}/{number}")
+    watch.keys = {other: f"pgpo/{told[0][0]}/{other}" for other in watch.keys}
+    watch.answered = time.monotonic()
+    return watch
 
 
 def _of_a_collective(error: BaseException) -> bool:
     """Whether it may come from another rank's end: gloo raises a plain RuntimeError."""
     if isinstance(error, dist.DistError):
         return True
-    words = ("gloo", "nccl", "Connection reset", "Connection closed", "Broken pipe")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    words = ("gloo", "nccl", "connection reset", "connection closed", "broken pipe")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

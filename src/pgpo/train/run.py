@@ -12,7 +12,7 @@ import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -264,9 +264,12 @@ def last_checkpoint(directory: Path) -> tuple[int, Path]:
 
 def _after_a_lost_rank(trainer: PGPOTrainer, directory: Path) -> str:
     saved = checkpoints.steps(directory / runlog.CHECKPOINTS_FOLDER)
-    go_on = (
-        f"continue from step {saved[-1]} with: pgpo train --resume {directory}" if saved else "nothing is saved yet."
-    )
+    if saved:
+        go_on = f"continue from step {saved[-1]}, with the same launcher, by: pgpo train --resume {directory}"
+    elif trainer.accelerator.is_main_process:
+        go_on = "nothing is saved yet."
+    else:
+        go_on = f"what is saved lies in {directory} on rank 0's machine."
     return f"after step {trainer.state.global_step}; {go_on}"
 
 
@@ -585,7 +588,8 @@ def _alone(directory: Path, existing: Path) -> Iterator[None]:
         for folder in (directory, *directory.parents):
             if folder == existing or not folder.is_dir() or any(folder.iterdir()):
                 break
-            folder.rmdir()
+            with suppress(OSError):  # somebody has just put something there
+                folder.rmdir()
 
 
 def _discard(directory: Path) -> None:

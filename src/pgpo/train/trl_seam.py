@@ -272,7 +272,7 @@ class SeamTrainer(GRPOTrainer):
             return
         self._watching = True
         try:
-            with watch_ranks(self.args.rank_timeout, self.advice):
+            with watch_ranks(self.args.rank_timeout, self.advice, self.say):
                 yield
         finally:
             self._watching = False
