@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -217,7 +218,8 @@ class Cable(threading.Thread):
     def cut(self):
         for pair in self.pairs:
             for end in pair:
-                end.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):  # its other end was quicker
+                    end.shutdown(socket.SHUT_RDWR)
         self.cuts += 1
         self.pairs = []
 

@@ -64,6 +64,6 @@ def test_accelerate_launches_the_shipped_configurations(name, monkeypatch):
             monkeypatch.setenv(variable, value)
     plugin = FullyShardedDataParallelPlugin()
     assert sharding_problem(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))) is None
-    assert plugin.reshard_after_forward is True and plugin.cpu_ram_efficient_loading
+    assert plugin.reshard_after_forward is (name == "fsdp2") and plugin.cpu_ram_efficient_loading
     assert plugin.auto_wrap_policy is transformer_auto_wrap_policy and not plugin.activation_checkpointing
     assert plugin.state_dict_type.name == "FULL_STATE_DICT"
