@@ -9,6 +9,8 @@ os.environ.setdefault("CI", "true")  # TRL sends no telemetry from CI
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -76,3 +78,13 @@ def tokenizer():
 @pytest.fixture
 def model():
     return build_model()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty working folder."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.delenv("PGPO_SCIENCE_DATA", raising=False)
+    return work

@@ -31,9 +31,10 @@ LAST, RESUMED, EVERY = 2010, 2000, 100
 WARM = 400  # steps: caches are filled, each kind of evaluation and save was done
 MOST_MB = 1.0  # per 100 steps
 # A generation serves three steps, so the checkpoint of step 2000 lies within one; 2,010 steps pass over the questions
-# many times; the guard keeps watch; two checkpoints are kept.
+# many times; the guard keeps watch; two checkpoints are kept. At the preset's learning rate so small a batch collapses
+# within 300 steps, and nothing would move any more; at this one it learns to the end.
 FLAGS = [
-    *("--domain", "physics", "--test_rows", "2", "--eval_rows", "2", "--eval_k", "2", "--eval_steps", "200"),
+    *("--learning_rate", "3e-5", "--test_rows", "2", "--eval_rows", "2", "--eval_k", "2", "--eval_steps", "200"),
     *("--prompts_per_step", "2", "--num_generations", "4", "--num_iterations", "3", "--alpha", "1.5"),
     *("--save_steps", "200", "--save_total_limit", "2", "--guard", "warn", "--max_steps", str(LAST)),
 ]
@@ -149,8 +150,9 @@ def test_no_step_is_missing(long):
 
 
 def test_it_still_learns_and_resumes_exactly(long):
-    last = read_run(long.directory).metrics[-10:]
-    assert any(line["grad_norm"] > 0 and line["rho"] != 1 for line in last)
+    steps = read_run(long.directory).metrics
+    moved = [line["grad_norm"] > 0 and line["rho"] != 1 for line in steps]
+    assert sum(moved) > 0.9 * LAST and all(moved[RESUMED:])
     assert (long.again / f"checkpoints/checkpoint-{RESUMED}/pgpo_rollout-0.safetensors").exists()
     assert differences(long.directory, long.again) == []
 

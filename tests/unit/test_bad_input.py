@@ -47,16 +47,6 @@ def listing(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """An empty working folder."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    monkeypatch.delenv("PGPO_SCIENCE_DATA", raising=False)
-    return work
-
-
-@pytest.fixture
 def refused(folder, capsys):
     """Run the command line, which must refuse; returns what it says before the last line, and its last sentence."""
 

@@ -42,16 +42,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """An empty working folder."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    monkeypatch.delenv("PGPO_SCIENCE_DATA", raising=False)
-    return work
-
-
-@pytest.fixture
 def refused(folder, capsys, monkeypatch):
     """Run the command line, which must refuse in one sentence and leave the folder as it is; the sentence.
 

@@ -310,8 +310,10 @@ def test_a_file_system_without_locks_keeps_nobody_apart(tmp_path: Path, monkeypa
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", flock)
+    entered = False
     with lock(tmp_path, "busy"), lock(tmp_path, "busy"):
-        pass
+        entered = True
+    assert entered and list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
