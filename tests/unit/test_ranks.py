@@ -324,5 +324,5 @@ def test_other_errors_pass_and_are_told_the_others(monkeypatch, error):
 
 def test_one_process_is_not_watched():
     before = threading.active_count()
-    with watch_ranks(45.0), watch_ranks(None):
+    with watch_ranks(45.0), watch_ranks(0):
         assert threading.active_count() == before

@@ -64,7 +64,7 @@ _RULES: dict[str, _Rule] = {
     "epsilon": _NOT_NEGATIVE,
     "epsilon_high": _NOT_NEGATIVE,
     "reward_timeout": (lambda v: v > 0, "it must be seconds above 0, or None for no limit"),
-    "rank_timeout": (lambda v: v >= 5, "it must be 5 seconds or more, or None for no limit"),
+    "rank_timeout": (lambda v: v == 0 or v >= 5, "it must be 5 seconds or more, or 0 for no limit"),
 }
 
 
@@ -163,10 +163,10 @@ class PGPOConfig(GRPOConfig):
         "Seconds for one call of a reward or feedback function; None = no limit. It interrupts Python and waiting for "
         "files or sockets, not a computation inside a C library.",
     )
-    rank_timeout: float | None = _option(
+    rank_timeout: float = _option(
         45.0,
         "Several processes: seconds without a sign of life after which a rank counts as dead and the job ends, naming "
-        "it; None = wait as long as torch does (ddp_timeout).",
+        "it; 0 = wait as long as torch does (ddp_timeout).",
     )
 
     # Batch and lengths ----------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ _MESSAGE = 300  # ours: characters of a failed rank's message that the others sh
 
 @contextlib.contextmanager
 def watch_ranks(
-    limit: float | None, advice: Callable[[], str] = str, say: Callable[[str], Any] = warnings.warn
+    limit: float, advice: Callable[[], str] = str, say: Callable[[str], Any] = warnings.warn
 ) -> Iterator[None]:
     """End this process if another rank of the job dies, fails, or is silent for `limit` seconds.
 
@@ -46,14 +46,14 @@ def watch_ranks(
     since the main one waits in a collective. An error of a collective that such a rank explains is raised as that.
 
     Args:
-        limit: seconds; None, or one process: nothing is watched.
+        limit: seconds; 0, or one process: nothing is watched.
         advice: what to tell the user to do; called when a rank is lost.
         say: told on rank 0 if some rank cannot reach the job's store (MASTER_ADDR, MASTER_PORT), so nothing is watched.
 
     Raises:
         LostRankError: instead of the error of a collective, with the name of the rank that is gone.
     """
-    watch = None if limit is None else _open(limit, advice, say)
+    watch = _open(limit, advice, say) if limit else None
     if watch is None:
         yield
         return
