@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEEPSPEED := $(VENV)/deepspeed
 
 .PHONY: demo science test test-slow test-browser check bench clean
 
@@ -11,13 +12,18 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
+# Apart, since accelerate imports it wherever it finds it; without it its tests are skipped.
+$(DEEPSPEED): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ \
+	    deepspeed hjson msgpack ninja py-cpuinfo einops || echo "DeepSpeed was not installed: its tests are skipped"
+
 demo: $(STAMP)  ## train the tiny lab model with PGPO and with SDPO, and draw both
 	$(BIN)/pgpo demo
 
 science: $(STAMP)  ## the real Science-QA questions with a small model made on the spot
 	$(BIN)/pgpo train --task science_qa --domain physics
 
-test: $(STAMP)  ## the default suite: < 10 minutes on 2 cores, no GPU, no network
+test: $(STAMP) $(DEEPSPEED)  ## the default suite: < 10 minutes on 2 cores, no GPU, no network
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)

@@ -1,10 +1,12 @@
 """Two processes give what one gives, whatever each of them holds, and none waits for the other forever.
 
-Under DDP each holds everything; under FSDP2 half of the student and half of the teacher.
+Under DDP each holds everything; under FSDP2 half of the student and half of the teacher; under DeepSpeed's ZeRO-2 half
+of gradient and optimizer.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from trainer_kit import bitwise_equal, largest_difference
-from two_ranks import CASES
+from two_ranks import CASES, NOT_ZERO2
 
+DEEPSPEED = Path(sys.prefix, "deepspeed")  # `make test` puts it there, apart from what all other tests see
 SCRIPT = Path(__file__).with_name("two_ranks.py")
+REFUSED = {("zero2", case) for case in NOT_ZERO2}
 NOT_COMPARED = ("seconds", "step_time", "epoch", "num_tokens")
 
 
@@ -24,6 +28,9 @@ def launch(out: Path, ranks: int, *arguments: str) -> list[dict]:
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
+    if "zero2" in arguments:
+        places = [str(DEEPSPEED), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment |= {"PYTHONPATH": os.pathsep.join(places), "DS_ACCELERATOR": "cpu"}
     # A hang ends as TimeoutExpired.
     done = subprocess.run(
         [*launcher, str(SCRIPT), str(out), *arguments], env=environment, capture_output=True, text=True, timeout=400
@@ -52,8 +59,17 @@ def fsdp2(folder):
     return launch(folder / "fsdp2", 2, "fsdp2")
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.fixture(scope="module")
+def zero2(folder):
+    if not (DEEPSPEED / "deepspeed").is_dir() and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    return launch(folder / "zero2", 2, "zero2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [(kind, case) for kind in ("ddp", "fsdp2", "zero2") for case in CASES if (kind, case) not in REFUSED],
+)
 def test_two_ranks_equal_one(kind, case, one, request):
     a, (b, c) = one[case], [results[case] for results in request.getfixturevalue(kind)]
     assert [b["ranks"], c["ranks"]] == [2, 2]
@@ -146,3 +162,55 @@ def test_what_cannot_be_sharded_is_refused(fsdp2):
     refusals = fsdp2[0]["refusals"]
     assert "set fsdp_offload_params: false" in refusals["offload"]
     assert "set eval_on_start" in refusals["evaluation"]
+
+
+# DeepSpeed's ZeRO-2 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["resumed", "resumed_lora"])
+def test_zero2_resumes_as_if_never_stopped(kind, zero2):
+    """Also the fp32 weights and Adam's moments, of which each rank holds its own half."""
+    for results in zero2:
+        first, second = results[kind]["first"], results[kind]["second"]
+        for part in ("weights", "teacher", "parts", "moments"):
+            assert first[part] and bitwise_equal(first[part], second[part])
+    a, b = (results["resumed"]["first"] for results in zero2)
+    held = sum(t.numel() for t in a["parts"].values()) / sum(t.numel() for t in a["weights"].values())
+    assert held == pytest.approx(0.5, abs=0.01)
+    assert largest_difference(a["parts"], b["parts"]) > 1e-3
+    assert largest_difference(a["weights"], a["teacher"]) > 1e-3
+    saved = zero2[0]["resumed"]["saved"]
+    assert bitwise_equal({n: saved[n] for n in a["weights"]}, a["weights"])
+
+
+def test_zero2_checkpoints_run_no_foreign_code(zero2):
+    for results in zero2:
+        found = results["foreign_code"]
+        assert "names io.open" in found["foreign"] and not found["ran"]
+        assert "written by 1 ranks, this run has 2" in found["missing"]
+
+
+def test_zero2_leaves_out_a_step_that_is_not_finite(zero2):
+    for results in zero2:
+        got = results["skipped"]
+        assert got["skipped"] == [0.0, 1.0, 0.0]
+        first, second, third = got["after"]
+        for part in ("weights", "teacher"):
+            assert bitwise_equal(first[part], second[part])
+            assert 1e-4 < largest_difference(second[part], third[part]) < 10  # finite, and it goes on
+
+
+def test_zero2_in_half_precision_adds_up_in_fp32(zero2):
+    for results in zero2:
+        got = results["half_precision"]
+        assert got["equal_at_first"] and got["dtypes"] == {torch.bfloat16}
+        assert got["sums"] == got["between_ranks"] == torch.float32 and got["average"] == {torch.float32}
+        assert got["logs"][0]["rho"] > 1.001 and got["logs"][0]["grad_norm"] > 0
+
+
+def test_zero2_says_what_it_cannot_do(zero2):
+    refusals = zero2[0]["refusals"]
+    assert "recipes/accelerate/fsdp2.yaml" in refusals["stage 3"]
+    assert "offload_optimizer_device: none" in refusals["offload"]
+    assert "information_source='cross_fit'" in refusals["cross_fit"]
+    assert "guard='rollback'" in refusals["rollback"]

@@ -1,10 +1,11 @@
 """Run plainly or under torchrun: trains the tiny model on every case and saves what this rank saw.
 
-usage: two_ranks.py OUT [fsdp2]
+usage: two_ranks.py OUT [fsdp2 | zero2]
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from pathlib import Path
@@ -13,16 +14,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import trainer_kit
+import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import build_model
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from pgpo.errors import UserError
 
 FSDP2 = dict(fsdp=True, fsdp_config=dict(version=2))
+ZERO2 = dict(use_cpu=False, deepspeed=dict(zero_optimization=dict(stage=2), gradient_clipping="auto"))
 
 
 def first_half_fails(prompts, completions, **kwargs):
@@ -65,6 +69,8 @@ CASES: dict[str, dict] = {
     "lora": dict(peft_config=lora),
 }
 
+NOT_ZERO2 = {"cross_fit"}  # refused
+
 
 def shard_on_cpu() -> None:
     """Let accelerate shard without accelerators: it reads its FSDP plugin on those alone. All else is its own code."""
@@ -81,7 +87,14 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
+def zero_on_cpu() -> None:
+    """accelerate has no DeepSpeed without accelerators; DeepSpeed itself runs on CPUs (DS_ACCELERATOR=cpu)."""
+    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+
+
 def make(folder: str, **options):
+    options = {k: copy.deepcopy(v) if k == "deepspeed" else v for k, v in options.items()}  # it is written into
     options = {k: v() if k in ("model", "peft_config") else v for k, v in options.items()}
     return trainer_kit.trainer(folder, **(dict(optim="sgd", learning_rate=0.5, max_steps=3) | options))
 
@@ -179,18 +192,19 @@ def loaded_by_rank_0(folder: str) -> dict:
     return state(t)
 
 
-def refusals(folder: str) -> dict:
-    def text(action) -> str:
-        try:
-            action()
-        except UserError as error:
-            return str(error)
-        return ""
+def refusal(action) -> str:
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return ""
 
+
+def refusals(folder: str) -> dict:
     untrained = make(folder, **FSDP2)
     return {
-        "offload": text(lambda: make(folder, fsdp=True, fsdp_config=dict(version=2, cpu_offload=True))),
-        "evaluation": text(lambda: untrained.evaluate([dict(row) for row in trainer_kit.dataset(2)])),
+        "offload": refusal(lambda: make(folder, fsdp=True, fsdp_config=dict(version=2, cpu_offload=True))),
+        "evaluation": refusal(lambda: untrained.evaluate([dict(row) for row in trainer_kit.dataset(2)])),
     }
 
 
@@ -205,13 +219,119 @@ def sharded_only(folder: str) -> dict:
     }
 
 
+# Under ZeRO-2 alone ---------------------------------------------------------------------------------------------------
+
+
+def zero_state(t) -> dict:
+    """Also what only DeepSpeed holds: this rank's part of the fp32 weights and of Adam's moments."""
+    optimizer = t.deepspeed.optimizer
+    parts = dict(enumerate(p.detach().clone() for p in optimizer.single_partition_of_fp32_groups))
+    moments = {
+        (i, name): value.clone()
+        for i, entry in enumerate(optimizer.optimizer.state.values())
+        for name, value in entry.items()
+    }
+    return {**state(t), "parts": parts, "moments": moments}
+
+
+def zero_resumed(folder: str, **options) -> dict:
+    options = ZERO2 | dict(optim="adamw_torch", learning_rate=1e-2, max_steps=4) | options
+    first = make(folder, save_strategy="steps", save_steps=2, **options)
+    trainer_kit.train(first)
+    second = make(folder, **options)
+    trainer_kit.train(second, resume_from_checkpoint=f"{folder}/checkpoint-2")
+    plain = Path(folder, "checkpoint-4", "model.safetensors")
+    saved = load_file(plain) if plain.exists() else {}
+    result = {"first": zero_state(first), "second": zero_state(second), "saved": saved}
+    first.accelerator.wait_for_everyone()
+    return result
+
+
+def zero_foreign_code(folder: str) -> dict:
+    """A checkpoint that names a function, and one of another number of ranks; `folder` is that of `zero_resumed`."""
+    t = make(folder, **ZERO2 | dict(optim="adamw_torch", learning_rate=1e-2, max_steps=4))
+    part = Path(folder, "checkpoint-2", "global_step2", "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    ran = Path(folder, "ran")
+
+    class Runs:
+        def __reduce__(self):
+            return open, (str(ran), "w")
+
+    def attempt(change) -> str:
+        if t.accelerator.is_main_process:
+            change()
+        t.accelerator.wait_for_everyone()
+        t.trusted = part.parents[1].resolve()  # verified already, so that the seal does not find it first
+        return refusal(lambda: trainer_kit.train(t, resume_from_checkpoint=str(part.parents[1])))
+
+    foreign = attempt(lambda: torch.save({"optimizer_state_dict": Runs()}, part))
+    missing = attempt(part.unlink)
+    return {"foreign": foreign, "missing": missing, "ran": ran.exists()}
+
+
+def zero_skipped(folder: str) -> dict:
+    """The gradient of step 2 is not finite: that step is left out, and step 3 goes on from step 1."""
+    t = make(folder, **ZERO2 | dict(on_nonfinite="skip", max_steps=3))
+    backward, after = t.backward, []
+
+    def poison(model, loss, last):
+        backward(model, loss * (float("nan") if t.state.global_step == 1 else 1.0), last)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            after.append(state(t))
+
+    t.backward = poison
+    t.add_callback(Watch())
+    logs = trainer_kit.train(t)
+    return {"after": after, "skipped": [r["skipped_share"] for r in logs]}
+
+
+def zero_half_precision(folder: str) -> dict:
+    t = make(folder, **ZERO2 | dict(bf16=True, max_steps=2))
+    before = trainer_kit.bitwise_equal(trainer_kit.weights(t.model), trainer_kit.weights(t.teacher.module))
+    logs = trainer_kit.train(t)
+    return {
+        "equal_at_first": before,
+        "dtypes": {p.dtype for p in (*t.model.parameters(), *t.teacher.module.parameters())},
+        "sums": t.deepspeed.optimizer.gradient_accumulation_dtype,
+        "between_ranks": t.deepspeed.communication_data_type,
+        "average": {p.dtype for p in t.teacher.state_dict()["parameters"].values()},
+        "logs": logs,
+    }
+
+
+def zero_refusals(folder: str) -> dict:
+    def text(settings: dict, **options) -> str:
+        config = {**ZERO2["deepspeed"], **settings}
+        return refusal(lambda: make(folder, **ZERO2 | dict(deepspeed=config) | options))
+
+    return {
+        "stage 3": text(dict(zero_optimization=dict(stage=3))),
+        "offload": text(dict(zero_optimization=dict(stage=2, offload_optimizer=dict(device="cpu")))),
+        "cross_fit": text({}, information_source="cross_fit"),
+        "rollback": text({}, guard="rollback"),
+    }
+
+
+def zero_only(folder: str) -> dict:
+    return {
+        "resumed": zero_resumed(f"{folder}/resumed"),
+        "resumed_lora": zero_resumed(f"{folder}/lora", peft_config=lora),
+        "foreign_code": zero_foreign_code(f"{folder}/resumed"),
+        "skipped": zero_skipped(folder),
+        "half_precision": zero_half_precision(folder),
+        "refusals": zero_refusals(folder),
+    }
+
+
 if __name__ == "__main__":
-    out, fsdp2 = Path(sys.argv[1]), sys.argv[2:] == ["fsdp2"]
-    if fsdp2:
-        shard_on_cpu()
+    out, kind = Path(sys.argv[1]), "".join(sys.argv[2:])
+    {"fsdp2": shard_on_cpu, "zero2": zero_on_cpu}.get(kind, lambda: None)()
+    extra = {"fsdp2": FSDP2, "zero2": ZERO2}.get(kind, {})
     folder = str(out.parent / f"{out.name}-runs")  # the ranks share it
-    results = {name: run(options | (FSDP2 if fsdp2 else {}), folder) for name, options in CASES.items()}
+    cases = {name: options for name, options in CASES.items() if not (kind == "zero2" and name in NOT_ZERO2)}
+    results = {name: run(options | extra, folder) for name, options in cases.items()}
     rank = results["plain"]["rank"]
-    if fsdp2:
-        results |= sharded_only(folder)
+    results |= {"fsdp2": sharded_only, "zero2": zero_only}.get(kind, lambda folder: {})(folder)
     torch.save(results, f"{out}.{rank}.pt")

@@ -1,4 +1,4 @@
-"""Which settings of FSDP can hold a teacher, and what mixed precision rounds. On two ranks: tests/distributed/."""
+"""Which settings of FSDP and DeepSpeed hold a teacher, what mixed precision rounds. On ranks: tests/distributed/."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from pgpo.train.sharding import keep_precision, sharding_problem
+from pgpo.train.zero import zero_problem
 
 
 def accelerator(version=2, offload=None, policy=None):
@@ -43,6 +44,26 @@ def test_weights_are_rounded_for_the_layers_but_neither_gradient_sums_nor_output
     full = accelerator()
     keep_precision(full)
     assert full.state.fsdp_plugin.mixed_precision_policy is None
+
+
+def test_accelerate_launches_zero2(monkeypatch):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import DeepSpeedPlugin
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    path = Path(__file__).parents[2] / "recipes/accelerate/zero2.yaml"
+    parsed = launch_command_parser().parse_args(["--config_file", str(path), "x.py"])
+    arguments, defaults, _ = _validate_launch_command(parsed)
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)  # launch_command does it
+    _, environment = prepare_deepspeed_cmd_env(arguments)
+    assert (environment["ACCELERATE_USE_DEEPSPEED"], environment["ACCELERATE_MIXED_PRECISION"]) == ("true", "bf16")
+    for variable, value in environment.items():
+        if variable.startswith("ACCELERATE_"):
+            monkeypatch.setenv(variable, value)
+    plugin = DeepSpeedPlugin()
+    assert plugin.zero_stage == 2 and plugin.deepspeed_config["gradient_clipping"] == "auto"  # max_grad_norm
+    given = SimpleNamespace(fp16=False, information_source="same_batch")
+    assert zero_problem(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)), given) is None
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2_zero2", "ddp"])

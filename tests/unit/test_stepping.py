@@ -856,3 +856,62 @@ def test_the_reference_twin_is_right_beyond_the_cap() -> None:
     optimizer.step()
     assert torch.equal(parameter.detach(), old + 2.0 * (plain_parameter.detach() - old))
     assert equal(optimizer.state_dict(), plain.state_dict())
+
+
+class PerGroup:
+    """Steps a torch optimizer once per parameter group, as DeepSpeed's ZeRO optimizer does."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.failing = False
+
+    def step(self) -> None:
+        groups = self.optimizer.param_groups
+        for group in groups:
+            self.optimizer.param_groups = [group]
+            self.optimizer.step()
+        self.optimizer.param_groups = groups
+        if self.failing:
+            raise RuntimeError("the link is down")
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_stepper_that_steps_group_by_group(optimizer: type[Optimizer]) -> None:
+    case = Case("per group", optimizer, {"weight_decay": 0.1})
+    plain_parameters, plain = case.build()
+    parameters, inner = case.build()
+    stepper = PerGroup(inner)
+    handle = modulate(inner, stepper=stepper)
+    for k, rho in enumerate(RHOS):
+        generator = torch.Generator().manual_seed(k)
+        for p, q in zip(parameters, plain_parameters, strict=True):
+            p.grad = torch.randn(p.shape, dtype=p.dtype, generator=generator)
+            q.grad = p.grad.clone()
+        handle.arm(rho)
+        stepper.step()
+        for group in plain.param_groups:
+            group["lr"] *= rho
+        plain.step()
+        for group in plain.param_groups:
+            group["lr"] /= rho
+        for p, q in zip(parameters, plain_parameters, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+    assert (handle.steps, handle.last_rho) == (len(RHOS), RHOS[-1])
+    rates = [group["lr"] for group in inner.param_groups]
+    assert rates == [0.1, 0.05]
+
+    before = [p.detach().clone() for p in parameters]
+    with pytest.raises(RuntimeError, match="without a fresh rho"):
+        stepper.step()
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    stepper.failing = True
+    handle.arm(2.0)
+    with pytest.raises(RuntimeError, match="the link is down"):
+        stepper.step()
+    assert [group["lr"] for group in inner.param_groups] == rates
+    handle.remove()
+    stepper.failing = False
+    stepper.step()  # plainly
+    assert "step" not in vars(stepper)
+    with pytest.raises(RuntimeError, match="was removed"):
+        handle.arm(1.0)

@@ -36,7 +36,7 @@ _LINEAR = {
 _NOT_LINEAR = {"ASGD", "Rprop", "LBFGS", "AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"}
 
 
-def modulate(optimizer: Optimizer, weight_decay: str = "scaled") -> Modulation:
+def modulate(optimizer: Optimizer, weight_decay: str = "scaled", stepper: Any = None) -> Modulation:
     """Let `handle.arm(rho)` scale the optimizer's next step by rho.
 
         handle = modulate(optimizer)
@@ -50,6 +50,9 @@ def modulate(optimizer: Optimizer, weight_decay: str = "scaled") -> Modulation:
             unknown class is accepted with a warning.
         weight_decay: "scaled" or "fixed" (module docstring); "fixed" acts on groups with decoupled decay. Coupled
             L2 decay enters the gradient and cannot be compensated.
+        stepper: what has the `step()` that makes the whole update, where that is not the optimizer itself. DeepSpeed's
+            ZeRO optimizer calls the torch optimizer inside it once per parameter group:
+            modulate(engine.optimizer.optimizer, stepper=engine.optimizer).
 
     Returns:
         A handle: `arm(rho)` before every `step()`, `remove()` to undo, `state_dict()` / `load_state_dict()`.
@@ -57,7 +60,7 @@ def modulate(optimizer: Optimizer, weight_decay: str = "scaled") -> Modulation:
     Raises:
         ValueError: the optimizer's update is not linear in lr, it is modulated already, or weight_decay is unknown.
     """
-    return Modulation(optimizer, weight_decay)
+    return Modulation(optimizer, weight_decay, stepper)
 
 
 def modulate_reference(optimizer: Optimizer) -> ReferenceModulation:
@@ -75,21 +78,25 @@ def modulate_reference(optimizer: Optimizer) -> ReferenceModulation:
 class _Handle:
     """arm(rho) -> step() protocol shared by the twins: a step without a fresh rho is an error, before any update."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, stepper: Any = None) -> None:
         if getattr(optimizer, "_pgpo_handle", None) is not None:
             raise ValueError(
                 f"this {type(optimizer).__name__} is modulated already; call remove() on its handle first."
             )
         self.optimizer = optimizer
+        self.stepper: Any = optimizer if stepper is None else stepper
         self.steps = 0
         self.last_rho: float | None = None
         self._armed: float | None = None
         self._depth = 0  # a subclass's step() that calls its parent's runs the hooks of both
+        self._hooks: list[Any] = []
+        self._removed = False
         try:
-            self._hooks = [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-            ]
+            if stepper is None:
+                self._hooks = [
+                    optimizer.register_step_pre_hook(self._before_step),
+                    optimizer.register_step_post_hook(self._after_step),
+                ]
         except AttributeError:  # a wrapper that never ran torch's constructor, as accelerate's and DeepSpeed's
             raise ValueError(
                 f"this {type(optimizer).__name__} has no step hooks; modulate the torch optimizer inside the wrapper "
@@ -100,20 +107,27 @@ class _Handle:
 
     def _restore_after_errors(self) -> None:
         """torch calls no post-hook after a step() that raises. Where a wrapper has kept torch's own step() (accelerate
-        with fp16), it is the next `arm` or `remove` that restores."""
-        plain = self.optimizer.step  # an attribute of the instance where a scheduler has wrapped it
+        with fp16), it is the next `arm` or `remove` that restores. A stepper has no hooks at all."""
+        stepper: Any = self.stepper
+        hooked = stepper is self.optimizer
+        plain = stepper.step  # an attribute of the instance where a scheduler has wrapped it
 
         @functools.wraps(plain)
-        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        def step(stepper: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                return plain(*args, **kwargs)
+                if hooked:
+                    return plain(*args, **kwargs)
+                self._before_step(self.optimizer, args, kwargs)
+                result = plain(*args, **kwargs)
+                self._after_step(self.optimizer, args, kwargs)
+                return result
             finally:
                 self._reset()
 
         # A bound method, for a scheduler made later unpacks it.
-        self._step: Any = types.MethodType(step, self.optimizer)
-        self._plain = self.optimizer.__dict__.get("step")
-        self.optimizer.step = self._step  # type: ignore[method-assign]
+        self._step: Any = types.MethodType(step, stepper)
+        self._plain = vars(stepper).get("step")
+        stepper.step = self._step
 
     def arm(self, rho: float) -> None:
         """Set the multiplier of the next step.
@@ -124,7 +138,7 @@ class _Handle:
             ValueError: rho is not a finite number >= 0; no rho is armed then.
             RuntimeError: the handle was removed, so that rho would have no effect.
         """
-        if not self._hooks:
+        if self._removed:
             raise RuntimeError("this handle was removed from its optimizer; call modulate(optimizer) for a new one.")
         self._reset()  # see _restore_after_errors
         value = float(rho)
@@ -138,11 +152,11 @@ class _Handle:
         self._reset()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
-        if self.optimizer.__dict__.get("step") is self._step:  # else it lies within another wrapper, and does nothing
-            del self.optimizer.step
+        self._hooks, self._removed = [], True
+        if vars(self.stepper).get("step") is self._step:  # else it lies within another wrapper, and does nothing
+            del self.stepper.step
             if self._plain is not None:
-                self.optimizer.step = self._plain  # type: ignore[method-assign]
+                self.stepper.step = self._plain
         if getattr(self.optimizer, "_pgpo_handle", None) is self:
             del self.optimizer._pgpo_handle
 
@@ -194,7 +208,7 @@ class _Handle:
 class Modulation(_Handle):
     """Fast twin; make one with `modulate(optimizer)`."""
 
-    def __init__(self, optimizer: Optimizer, weight_decay: str = "scaled") -> None:
+    def __init__(self, optimizer: Optimizer, weight_decay: str = "scaled", stepper: Any = None) -> None:
         if weight_decay not in ("scaled", "fixed"):
             raise ValueError(f"weight_decay is {weight_decay!r}; choose 'scaled' (with lr) or 'fixed' (over rho).")
         names = [cls.__name__ for cls in type(optimizer).__mro__]
@@ -213,7 +227,7 @@ class Modulation(_Handle):
             raise ValueError(f"{names[0]} runs without a learning rate, so there is nothing to scale; set lr.")
         self.weight_decay = weight_decay
         self._saved: list[tuple[dict[str, Any], Any, Any]] | None = None  # group, lr, weight decay
-        super().__init__(optimizer)
+        super().__init__(optimizer, stepper)
 
     def _apply(self, rho: float) -> None:
         self._undo()

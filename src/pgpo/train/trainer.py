@@ -49,6 +49,7 @@ from pgpo.evaluate.run import evaluate
 from pgpo.evaluate.runners import TransformersRunner
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
 from pgpo.teacher.weights import reshard
+from pgpo.train import zero
 from pgpo.train.adapters import adapter_problem
 from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
 from pgpo.train.field_types import file_name
@@ -183,6 +184,8 @@ class PGPOTrainer(SeamTrainer):
         self._check_model(train_dataset)
         if self.accelerator.is_fsdp2:
             keep_precision(self.accelerator)
+        if self.is_deepspeed_enabled:
+            zero.settle(self.model, self.accelerator, args.per_device_train_batch_size or 1)
         if self.distills:
             # TRL has patched model.forward by now; Teacher strips such closures from its copy and checks the rest.
             try:
@@ -343,10 +346,11 @@ class PGPOTrainer(SeamTrainer):
                 part, states = next(micro_batches, (None, None))
                 if idle := part is None:
                     part = [self._idle_row(batch)]
-                with self.exchange(model, last=i == rounds - 1):
+                last = i == rounds - 1
+                with self.exchange(model, last):
                     loss, stats = self._distill(model, part, states or self._teacher_states(part), tokens, idle)
                     # Ranks average their gradients; the loss is a sum over ranks divided by the global token count.
-                    self.accelerator.backward(loss * self.accelerator.num_processes)
+                    self.backward(model, loss * self.accelerator.num_processes, last)
                 sums += stats
             if halves is not None and half == 0:
                 halves.stash()
@@ -611,10 +615,11 @@ class PGPOTrainer(SeamTrainer):
         for k in range(rounds):
             index = parts[min(k, len(parts) - 1)]
             share = 0.0 if k >= len(parts) else len(index) / count if by_rows else 1.0
-            with self.exchange(model, last=k == rounds - 1):
+            last = k == rounds - 1
+            with self.exchange(model, last):
                 part = batch if len(index) == count else _select(batch, index, count)
                 loss = self.grpo_loss(model, part) * share
-                self.accelerator.backward(loss)
+                self.backward(model, loss, last)
             total += loss.detach()
         self.finite_here = bool(total.isfinite())
         if self.step_factor != 1:
@@ -659,7 +664,10 @@ class PGPOTrainer(SeamTrainer):
     def _arm(self, rho: float) -> None:
         if self._modulation is None:
             try:
-                self._modulation = modulate(torch_optimizer(self.optimizer), self.args.modulated_weight_decay)
+                optimizer, stepper = torch_optimizer(self.optimizer), None
+                if self.is_deepspeed_enabled:
+                    optimizer, stepper = zero.inner_optimizer(optimizer), optimizer
+                self._modulation = modulate(optimizer, self.args.modulated_weight_decay, stepper)
             except ValueError as error:
                 raise UserError(str(error)) from error
             if self._modulation_state is not None:
@@ -869,13 +877,12 @@ class PGPOTrainer(SeamTrainer):
                 "the prompts are chat messages but the tokenizer has no chat template; set "
                 "tokenizer.chat_template, use an instruction-tuned model, or give prompts as plain strings."
             )
-        if self.is_deepspeed_enabled:
-            # accelerate steps DeepSpeed's engine inside backward(), that is after every micro-batch and before rho.
-            raise UserError("DeepSpeed is not supported, because its engine steps inside backward(); use DDP or FSDP2.")
-        if self.args.guard == "rollback" and self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled and (problem := zero.zero_problem(self.accelerator, self.args)) is not None:
+            raise UserError(problem)
+        if self.args.guard == "rollback" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise UserError(
-                "guard='rollback' keeps a copy of weights and optimizer, which is not sharded under FSDP; use "
-                "'rollback_teacher', 'halve_step' or 'warn'."
+                "guard='rollback' keeps a copy of weights and optimizer, which is not sharded under FSDP or DeepSpeed; "
+                "use 'rollback_teacher', 'halve_step' or 'warn'."
             )
         if (problem := adapter_problem(self.model, self.distills)) is not None:
             raise UserError(problem)

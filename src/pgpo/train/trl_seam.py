@@ -34,6 +34,7 @@ from trl.models import unwrap_model_for_generation
 from pgpo.errors import UserError
 from pgpo.teacher.weights import TEACHER_ADAPTER
 from pgpo.train import checkpoint as checkpoints
+from pgpo.train import zero
 from pgpo.train.ranks import watch_ranks
 from pgpo.train.user_functions import call, call_async, check_rewards, check_texts, is_async
 
@@ -195,8 +196,16 @@ class SeamTrainer(GRPOTrainer):
 
     def exchange(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Context of forward and backward of a micro-batch: ranks exchange gradients in the last one only, but under
-        FSDP in each, because what is not exchanged is a whole gradient on every rank."""
-        return contextlib.nullcontext() if last or self.is_fsdp_enabled else self.accelerator.no_sync(model)
+        FSDP in each, because what is not exchanged is a whole gradient on every rank. DeepSpeed knows by itself."""
+        own_way = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return contextlib.nullcontext() if last or own_way else self.accelerator.no_sync(model)
+
+    def backward(self, model: nn.Module, loss: Tensor, last: bool) -> None:
+        """Backward of a micro-batch, the `last` of the step or not."""
+        if self.is_deepspeed_enabled:
+            zero.backward(model, loss, last)
+        else:
+            self.accelerator.backward(loss)
 
     def render(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, ready for generation, by the same template as the student's prompts."""
@@ -262,7 +271,11 @@ class SeamTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but a checkpoint is verified first, and True is the newest one that is whole."""
         with self.rank_watch():
-            return super().train(self._verified(resume_from_checkpoint), *args, **kwargs)
+            checkpoint = self._verified(resume_from_checkpoint)
+            if checkpoint is not None and self.is_deepspeed_enabled:
+                with _explained(checkpoint):
+                    zero.require_inert(Path(checkpoint), self.accelerator.num_processes)
+            return super().train(checkpoint, *args, **kwargs)
 
     @contextlib.contextmanager
     def rank_watch(self) -> Iterator[None]:
@@ -450,7 +463,11 @@ class SeamTrainer(GRPOTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """transformers asks for it between clipping and the optimizer's step: the last place to stop a bad update."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.is_deepspeed_enabled:
+            self._step_engine(model)
+            norm: float | None = zero.gradient_norm(model)
+        else:
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._grad_norm = None if norm is None else float(norm)
         finite = self._grad_norm is None or math.isfinite(self._grad_norm)
         if not finite and not self.args.fp16:  # a gradient scaler tries too large scales now and then
@@ -466,6 +483,20 @@ class SeamTrainer(GRPOTrainer):
         if self.args.on_nonfinite == "skip":
             self.record("skipped_share", float(self._distrusted is not None))
         return norm
+
+    def _step_engine(self, engine: Any) -> None:
+        """Let `optimizer.step()`, empty in accelerate's wrapper of DeepSpeed's optimizer, step the engine."""
+        before = self.optimizer.step
+        if hasattr(before, "steps_engine"):
+            return
+
+        @functools.wraps(before)  # a scheduler has left its mark on it
+        def step(closure: Any = None) -> None:
+            before()
+            zero.step(engine)
+
+        step.steps_engine = True  # type: ignore[attr-defined]
+        self.optimizer.step = step
 
     def _count_skip(self) -> None:
         self.skips_in_a_row += 1
@@ -487,6 +518,8 @@ class SeamTrainer(GRPOTrainer):
             if before is not None:
                 optimizer.step = before
             optimizer._is_overflow = True
+            if self.is_deepspeed_enabled:
+                zero.discard(self.model_wrapped)
             if optimizer.scaler is not None:
                 optimizer.scaler.update()  # it has seen the gradients when they were unscaled for their norm
 
@@ -691,7 +724,8 @@ class SeamTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         with _explained(checkpoint):
-            if not self.is_fsdp_enabled and not (Path(checkpoint) / OPTIMIZER_NAME).exists():
+            own_way = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            if not own_way and not (Path(checkpoint) / OPTIMIZER_NAME).exists():
                 raise ValueError(f"it has no {OPTIMIZER_NAME}, as with save_only_model")
             super()._load_optimizer_and_scheduler(checkpoint)
             self._load_progress(Path(checkpoint))
