@@ -234,8 +234,8 @@ def zero_state(t) -> dict:
     return {**state(t), "parts": parts, "moments": moments}
 
 
-def zero_resumed(folder: str, **options) -> dict:
-    options = ZERO2 | dict(optim="adamw_torch", learning_rate=1e-2, max_steps=4) | options
+def zero_resumed(folder: str, bf16: bool = False, **options) -> dict:
+    options = ZERO2 | dict(bf16=bf16) | dict(optim="adamw_torch", learning_rate=1e-2, max_steps=4) | options
     first = make(folder, save_strategy="steps", save_steps=2, **options)
     trainer_kit.train(first)
     second = make(folder, **options)
@@ -271,20 +271,28 @@ def zero_foreign_code(folder: str) -> dict:
 
 def zero_skipped(folder: str) -> dict:
     """The gradient of step 2 is not finite: that step is left out, and step 3 goes on from step 1."""
-    t = make(folder, **ZERO2 | dict(on_nonfinite="skip", max_steps=3))
+
+    def right(prompts, completions, **kwargs):  # nobody in step 3, so that there is no gradient at all
+        return [r * (t.state.global_step != 2) for r in trainer_kit.parity_reward(prompts, completions)]
+
+    options = dict(optim="adamw_torch", learning_rate=1e-2, lr_scheduler_type="linear")
+    t = make(folder, reward=right, **ZERO2 | dict(on_nonfinite="skip", max_steps=4) | options)
     backward, after = t.backward, []
 
     def poison(model, loss, last):
-        backward(model, loss * (float("nan") if t.state.global_step == 1 else 1.0), last)
+        broken = t.state.global_step == 1 and t.accelerator.process_index == 1
+        backward(model, loss * (float("nan") if broken else 1.0), last)
 
     class Watch(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            after.append(state(t))
+            after.append(zero_state(t))
 
     t.backward = poison
     t.add_callback(Watch())
     logs = trainer_kit.train(t)
-    return {"after": after, "skipped": [r["skipped_share"] for r in logs]}
+    again = refusal(lambda: trainer_kit.train(t))
+    rates = [r["learning_rate"] for r in logs]
+    return {"after": after, "skipped": [r["skipped_share"] for r in logs], "rates": rates, "again": again}
 
 
 def zero_half_precision(folder: str) -> dict:
@@ -294,6 +302,7 @@ def zero_half_precision(folder: str) -> dict:
     return {
         "equal_at_first": before,
         "dtypes": {p.dtype for p in (*t.model.parameters(), *t.teacher.module.parameters())},
+        "buffers": {b.dtype for m in (t.model, t.teacher.module) for b in m.buffers() if b.is_floating_point()},
         "sums": t.deepspeed.optimizer.gradient_accumulation_dtype,
         "between_ranks": t.deepspeed.communication_data_type,
         "average": {p.dtype for p in t.teacher.state_dict()["parameters"].values()},
@@ -318,6 +327,7 @@ def zero_only(folder: str) -> dict:
     return {
         "resumed": zero_resumed(f"{folder}/resumed"),
         "resumed_lora": zero_resumed(f"{folder}/lora", peft_config=lora),
+        "resumed_half": zero_resumed(f"{folder}/half", bf16=True),
         "foreign_code": zero_foreign_code(f"{folder}/resumed"),
         "skipped": zero_skipped(folder),
         "half_precision": zero_half_precision(folder),

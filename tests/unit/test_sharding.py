@@ -62,7 +62,7 @@ def test_accelerate_launches_zero2(monkeypatch):
             monkeypatch.setenv(variable, value)
     plugin = DeepSpeedPlugin()
     assert plugin.zero_stage == 2 and plugin.deepspeed_config["gradient_clipping"] == "auto"  # max_grad_norm
-    given = SimpleNamespace(fp16=False, information_source="same_batch")
+    given = SimpleNamespace(fp16=False, load_best_model_at_end=False, information_source="same_batch")
     assert zero_problem(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)), given) is None
 
 

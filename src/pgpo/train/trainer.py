@@ -185,7 +185,7 @@ class PGPOTrainer(SeamTrainer):
         if self.accelerator.is_fsdp2:
             keep_precision(self.accelerator)
         if self.is_deepspeed_enabled:
-            zero.settle(self.model, self.accelerator, args.per_device_train_batch_size or 1)
+            zero.settle(self.model, self.accelerator, args.per_device_train_batch_size or 1, args.max_grad_norm)
         if self.distills:
             # TRL has patched model.forward by now; Teacher strips such closures from its copy and checks the rest.
             try:

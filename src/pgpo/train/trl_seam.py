@@ -270,6 +270,8 @@ class SeamTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but a checkpoint is verified first, and True is the newest one that is whole."""
+        if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
+            raise UserError("DeepSpeed's engine trains once; make a new trainer and resume from a checkpoint.")
         with self.rank_watch():
             checkpoint = self._verified(resume_from_checkpoint)
             if checkpoint is not None and self.is_deepspeed_enabled:
