@@ -1,7 +1,8 @@
 """The paper's way of comparing, applied to the study: the best of three alphas, at its best step, against one SDPO run.
 
 For each of the four domains and each seed: does the best of PGPO's three arms reach a higher peak than SDPO of that
-seed? And, as a control in which nothing differs but the number of tries: the best of three other seeds of SDPO itself.
+seed (validation curve)? Beside it, what three tries give by arithmetic alone, three times of four less ties, and how
+much they gain: the best of three other seeds of SDPO in place of PGPO.
 """
 
 from __future__ import annotations
