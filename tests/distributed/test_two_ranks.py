@@ -1,7 +1,7 @@
 """Two processes give what one gives, whatever each of them holds, and none waits for the other forever.
 
 Under DDP each holds everything; under FSDP2 half of the student and half of the teacher; under DeepSpeed's ZeRO-2 half
-of gradient and optimizer.
+of gradient and optimizer, under ZeRO-3 of the student too.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from trainer_kit import bitwise_equal, largest_difference
-from two_ranks import CASES, NOT_ZERO2
+from two_ranks import CASES, REFUSED
 
 DEEPSPEED = Path(sys.prefix, "deepspeed")  # `make test` puts it there, apart from what all other tests see
 SCRIPT = Path(__file__).with_name("two_ranks.py")
-REFUSED = {("zero2", case) for case in NOT_ZERO2}
+KINDS = ("ddp", "fsdp2", "zero2", "zero3")
 NOT_COMPARED = ("seconds", "step_time", "epoch", "num_tokens")
 
 
@@ -28,7 +28,7 @@ def launch(out: Path, ranks: int, *arguments: str) -> list[dict]:
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
-    if "zero2" in arguments:
+    if {"zero2", "zero3"} & set(arguments):
         places = [str(DEEPSPEED), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment |= {"PYTHONPATH": os.pathsep.join(places), "DS_ACCELERATOR": "cpu"}
     # A hang ends as TimeoutExpired.
@@ -59,16 +59,25 @@ def fsdp2(folder):
     return launch(folder / "fsdp2", 2, "fsdp2")
 
 
-@pytest.fixture(scope="module")
-def zero2(folder):
+def with_deepspeed(folder, kind):
     if not (DEEPSPEED / "deepspeed").is_dir() and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    return launch(folder / "zero2", 2, "zero2")
+    return launch(folder / kind, 2, kind)
+
+
+@pytest.fixture(scope="module")
+def zero2(folder):
+    return with_deepspeed(folder, "zero2")
+
+
+@pytest.fixture(scope="module")
+def zero3(folder):
+    return with_deepspeed(folder, "zero3")
 
 
 @pytest.mark.parametrize(
     ("kind", "case"),
-    [(kind, case) for kind in ("ddp", "fsdp2", "zero2") for case in CASES if (kind, case) not in REFUSED],
+    [(kind, case) for kind in KINDS for case in CASES if case not in REFUSED.get(kind, ())],
 )
 def test_two_ranks_equal_one(kind, case, one, request):
     a, (b, c) = one[case], [results[case] for results in request.getfixturevalue(kind)]
@@ -164,34 +173,52 @@ def test_what_cannot_be_sharded_is_refused(fsdp2):
     assert "set eval_on_start" in refusals["evaluation"]
 
 
-# DeepSpeed's ZeRO-2 ---------------------------------------------------------------------------------------------------
+# DeepSpeed's ZeRO -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["resumed", "resumed_lora", "resumed_half"])
-def test_zero2_resumes_as_if_never_stopped(kind, zero2):
+@pytest.fixture(params=["zero2", "zero3"])
+def zero(request):
+    """The kind, and what its two ranks saw."""
+    return request.param, request.getfixturevalue(request.param)
+
+
+def test_zero3_holds_half_of_the_student(zero3):
+    for results in zero3:
+        assert results["plain"]["held"] == [0.5, 1.0] and results["untied"]["held"] == [
+            0.5,
+            1.0,
+        ]  # the teacher is whole
+
+
+@pytest.mark.parametrize("run", ["resumed", "resumed_lora", "resumed_half"])
+def test_zero_resumes_as_if_never_stopped(run, zero):
     """Also the fp32 weights and Adam's moments, of which each rank holds its own half."""
-    for results in zero2:
-        first, second = results[kind]["first"], results[kind]["second"]
+    kind, ranks = zero
+    if run == "resumed_lora" and kind == "zero3":
+        assert "use stage 2 or FSDP2" in ranks[0]["refusals"]["lora"]
+        return
+    for results in ranks:
+        first, second = results[run]["first"], results[run]["second"]
         for part in ("weights", "teacher", "parts", "moments"):
             assert first[part] and bitwise_equal(first[part], second[part])
-    a, b = (results["resumed"]["first"] for results in zero2)
+    a, b = (results["resumed"]["first"] for results in ranks)
     held = sum(t.numel() for t in a["parts"].values()) / sum(t.numel() for t in a["weights"].values())
     assert held == pytest.approx(0.5, abs=0.01)
     assert largest_difference(a["parts"], b["parts"]) > 1e-3
     assert largest_difference(a["weights"], a["teacher"]) > 1e-3
-    saved = zero2[0]["resumed"]["saved"]
+    saved = ranks[0]["resumed"]["saved"]
     assert bitwise_equal({n: saved[n] for n in a["weights"]}, a["weights"])
 
 
-def test_zero2_checkpoints_run_no_foreign_code(zero2):
-    for results in zero2:
+def test_zero_checkpoints_run_no_foreign_code(zero):
+    for results in zero[1]:
         found = results["foreign_code"]
         assert "names io.open" in found["foreign"] and not found["ran"]
         assert "written by 1 ranks, this run has 2" in found["missing"]
 
 
-def test_zero2_leaves_out_a_step_that_is_not_finite(zero2):
-    for results in zero2:
+def test_zero_leaves_out_a_step_that_is_not_finite(zero):
+    for results in zero[1]:
         got = results["skipped"]
         assert got["skipped"] == [0.0, 1.0, 0.0, 0.0]
         first, second, third, fourth = got["after"]
@@ -204,17 +231,18 @@ def test_zero2_leaves_out_a_step_that_is_not_finite(zero2):
         assert "make a new trainer" in got["again"]
 
 
-def test_zero2_in_half_precision_adds_up_in_fp32(zero2):
-    for results in zero2:
+def test_zero_in_half_precision_adds_up_in_fp32(zero):
+    for results in zero[1]:
         got = results["half_precision"]
         assert got["equal_at_first"] and got["dtypes"] == {torch.bfloat16} and got["buffers"] == {torch.float32}
         assert got["sums"] == got["between_ranks"] == torch.float32 and got["average"] == {torch.float32}
         assert got["logs"][0]["rho"] > 1.001 and got["logs"][0]["grad_norm"] > 0
 
 
-def test_zero2_says_what_it_cannot_do(zero2):
-    refusals = zero2[0]["refusals"]
-    assert "recipes/accelerate/fsdp2.yaml" in refusals["stage 3"]
+def test_zero_says_what_it_cannot_do(zero):
+    refusals = zero[1][0]["refusals"]
+    assert "use stage 2 or 3" in refusals["stage 1"]
     assert "offload_optimizer_device: none" in refusals["offload"]
     assert "information_source='cross_fit'" in refusals["cross_fit"]
     assert "guard='rollback'" in refusals["rollback"]
+    assert "use stage 2 or FSDP2" in refusals["trust_region"]

@@ -1,10 +1,11 @@
 """Run plainly or under torchrun: trains the tiny model on every case and saves what this rank saw.
 
-usage: two_ranks.py OUT [fsdp2 | zero2]
+usage: two_ranks.py OUT [fsdp2 | zero2 | zero3]
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import sys
@@ -27,6 +28,12 @@ from pgpo.errors import UserError
 
 FSDP2 = dict(fsdp=True, fsdp_config=dict(version=2))
 ZERO2 = dict(use_cpu=False, deepspeed=dict(zero_optimization=dict(stage=2), gradient_clipping="auto"))
+
+
+ZERO3 = dict(  # every parameter is cut up, however small
+    use_cpu=False,
+    deepspeed=dict(zero_optimization=dict(stage=3, stage3_param_persistence_threshold=0), gradient_clipping="auto"),
+)
 
 
 def first_half_fails(prompts, completions, **kwargs):
@@ -69,7 +76,7 @@ CASES: dict[str, dict] = {
     "lora": dict(peft_config=lora),
 }
 
-NOT_ZERO2 = {"cross_fit"}  # refused
+REFUSED = {"zero2": {"cross_fit"}, "zero3": {"cross_fit", "trust_region", "lora"}}
 
 
 def shard_on_cpu() -> None:
@@ -106,13 +113,20 @@ def whole(tensors: dict) -> dict:
 def held(tensors) -> float:
     """Share of the elements that this rank holds."""
     tensors = list(tensors)
-    local = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors)
-    return local / sum(t.numel() for t in tensors)
+    local = sum(t.to_local().numel() if isinstance(t, DTensor) else getattr(t, "ds_tensor", t).numel() for t in tensors)
+    return local / sum(getattr(t, "ds_numel", t.numel()) for t in tensors)
 
 
 def state(t) -> dict:
+    model = t.accelerator.unwrap_model(t.model)
+    with contextlib.ExitStack() as stack:
+        if t.gathers_layers and t.is_deepspeed_enabled:
+            import deepspeed
+
+            stack.enter_context(deepspeed.zero.GatheredParameters(list(model.parameters())))
+        weights = whole(trainer_kit.weights(model))
     return {
-        "weights": whole(trainer_kit.weights(t.accelerator.unwrap_model(t.model))),
+        "weights": weights,
         "teacher": t.teacher.state_dict()["parameters"] if t.teacher else {},
     }
 
@@ -225,7 +239,9 @@ def sharded_only(folder: str) -> dict:
 def zero_state(t) -> dict:
     """Also what only DeepSpeed holds: this rank's part of the fp32 weights and of Adam's moments."""
     optimizer = t.deepspeed.optimizer
-    parts = dict(enumerate(p.detach().clone() for p in optimizer.single_partition_of_fp32_groups))
+    stage3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    flat = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
+    parts = dict(enumerate(p.detach().clone() for p in flat))
     moments = {
         (i, name): value.clone()
         for i, entry in enumerate(optimizer.optimizer.state.values())
@@ -234,8 +250,8 @@ def zero_state(t) -> dict:
     return {**state(t), "parts": parts, "moments": moments}
 
 
-def zero_resumed(folder: str, bf16: bool = False, **options) -> dict:
-    options = ZERO2 | dict(bf16=bf16) | dict(optim="adamw_torch", learning_rate=1e-2, max_steps=4) | options
+def zero_resumed(zero: dict, folder: str, bf16: bool = False, **options) -> dict:
+    options = zero | dict(bf16=bf16) | dict(optim="adamw_torch", learning_rate=1e-2, max_steps=4) | options
     first = make(folder, save_strategy="steps", save_steps=2, **options)
     trainer_kit.train(first)
     second = make(folder, **options)
@@ -247,9 +263,9 @@ def zero_resumed(folder: str, bf16: bool = False, **options) -> dict:
     return result
 
 
-def zero_foreign_code(folder: str) -> dict:
+def zero_foreign_code(zero: dict, folder: str) -> dict:
     """A checkpoint that names a function, and one of another number of ranks; `folder` is that of `zero_resumed`."""
-    t = make(folder, **ZERO2 | dict(optim="adamw_torch", learning_rate=1e-2, max_steps=4))
+    t = make(folder, **zero | dict(optim="adamw_torch", learning_rate=1e-2, max_steps=4))
     part = Path(folder, "checkpoint-2", "global_step2", "zero_pp_rank_1_mp_rank_00_optim_states.pt")
     ran = Path(folder, "ran")
 
@@ -269,14 +285,14 @@ def zero_foreign_code(folder: str) -> dict:
     return {"foreign": foreign, "missing": missing, "ran": ran.exists()}
 
 
-def zero_skipped(folder: str) -> dict:
+def zero_skipped(zero: dict, folder: str) -> dict:
     """The gradient of step 2 is not finite: that step is left out, and step 3 goes on from step 1."""
 
     def right(prompts, completions, **kwargs):  # nobody in step 3, so that there is no gradient at all
         return [r * (t.state.global_step != 2) for r in trainer_kit.parity_reward(prompts, completions)]
 
     options = dict(optim="adamw_torch", learning_rate=1e-2, lr_scheduler_type="linear")
-    t = make(folder, reward=right, **ZERO2 | dict(on_nonfinite="skip", max_steps=4) | options)
+    t = make(folder, reward=right, **zero | dict(on_nonfinite="skip", max_steps=4) | options)
     backward, after = t.backward, []
 
     def poison(model, loss, last):
@@ -295,8 +311,8 @@ def zero_skipped(folder: str) -> dict:
     return {"after": after, "skipped": [r["skipped_share"] for r in logs], "rates": rates, "again": again}
 
 
-def zero_half_precision(folder: str) -> dict:
-    t = make(folder, **ZERO2 | dict(bf16=True, max_steps=2))
+def zero_half_precision(zero: dict, folder: str) -> dict:
+    t = make(folder, **zero | dict(bf16=True, max_steps=2))
     before = trainer_kit.bitwise_equal(trainer_kit.weights(t.model), trainer_kit.weights(t.teacher.module))
     logs = trainer_kit.train(t)
     return {
@@ -316,32 +332,37 @@ def zero_refusals(folder: str) -> dict:
         return refusal(lambda: make(folder, **ZERO2 | dict(deepspeed=config) | options))
 
     return {
-        "stage 3": text(dict(zero_optimization=dict(stage=3))),
+        "stage 1": text(dict(zero_optimization=dict(stage=1))),
         "offload": text(dict(zero_optimization=dict(stage=2, offload_optimizer=dict(device="cpu")))),
         "cross_fit": text({}, information_source="cross_fit"),
         "rollback": text({}, guard="rollback"),
+        "trust_region": text(dict(zero_optimization=dict(stage=3)), teacher="trust_region"),
+        "lora": text(dict(zero_optimization=dict(stage=3)), peft_config=lora),
     }
 
 
-def zero_only(folder: str) -> dict:
+def zero_only(zero: dict, folder: str) -> dict:
     return {
-        "resumed": zero_resumed(f"{folder}/resumed"),
-        "resumed_lora": zero_resumed(f"{folder}/lora", peft_config=lora),
-        "resumed_half": zero_resumed(f"{folder}/half", bf16=True),
-        "foreign_code": zero_foreign_code(f"{folder}/resumed"),
-        "skipped": zero_skipped(folder),
-        "half_precision": zero_half_precision(folder),
+        "resumed": zero_resumed(zero, f"{folder}/resumed"),
+        **({} if zero is ZERO3 else {"resumed_lora": zero_resumed(zero, f"{folder}/lora", peft_config=lora)}),
+        "resumed_half": zero_resumed(zero, f"{folder}/half", bf16=True),
+        "foreign_code": zero_foreign_code(zero, f"{folder}/resumed"),
+        "skipped": zero_skipped(zero, folder),
+        "half_precision": zero_half_precision(zero, folder),
         "refusals": zero_refusals(folder),
     }
 
 
 if __name__ == "__main__":
     out, kind = Path(sys.argv[1]), "".join(sys.argv[2:])
-    {"fsdp2": shard_on_cpu, "zero2": zero_on_cpu}.get(kind, lambda: None)()
-    extra = {"fsdp2": FSDP2, "zero2": ZERO2}.get(kind, {})
+    extra = {"fsdp2": FSDP2, "zero2": ZERO2, "zero3": ZERO3}.get(kind, {})
+    zero = "deepspeed" in extra
+    if kind:
+        (zero_on_cpu if zero else shard_on_cpu)()
     folder = str(out.parent / f"{out.name}-runs")  # the ranks share it
-    cases = {name: options for name, options in CASES.items() if not (kind == "zero2" and name in NOT_ZERO2)}
+    cases = {name: options for name, options in CASES.items() if name not in REFUSED.get(kind, ())}
     results = {name: run(options | extra, folder) for name, options in cases.items()}
     rank = results["plain"]["rank"]
-    results |= {"fsdp2": sharded_only, "zero2": zero_only}.get(kind, lambda folder: {})(folder)
+    if kind:
+        results |= zero_only(extra, folder) if zero else sharded_only(folder)
     torch.save(results, f"{out}.{rank}.pt")

@@ -46,12 +46,13 @@ def test_weights_are_rounded_for_the_layers_but_neither_gradient_sums_nor_output
     assert full.state.fsdp_plugin.mixed_precision_policy is None
 
 
-def test_accelerate_launches_zero2(monkeypatch):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accelerate_launches_zero(stage, monkeypatch):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import DeepSpeedPlugin
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
-    path = Path(__file__).parents[2] / "recipes/accelerate/zero2.yaml"
+    path = Path(__file__).parents[2] / f"recipes/accelerate/zero{stage}.yaml"
     parsed = launch_command_parser().parse_args(["--config_file", str(path), "x.py"])
     arguments, defaults, _ = _validate_launch_command(parsed)
     arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)  # launch_command does it
@@ -61,9 +62,14 @@ def test_accelerate_launches_zero2(monkeypatch):
         if variable.startswith("ACCELERATE_"):
             monkeypatch.setenv(variable, value)
     plugin = DeepSpeedPlugin()
-    assert plugin.zero_stage == 2 and plugin.deepspeed_config["gradient_clipping"] == "auto"  # max_grad_norm
-    given = SimpleNamespace(fp16=False, load_best_model_at_end=False, information_source="same_batch")
-    assert zero_problem(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)), given) is None
+    assert plugin.zero_stage == stage and plugin.deepspeed_config["gradient_clipping"] == "auto"  # max_grad_norm
+    given = SimpleNamespace(
+        fp16=False, load_best_model_at_end=False, information_source="same_batch", teacher="ema", objective="pgpo"
+    )
+    assert (
+        zero_problem(torch.nn.Linear(1, 1), SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)), given)
+        is None
+    )
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2_zero2", "ddp"])

@@ -473,10 +473,20 @@ def _parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _shards(average: Any, target: Any) -> tuple[Tensor, Tensor]:
     """What this rank holds of the two; plain tensors as they are. Call it without gradient."""
+    if hasattr(target, "ds_tensor"):  # DeepSpeed's ZeRO-3
+        return average, _gathered(target)
     if not hasattr(average, "to_local"):
         return average, _whole(target)
     # Nothing moves where both are laid out alike.
     return average.to_local(), target.redistribute(average.device_mesh, average.placements).to_local()
+
+
+def _gathered(parameter: Any) -> Tensor:
+    """All of a parameter that DeepSpeed has cut up (ZeRO-3); every rank calls it."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 def _whole(tensor: Any) -> Tensor:

@@ -16,13 +16,14 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from pgpo.core import HeadOutput
 from pgpo.teacher import Teacher
 
 _CACHED = 4  # ours: a cached token takes at most a quarter of the memory of one that goes through the model
@@ -245,12 +246,16 @@ class Passes:
         if self.whole_logits:
             logits = model(input_ids=inputs.ids, **extra).logits
             return finish(logits.flatten(0, 1)[inputs.keep], None)
-        result: T = model(
-            input_ids=inputs.ids,
-            finish=lambda hidden, head: finish(hidden.flatten(0, 1)[inputs.keep], head),
-            **extra,
-        )
-        return result
+
+        def end(hidden: Tensor, head: Head) -> Any:
+            result = finish(hidden.flatten(0, 1)[inputs.keep], head)
+            return (result.loss, result) if isinstance(result, HeadOutput) else result
+
+        result: Any = model(input_ids=inputs.ids, finish=end, **extra)
+        if isinstance(result, tuple):  # DeepSpeed's hooks look for tensors in tuples, and wrap them
+            loss, output = result
+            result = replace(output, loss=loss)
+        return result  # type: ignore[no-any-return]
 
     def teacher(
         self,

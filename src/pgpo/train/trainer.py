@@ -438,7 +438,7 @@ class PGPOTrainer(SeamTrainer):
         budget = self.args.max_tokens_per_microbatch or math.inf
         packed = self.distills and self.passes.pack and not teacher
         run_cost: float = _RUN_COST.get(self.accelerator.device.type, _RUN_COST_ELSEWHERE)[teacher]
-        if self.is_fsdp_enabled or not self.distills:  # there every run gathers the parameters; here TRL's own batch
+        if self.gathers_layers or not self.distills:  # there every run gathers the parameters; here TRL's own batch
             run_cost = math.inf
         part: list[int] = []
         prompt = completion = width = total = 0
@@ -587,7 +587,7 @@ class PGPOTrainer(SeamTrainer):
 
     @property
     def _shares_prompts(self) -> bool:
-        return self.args.share_teacher_prompts and not self.is_fsdp_enabled and not self.passes.whole_logits
+        return self.args.share_teacher_prompts and not self.gathers_layers and not self.passes.whole_logits
 
     def _check_head(self, model: nn.Module, batch: Batch) -> None:
         """Once, before the first update: the head on the hidden states must give the model's own logits."""
@@ -812,7 +812,7 @@ class PGPOTrainer(SeamTrainer):
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         mine = rows[rank::ranks]
         filled = mine
-        if len(mine) * ranks < len(rows) and (self.args.use_vllm or self.is_fsdp_enabled):
+        if len(mine) * ranks < len(rows) and (self.args.use_vllm or self.gathers_layers):
             # vLLM and FSDP need every rank in every call: a short rank repeats a question and drops it again.
             filled = [*mine, {**rows[0], "id": "filler"}]
         if self.args.use_vllm:
@@ -877,7 +877,10 @@ class PGPOTrainer(SeamTrainer):
                 "the prompts are chat messages but the tokenizer has no chat template; set "
                 "tokenizer.chat_template, use an instruction-tuned model, or give prompts as plain strings."
             )
-        if self.is_deepspeed_enabled and (problem := zero.zero_problem(self.accelerator, self.args)) is not None:
+        if (
+            self.is_deepspeed_enabled
+            and (problem := zero.zero_problem(self.model, self.accelerator, self.args)) is not None
+        ):
             raise UserError(problem)
         if self.args.guard == "rollback" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise UserError(

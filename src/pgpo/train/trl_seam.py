@@ -200,6 +200,11 @@ class SeamTrainer(GRPOTrainer):
         own_way = self.is_fsdp_enabled or self.is_deepspeed_enabled
         return contextlib.nullcontext() if last or own_way else self.accelerator.no_sync(model)
 
+    @property
+    def gathers_layers(self) -> bool:
+        """Whether collectives hide in the layers' forwards, so that every rank must run the same ones."""
+        return bool(self.is_fsdp_enabled) or zero.cuts_weights(self.accelerator)
+
     def backward(self, model: nn.Module, loss: Tensor, last: bool) -> None:
         """Backward of a micro-batch, the `last` of the step or not."""
         if self.is_deepspeed_enabled:
@@ -788,7 +793,7 @@ def _start(prompt: Prompt, characters: int = 60) -> str:
 def nonfinite_parameter(model: nn.Module) -> str | None:
     """Name of the first parameter, in the part that this rank holds, with nan or inf. A sum tells, without a copy."""
     for name, parameter in model.named_parameters():
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        local = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
         if local.dtype in _FLOATS and not local.is_meta:
             wide = torch.float64 if local.dtype == torch.float64 else torch.float32
             if not math.isfinite(local.detach().sum(dtype=wide).item()):

@@ -1,4 +1,6 @@
-"""DeepSpeed's ZeRO stage 2, as far as it differs from a plain optimizer: each rank holds 1/N of gradient and Adam.
+"""DeepSpeed's ZeRO stages 2 and 3, as far as they differ from a plain optimizer.
+
+Each rank holds 1/N of gradient and optimizer, in stage 3 also of the student's weights; the teacher is whole on each.
 
 accelerate steps DeepSpeed's engine inside `backward()`, before rho is known. Here `backward` only adds up, and `step`
 waits until the optimizer is called, as for any other optimizer. The engine clips by its own `gradient_clipping`, which
@@ -17,15 +19,17 @@ import torch
 from torch import Tensor, nn
 
 
-def zero_problem(accelerator: Any, args: Any) -> str | None:
+def zero_problem(model: nn.Module, accelerator: Any, args: Any) -> str | None:
     """Why a run cannot be trained under these settings of DeepSpeed, and the remedy, in one sentence; or None."""
     plugin = accelerator.state.deepspeed_plugin
     settings = plugin.hf_ds_config
-    if plugin.zero_stage != 2:
+    if plugin.zero_stage not in (2, 3):
         return (
-            f"DeepSpeed's ZeRO stage {plugin.zero_stage} is not supported; use stage 2, or FSDP2 in place of 3, "
-            "which shards the teacher too (recipes/accelerate/fsdp2.yaml)."
+            f"DeepSpeed's ZeRO stage {plugin.zero_stage} is not supported; use stage 2 or 3, or FSDP2, which shards "
+            "the teacher too (recipes/accelerate/fsdp2.yaml)."
         )
+    if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
+        return "DeepSpeed has cut the model up before a teacher could be copied; set zero3_init_flag: false."
     if settings.is_offload():
         return "DeepSpeed's offloading was never tried with a teacher; set offload_optimizer_device: none."
     for section in ("optimizer", "scheduler"):
@@ -33,6 +37,11 @@ def zero_problem(accelerator: Any, args: Any) -> str | None:
             return f"DeepSpeed's configuration has its own {section}; remove it, and pgpo's arguments hold."
     if args.fp16:
         return "DeepSpeed's own loss scaling does not know of skipped rhos; set fp16: false and bf16: true."
+    if plugin.zero_stage == 3 and args.objective != "grpo":
+        if args.teacher == "trust_region":
+            return "teacher='trust_region' needs two whole heads at once, which ZeRO-3 cuts up; use stage 2 or FSDP2."
+        if hasattr(model, "peft_config") and args.teacher != "live":
+            return "a teacher's adapter inside a model that ZeRO-3 has cut up is not supported; use stage 2 or FSDP2."
     if args.load_best_model_at_end:
         return "load_best_model_at_end was never tried with DeepSpeed; set it to false and load the checkpoint by name."
     if args.information_source == "cross_fit":
@@ -54,6 +63,8 @@ def settle(model: nn.Module, accelerator: Any, batch_size: int, max_grad_norm: f
     settings.config["train_micro_batch_size_per_gpu"] = batch_size
     settings.config["train_batch_size"] = batch_size * accelerator.num_processes
     settings.config.setdefault("gradient_clipping", max_grad_norm)
+    if settings.is_zero3():  # checkpoints that others can read
+        settings.config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     if settings.is_true("bf16.enabled"):
         settings.config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         settings.config.setdefault("communication_data_type", "fp32")
@@ -66,6 +77,12 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer that DeepSpeed's own steps, once for each of its parameter groups."""
     inner: torch.optim.Optimizer = optimizer.optimizer
     return inner
+
+
+def cuts_weights(accelerator: Any) -> bool:
+    """Whether ranks gather weights layer by layer (stage 3), so that all must run the same forwards."""
+    plugin = accelerator.state.deepspeed_plugin
+    return plugin is not None and plugin.zero_stage == 3
 
 
 def backward(engine: Any, loss: Tensor, last: bool) -> None:
@@ -85,8 +102,10 @@ def gradient_norm(engine: Any) -> float:
     """Norm of the step's gradient over all ranks, before clipping; nan if it is not finite. Every rank calls it."""
     if not _holds_gradient(engine):
         return 0.0
-    norm = float(engine.optimizer.scaled_global_norm())
-    return norm if norm >= 0 else math.nan  # some versions say -1 for nan and inf, others inf
+    optimizer = engine.optimizer
+    stage2 = hasattr(optimizer, "scaled_global_norm")
+    parts = [float(part) for part in ([optimizer.scaled_global_norm()] if stage2 else optimizer._get_norm_groups())]
+    return math.hypot(*parts) if all(part >= 0 for part in parts) else math.nan  # -1 stands for nan and inf
 
 
 def discard(engine: Any) -> None:
