@@ -66,10 +66,11 @@ def test_accelerate_launches_zero(stage, monkeypatch):
     given = SimpleNamespace(
         fp16=False, load_best_model_at_end=False, information_source="same_batch", teacher="ema", objective="pgpo"
     )
-    assert (
-        zero_problem(torch.nn.Linear(1, 1), SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)), given)
-        is None
-    )
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    model = torch.nn.Linear(1, 1)
+    assert zero_problem(model, accelerator, given) is None
+    model.weight.ds_tensor = torch.zeros(1)  # as DeepSpeed leaves a parameter that it has cut up
+    assert "zero3_init_flag: false" in zero_problem(model, accelerator, given)
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2_zero2", "ddp"])

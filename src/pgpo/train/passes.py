@@ -255,7 +255,7 @@ class Passes:
         if isinstance(result, tuple):  # DeepSpeed's hooks look for tensors in tuples, and wrap them
             loss, output = result
             result = replace(output, loss=loss)
-        return result  # type: ignore[no-any-return]
+        return result
 
     def teacher(
         self,
