@@ -213,7 +213,8 @@ def _trainer(case: Case, folder: str) -> Any:
     config = PGPOConfig(
         output_dir=folder, objective=case.objective, teacher=case.teacher, prompts_per_step=case.questions,
         num_generations=case.group, max_completion_length=case.L, max_prompt_length=case.P,
-        max_tokens_per_microbatch=case.budget, fused_head=case.fused, bf16=case.autocast,
+        max_tokens_per_microbatch=case.budget, join_siblings=False,  # as on CUDA, for which the plan is made
+        fused_head=case.fused, bf16=case.autocast,
         gradient_checkpointing=case.checkpointing, optim="sgd" if case.optimizer == "sgd" else "adamw_torch_fused",
         max_steps=2, warmup_steps=0, save_strategy="no", use_cpu=True, disable_tqdm=True, shuffle_dataset=False,
         report_to="none", logging_steps=10, dataloader_pin_memory=False,

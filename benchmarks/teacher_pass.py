@@ -9,11 +9,11 @@ Lengths are drawn anew for every pair.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pgpo.teacher import Teacher
+from pgpo.train import batching
+from pgpo.train.batching import Limits
 from pgpo.train.config import PGPOConfig
 from pgpo.train.passes import Passes, States, open_forward
-from pgpo.train.trainer import PGPOTrainer
 
 ROWS, PREFIX, COMPLETION, VOCABULARY = 8, 600, 300, 4096
 
@@ -49,13 +50,8 @@ class Case:
         assert self.teacher.module is not None
         open_forward(self.teacher.module)
         self.passes = Passes(self.teacher.module, 0, torch.device("cpu"))
-        self.trainer = SimpleNamespace(
-            args=PGPOConfig("unused", use_cpu=True, bf16=False),
-            passes=self.passes,
-            distills=True,
-            is_fsdp_enabled=False,
-            accelerator=SimpleNamespace(device=torch.device("cpu")),
-        )
+        costs = batching.costs(self.teacher.module, "cpu")
+        self.limits = Limits(PGPOConfig.max_tokens_per_microbatch or math.inf, math.inf, *costs)
         self.rng = np.random.default_rng(0)
         self.tokens = 0  # that went through the model since it was last set to 0
         self.teacher.module.register_forward_pre_hook(self.count, with_kwargs=True)
@@ -76,11 +72,8 @@ class Case:
         self.completions = [self.rng.integers(VOCABULARY, size=n).tolist() for n in lengths]
         self.done: dict[str, tuple[States, int]] = {}
 
-    def parts(self, sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-        return PGPOTrainer._micro_batches(self.trainer, sizes, True)  # type: ignore[arg-type]
-
     def shared(self) -> States:
-        return self.passes.teacher(self.teacher, self.prompts, self.completions, self.parts)
+        return self.passes.teacher(self.teacher, self.prompts, self.completions, self.limits, True)
 
     @torch.no_grad()
     def unshared(self) -> States:

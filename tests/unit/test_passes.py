@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,19 @@ from torch import nn
 from trainer_kit import Spy, largest_difference, train, trainer, weights
 
 from pgpo.teacher import Teacher
-from pgpo.train.passes import Passes, States, combined, head_error, head_problem, open_forward, packed, padded
+from pgpo.train.batching import Limits
+from pgpo.train.passes import (
+    Passes,
+    States,
+    combined,
+    head_error,
+    head_problem,
+    joined,
+    joins,
+    open_forward,
+    packed,
+    padded,
+)
 
 CPU = torch.device("cpu")
 PROMPTS = [[2, 10, 11, 3], [2, 12, 3], [2, 10, 11, 3], [2, 13, 14, 15, 16, 17, 3], [2, 10, 11, 3], [2, 12, 3]]
@@ -98,6 +111,70 @@ def test_layouts_by_hand():
     assert row.keep.tolist() == [2, 3, 4, 5, 6] and row.mask is None
 
 
+def test_joined_rows_by_hand():
+    inputs = joined([[5, 6], [5, 6], [8]], [[1, 2, 3], [4, 9], [7]], [2, 1], pad=0)
+    assert inputs.ids.tolist() == [[5, 6, 1, 2, 4], [8, 0, 0, 0, 0]]
+    assert inputs.positions.tolist() == [[0, 1, 2, 3, 2], [0, 0, 0, 0, 0]]
+    assert inputs.keep.tolist() == [1, 2, 3, 1, 4, 5]
+    assert inputs.mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],  # not the sibling before it
+    ]
+    assert inputs.mask[1, 0].any(-1).all()  # padding too looks somewhere
+
+
+BY_PROMPT, COUNTS = [0, 2, 4, 1, 5, 3], [3, 2, 1]  # rows of PROMPTS with equal prompts, and how many
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_joined_siblings_have_the_states_and_gradients_of_rows_alone(kind, attention, checkpointing):
+    prompts, completions = ([rows[i] for i in BY_PROMPT] for rows in (PROMPTS, COMPLETIONS))
+    model = build_model(kind=kind)
+    model.set_attn_implementation(attention)
+    expected = row_by_row(model, prompts, completions)
+    expected.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    own = passes(model)
+    assert joins(model)
+    got = own.run(model, prompts, completions, lambda hidden, head: head.logits(hidden), COUNTS)
+    torch.testing.assert_close(got.detach(), expected.detach(), atol=2e-5, rtol=0)
+    got.square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], atol=1e-5 * float(gradients[name].abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("Mistral", dict(sliding_window=4), False),
+        ("Mistral", dict(sliding_window=None), True),
+        ("Gemma2", dict(sliding_window=4), False),
+        ("Qwen2", dict(), True),
+        ("Qwen2", dict(attn_implementation="flex_attention"), False),
+    ],
+)
+def test_siblings_are_joined_where_a_mask_says_who_sees_whom(kind, options, expected):
+    assert joins(small(kind, **options)) is expected
+
+
+def test_attention_that_heeds_no_mask_is_noticed():
+    model = build_model().eval()
+    own = passes(model)
+    assert own.join_error(model, PROMPTS[3]) < 1e-5
+    plain = model.forward
+    model.forward = lambda *args, attention_mask=None, **kwargs: plain(*args, **kwargs)
+    assert own.join_error(model, PROMPTS[3]) > 0.02
+
+
 def test_an_open_forward_changes_nothing_without_finish():
     model = build_model().eval()
     ids = torch.tensor([PROMPTS[0]])
@@ -152,19 +229,13 @@ def test_a_head_with_lora_is_refused():
 # The teacher ------------------------------------------------------------------------------------------
 
 
-def in_twos(sizes):
-    """Micro-batches of two rows, longest first."""
-    order = sorted(range(len(sizes)), key=lambda i: -sum(sizes[i]))
-    return iter([order[i : i + 2] for i in range(0, len(order), 2)])
+AT_ONCE, IN_TWOS = Limits(), Limits(most=2)
+JOINING = Limits(run_cost=1.0)  # where attention is for nothing, the shortest rows are those that share a prompt
 
 
-def at_once(sizes):
-    return iter([list(range(len(sizes)))])
-
-
-@pytest.mark.parametrize("parts", [None, at_once, in_twos])
+@pytest.mark.parametrize("limits", [None, AT_ONCE, IN_TWOS, JOINING, replace(JOINING, most=2)], ids=str)
 @pytest.mark.parametrize("kind", ["ema", "live", "frozen", "trust_region"])
-def test_shared_prompts_give_the_logits_of_each_row_alone(kind, parts):
+def test_shared_prompts_give_the_logits_of_each_row_alone(kind, limits):
     student = build_model()
     teacher = Teacher(student, kind, 0.25)
     own = passes(student)
@@ -174,7 +245,7 @@ def test_shared_prompts_give_the_logits_of_each_row_alone(kind, parts):
         for p in student.parameters():  # so that teacher and student differ
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     expected = teacher.logits(row_by_row)
-    states = own.teacher(teacher, PROMPTS, COMPLETIONS, parts)
+    states = own.teacher(teacher, PROMPTS, COMPLETIONS, limits, join=limits is not None and limits.run_cost == 1.0)
     torch.testing.assert_close(states.head.logits(states.hidden), expected, atol=2e-5, rtol=0)
     assert not states.hidden.requires_grad
 
@@ -193,11 +264,26 @@ def test_a_shared_prompt_is_run_once():
     open_forward(teacher.module)
     tokens = counted(teacher.module)
     prompt = list(range(2, 30))
-    own.teacher(teacher, [prompt] * 8, [[7, 8, 9]] * 8, at_once)
+    own.teacher(teacher, [prompt] * 8, [[7, 8, 9]] * 8, AT_ONCE)
     assert tokens == [30, 14]  # the prompt with one completion, then two tokens of the seven others
     tokens.clear()
     own.teacher(teacher, [prompt] * 8, [[7, 8, 9]] * 8)
     assert tokens == [8 * 30]
+
+
+def test_siblings_are_joined_where_that_is_cheaper_than_a_cache():
+    """One run of 8 + 3 * 2 tokens against two; where attention costs, two."""
+    student = build_model()
+    teacher, own = Teacher(student, "frozen"), passes(student)
+    open_forward(teacher.module)
+    tokens = counted(teacher.module)
+    rows = [list(range(2, 10))] * 3, [[7, 8, 9], [7, 9], [8, 7]]
+    for pair_cost, expected in ((0.0, [12]), (10.0, [10, 2])):
+        own.teacher(teacher, *rows, Limits(run_cost=4.0, pair_cost=pair_cost), join=True)
+        assert tokens == expected
+        tokens.clear()
+    own.teacher(teacher, *rows, Limits(run_cost=4.0))
+    assert tokens == [10, 2]
 
 
 def test_checkpointing_and_training_mode_do_not_lose_the_prompt():
@@ -207,7 +293,7 @@ def test_checkpointing_and_training_mode_do_not_lose_the_prompt():
     student.train()
     teacher, own = Teacher(student, "live"), passes(student)
     expected = teacher.logits(row_by_row)
-    states = own.teacher(teacher, PROMPTS, COMPLETIONS, at_once)
+    states = own.teacher(teacher, PROMPTS, COMPLETIONS, AT_ONCE)
     torch.testing.assert_close(states.head.logits(states.hidden), expected, atol=2e-5, rtol=0)
     assert student.training
 
@@ -225,7 +311,7 @@ def test_a_lora_teacher_runs_its_own_adapter():
             if ".default." in name:
                 p.mul_(3.0)
     expected = teacher.logits(row_by_row)
-    states = own.teacher(teacher, PROMPTS, COMPLETIONS, at_once)
+    states = own.teacher(teacher, PROMPTS, COMPLETIONS, AT_ONCE)
     torch.testing.assert_close(states.head.logits(states.hidden), expected, atol=2e-5, rtol=0)
     assert (expected - row_by_row(student)).abs().max() > 0.05
 
@@ -243,7 +329,7 @@ def test_other_families_share_or_fall_back(kind, options):
     teacher, own = Teacher(student, "frozen"), passes(student)
     open_forward(teacher.module)
     expected = teacher.logits(row_by_row)
-    states = own.teacher(teacher, PROMPTS, COMPLETIONS, at_once)
+    states = own.teacher(teacher, PROMPTS, COMPLETIONS, AT_ONCE)
     torch.testing.assert_close(states.head.logits(states.hidden), expected, atol=3e-5, rtol=0)
 
 
@@ -263,7 +349,7 @@ def test_mixed_logits_are_one_head_of_both_states():
 # The trainer's paths ------------------------------------------------------------------------------------------
 
 SGD = dict(optim="sgd", learning_rate=0.5, weight_decay=0.0, max_grad_norm=0.0, max_steps=2)
-SLOW = dict(fused_head=False, share_teacher_prompts=False)
+SLOW = dict(fused_head=False, share_teacher_prompts=False)  # the last turns joining off too
 
 
 @pytest.fixture(scope="module")
@@ -281,12 +367,16 @@ def slow(tmp_path_factory):
     [
         dict(),
         dict(share_teacher_prompts=False),
+        dict(join_siblings=False),
         dict(fused_head=False),
         dict(packing=True),
+        dict(packing=True, join_siblings=True),
         dict(packing=True, share_teacher_prompts=False, max_tokens_per_microbatch=60),
         dict(max_tokens_per_microbatch=40),  # several blocks of prompts
+        dict(max_tokens_per_microbatch=40, join_siblings=False),
         dict(micro_batch_size=3),
         dict(gradient_checkpointing=True),
+        dict(gradient_checkpointing=True, join_siblings=False),
     ],
     ids=str,
 )
@@ -300,6 +390,45 @@ def test_every_path_takes_the_step_of_the_slow_one(tmp_path, slow, options, kind
     for a, b in zip(logs, own, strict=True):
         for name in ("information", "rho", "loss", "divergence", "sampled_kl", "sampled_kl_wrong", "teacher_entropy"):
             assert a[name] == pytest.approx(b[name], abs=2e-6), name
+
+
+def masks(t):
+    """Whether a student's forward had a mask, run by run."""
+    seen = []
+    t.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("attention_mask") is not None), with_kwargs=True
+    )
+    return seen
+
+
+def test_the_trainer_joins_on_a_cpu_unless_told_otherwise(tmp_path):
+    assert any(train_and_watch(tmp_path, SGD))
+    for options in (dict(join_siblings=False), dict(share_teacher_prompts=False)):
+        assert not any(train_and_watch(tmp_path, SGD | options))
+
+
+def train_and_watch(tmp_path, options):
+    t = trainer(tmp_path, **options)
+    t._head_checked = True  # the check itself joins
+    seen = masks(t)
+    train(t)
+    return seen
+
+
+def test_a_model_whose_attention_heeds_no_mask_still_trains_right(tmp_path, caplog, slow):
+    model = build_model()
+
+    class Heedless(type(model.model)):
+        def forward(self, *args, attention_mask=None, **kwargs):
+            given = attention_mask is not None and attention_mask.dim() == 4
+            return super().forward(*args, attention_mask=None if given else attention_mask, **kwargs)
+
+    model.model.__class__ = Heedless
+    t = trainer(tmp_path, model=model, teacher="ema", teacher_rate=0.25, **SGD)
+    with caplog.at_level("WARNING", "pgpo.train.trainer"):
+        train(t)
+    assert "stay apart" in caplog.text
+    assert largest_difference(weights(t.model), slow["ema"][1]) < 2e-6
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "sampled_token"])

@@ -246,6 +246,7 @@ def test_every_new_field_of_the_configuration_is_accounted_for() -> None:
         "watch_demonstrations",
         "fused_head",
         "share_teacher_prompts",
+        "join_siblings",
         "packing",
         "guard",
         "guard_signals",

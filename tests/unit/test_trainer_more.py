@@ -26,6 +26,7 @@ from trainer_kit import (
 
 from pgpo import PGPOTrainer, UserError
 from pgpo.tasks.graders import Grade
+from pgpo.train.batching import split
 from pgpo.train.trainer import Row
 
 
@@ -274,7 +275,7 @@ def test_importance_ratio_is_taken_at_the_sampling_temperature(tmp_path):
     t = trainer(tmp_path, temperature=0.5, importance_clip=3.0, divergence="forward_kl", divergence_top_k=0)
     old = torch.tensor([-1.0, -2.0, -30.0])
     row = Row(prompt=[2], teacher_prompt=[2, 9], completion=[7, 8, 9], rollout_logprobs=old)
-    loss, _ = t._distill(t.model, [row], t._teacher_states([row]), 1.0, idle=False)
+    loss, _ = t._distill(t.model, [row], [1], t._teacher_states([row]), 1.0, idle=False)
 
     def log_probs(prompt):
         logits = build_model()(input_ids=torch.tensor([prompt + row.completion])).logits[0, -4:-1].double()
@@ -292,7 +293,7 @@ def test_micro_batches_keep_to_the_token_budget(tmp_path, objective):
     """Rows are padded to the longest of them; TRL's own, for GRPO, to the longest prompt and the longest completion."""
     t = trainer(tmp_path, max_tokens_per_microbatch=2200, objective=objective)
     sizes = [(1000, 100), (100, 1000), (1000, 90), (90, 900), (10, 10), (12, 8)]
-    parts = list(t._micro_batches(sizes))
+    parts = split(sizes, t._limits())
     assert sorted(i for part in parts for i in part) == list(range(6))
     for part in parts:
         padded = len(part) * max(sum(sizes[i]) for i in part)
@@ -303,13 +304,13 @@ def test_micro_batches_keep_to_the_token_budget(tmp_path, objective):
 
 
 def test_no_forward_exceeds_the_token_budget(tmp_path):
-    for share in (True, False):
+    for share, join in ((True, True), (True, False), (False, False)):
         seen = []
-        budget = trainer(tmp_path, max_tokens_per_microbatch=60, share_teacher_prompts=share)
+        budget = trainer(tmp_path, max_tokens_per_microbatch=60, share_teacher_prompts=share, join_siblings=join)
 
         def watch(module, args, kwargs, seen=seen):
-            mask = kwargs.get("attention_mask")  # covers the cached prompt as well
-            seen.append((kwargs["input_ids"] if mask is None else mask).numel())
+            mask = kwargs.get("attention_mask")  # with two dimensions it covers the cached prompt as well
+            seen.append((kwargs["input_ids"] if mask is None or mask.dim() == 4 else mask).numel())
 
         for m in (budget.model, budget.teacher.module):
             m.register_forward_pre_hook(watch, with_kwargs=True)

@@ -184,6 +184,11 @@ class PGPOConfig(GRPOConfig):
     share_teacher_prompts: bool = _option(
         True, "Run a teacher prompt that several completions share once, and let them attend to its cache. Ours."
     )
+    join_siblings: bool | None = _option(
+        None,
+        "Completions of one prompt behind one another in a row, kept apart by a mask, where that is cheaper; None = on "
+        "a CPU. Needs share_teacher_prompts, and sdpa or eager attention. Ours.",
+    )
     packing: bool | None = _option(
         None, "Rows of a micro-batch behind one another, without padding; None = with flash attention on CUDA. Ours."
     )

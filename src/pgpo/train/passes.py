@@ -1,7 +1,8 @@
 """Forward passes that end in hidden states: no [tokens, vocabulary], little padding, shared prompts run once.
 
     open_forward(model)    model(..., finish=f) returns f(hidden states, head) instead of logits
-    layout                 rows of unequal length -> one padded batch, or one packed row without padding
+    layout                 rows of unequal length -> one padded batch, one packed row without padding, or rows of joined
+                           siblings: a prompt, and behind it completions that do not see one another
     student_pass           hidden states of the completion tokens, with gradient, handed to the loss inside the forward
     teacher_states         the same for the teacher, without gradient; a prompt that several rows share is run once and
                            its keys and values serve all their completions
@@ -15,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -25,6 +26,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pgpo.core import HeadOutput
 from pgpo.teacher import Teacher
+from pgpo.train import batching
+from pgpo.train.batching import Limits
 
 _CACHED = 4  # ours: a cached token takes at most a quarter of the memory of one that goes through the model
 
@@ -121,6 +124,15 @@ def head_error(model: nn.Module, ids: Tensor) -> float:
     return float((own - ours).abs().max() / own.abs().max().clamp_min(1e-6))
 
 
+def joins(model: nn.Module) -> bool:
+    """Whether a mask [B, 1, L, L] can keep siblings apart: attention to all tokens, by sdpa or eager."""
+    config = causal_lm(model).config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["windowed" if getattr(config, "sliding_window", None) is not None else "full_attention"]
+    return config._attn_implementation in ("sdpa", "eager") and all(kind == "full_attention" for kind in kinds)
+
+
 def _at_head(model: Any, hidden: Tensor, finish: Callable[[Tensor, Head], T]) -> T:
     """finish(hidden, head) in place of the head module's forward: FSDP holds the weight whole there, and reduces its
     gradient, whatever unit the head is in."""
@@ -165,8 +177,8 @@ class Inputs:
 
     Attributes:
         ids, positions: [B, L].
-        mask: [B, L], or None where causal attention needs none: padding only behind, or a packed row, whose borders
-            are where positions start again.
+        mask: [B, 1, L, L], True where a token may look; or None where causal attention needs none: padding only
+            behind, or a packed row, whose borders are where positions start again.
         keep: [N] places in the flattened [B * L] that predict the completion tokens, row after row.
     """
 
@@ -204,6 +216,36 @@ def packed(prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> Inputs:
     return Inputs(torch.tensor([ids]), torch.tensor([positions]), None, torch.tensor(keep))
 
 
+def joined(prompts: Sequence[Tokens], completions: Sequence[Tokens], counts: Sequence[int], pad: int) -> Inputs:
+    """Rows of siblings: a prompt, then `counts[row]` completions, each of which sees the prompt and itself alone.
+
+    The prompt's last token predicts the first of every completion.
+    """
+    rows: list[tuple[list[int], list[int], list[int]]] = []  # ids, positions, and whose tokens they are: 0 the prompt
+    places: list[list[int]] = []  # of a completion, in its row
+    start = 0
+    for count in counts:
+        prompt = prompts[start]
+        ids, positions, owners = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+        for k, completion in enumerate(completions[start : start + count], 1):
+            places.append([len(prompt) - 1, *range(len(ids), len(ids) + len(completion) - 1)])
+            ids += completion[:-1]
+            positions += range(len(prompt), len(prompt) + len(completion) - 1)
+            owners += [k] * (len(completion) - 1)
+        rows.append((ids, positions, owners))
+        start += count
+    width = max(len(ids) for ids, _, _ in rows)
+
+    def filled(part: int, value: int) -> Tensor:
+        return torch.tensor([[*row[part], *[value] * (width - len(row[part]))] for row in rows])
+
+    owner = filled(2, -1).unsqueeze(1)  # padding sees the prompt and itself: no row of the mask is empty
+    mask = ((owner.transpose(1, 2) == owner) | (owner == 0)).tril_().unsqueeze(1)
+    offsets = [i * width for i, count in enumerate(counts) for _ in range(count)]
+    keep = [offset + k for offset, mine in zip(offsets, places, strict=True) for k in mine]
+    return Inputs(filled(0, pad), filled(1, 0), mask, torch.tensor(keep))
+
+
 # Passes -------------------------------------------------------------------------------------------------------------
 
 
@@ -223,9 +265,14 @@ class Passes:
         self, model: nn.Module, pad: int, device: torch.device, pack: bool = False, whole_logits: bool = False
     ) -> None:
         self.pad, self.device, self.pack, self.whole_logits = pad, device, pack, whole_logits
+        self._attention = causal_lm(model).config.get_text_config()._attn_implementation
         self._takes_positions = "position_ids" in inspect.signature(type(causal_lm(model)).forward).parameters
 
-    def layout(self, prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> Inputs:
+    def layout(
+        self, prompts: Sequence[Tokens], completions: Sequence[Tokens], counts: Sequence[int] | None = None
+    ) -> Inputs:
+        if counts is not None and max(counts) > 1:
+            return joined(prompts, completions, counts, self.pad).to(self.device)
         inputs = packed(prompts, completions) if self.pack else padded(prompts, completions, self.pad)
         return inputs.to(self.device)
 
@@ -235,12 +282,16 @@ class Passes:
         prompts: Sequence[Tokens],
         completions: Sequence[Tokens],
         finish: Callable[[Tensor, Head | None], T],
+        counts: Sequence[int] | None = None,
     ) -> T:
-        """finish(hidden [N, H] of the completion tokens, head), called inside the model's forward."""
-        inputs = self.layout(prompts, completions)
+        """finish(hidden [N, H] of the completion tokens, head), called inside the model's forward.
+
+        counts: so many completions in turn, of one prompt, share a row; None = one each.
+        """
+        inputs = self.layout(prompts, completions, counts)
         extra: dict[str, Any] = {"use_cache": False}
         if inputs.mask is not None:
-            extra["attention_mask"] = inputs.mask
+            extra["attention_mask"] = self._attention_mask(model, inputs.mask)
         if self._takes_positions:
             extra["position_ids"] = inputs.positions
         if self.whole_logits:
@@ -257,57 +308,90 @@ class Passes:
             result = replace(output, loss=loss)
         return result
 
+    @torch.no_grad()
+    def join_error(self, model: nn.Module, prompt: Tokens) -> float:
+        """Largest difference between hidden states of joined completions and apart, over their largest size: for
+        layers that do not heed the mask. The completions are the prompt itself, twice, and that backwards."""
+        prompts, completions = [prompt] * 2, [[*prompt, *prompt], [*prompt, *prompt][::-1]]
+        together, apart = (
+            self.run(model, prompts, completions, lambda hidden, head: hidden, counts).float()
+            for counts in ([2], [1, 1])
+        )
+        return float((together - apart).abs().max() / apart.abs().max().clamp_min(1e-6))
+
+    def _attention_mask(self, model: nn.Module, seen: Tensor) -> Tensor:
+        """As the model's attention takes it: eager attention adds it to the scores."""
+        if self._attention != "eager":
+            return seen
+        dtype = next(model.parameters()).dtype
+        return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+
     def teacher(
         self,
         teacher: Teacher,
         prompts: Sequence[Tokens],
         completions: Sequence[Tokens],
-        parts: Callable[[Sequence[tuple[int, int]]], Iterator[list[int]]] | None = None,
+        limits: Limits | None = None,
+        join: bool = False,
     ) -> States:
         """The teacher's states of all rows, in their order, without gradient.
 
         Args:
-            parts: splits (prompt, completion) sizes into runs that fit the memory; given, prompts that several rows
-                share are run once. None = one padded run of all rows.
+            limits: of a run; given, prompts that several rows share are run once. None = one padded run of all rows.
+            join: let siblings share a row, where that is cheaper than to let them share keys and values.
         """
 
         def forward(module: nn.Module) -> States:
-            if parts is None:
+            if limits is None:
                 return self.run(module, prompts, completions, States)
-            return self._in_parts(module, prompts, completions, parts)
+            return self._in_parts(module, prompts, completions, limits, join)
 
         return combined(teacher.outputs(forward))
 
     def _in_parts(
-        self,
-        module: nn.Module,
-        prompts: Sequence[Tokens],
-        completions: Sequence[Tokens],
-        parts: Callable[[Sequence[tuple[int, int]]], Iterator[list[int]]],
+        self, module: nn.Module, prompts: Sequence[Tokens], completions: Sequence[Tokens], limits: Limits, join: bool
     ) -> States:
-        siblings: dict[tuple[int, ...], list[int]] = {}  # rows of each prompt, longest completion first
-        for i in sorted(range(len(prompts)), key=lambda i: -len(completions[i])):
-            siblings.setdefault(tuple(prompts[i]), []).append(i)
+        lengths = [len(completion) for completion in completions]
         # Rows alone with their prompt go along, unless they can be packed.
-        carriers = {rows[0]: rows[1:] for rows in siblings.values() if len(rows) > 1 or not self.pack}
+        carriers = {rows[0]: rows[1:] for rows in batching.siblings(prompts, lengths) if len(rows) > 1 or not self.pack}
         if not any(carriers.values()):
             carriers = {}
         found: dict[int, Tensor] = {}
         head: Head | None = None
+        if join and carriers:
+            plan, cost = batching.join(prompts, lengths, limits)
+            if cost < batching.shared_cost(prompts, lengths, limits, carriers):
+                carriers = {}
+                for bundles in plan:
+                    head, hidden = self._states(module, prompts, completions, bundles)
+                    found |= hidden
         first = list(carriers)
-        for part in parts([(len(prompts[i]), len(completions[i])) for i in first]) if first else ():
+        for part in batching.split([(len(prompts[i]), lengths[i]) for i in first], limits):
             mine = {first[i]: carriers[first[i]] for i in part}
-            hidden, head, complete = self._shared(module, mine, prompts, completions, parts)
+            hidden, head, complete = self._shared(module, mine, prompts, completions, limits)
             found |= hidden
             if not complete:
                 break
         rest = [i for i in range(len(prompts)) if i not in found]
-        for part in parts([(len(prompts[i]), len(completions[i])) for i in rest]) if rest else ():
-            rows = [rest[i] for i in part]
-            states = self.run(module, [prompts[i] for i in rows], [completions[i] for i in rows], States)
-            head = states.head
-            found |= dict(zip(rows, states.hidden.split([len(completions[i]) for i in rows]), strict=True))
+        alone = replace(limits, packed=self.pack)
+        for part in batching.split([(len(prompts[i]), lengths[i]) for i in rest], alone):
+            head, hidden = self._states(module, prompts, completions, [[rest[i]] for i in part])
+            found |= hidden
         return States(torch.cat([found[i] for i in range(len(prompts))]), head)
+
+    def _states(
+        self,
+        module: nn.Module,
+        prompts: Sequence[Tokens],
+        completions: Sequence[Tokens],
+        bundles: Sequence[Sequence[int]],
+    ) -> tuple[Head | None, dict[int, Tensor]]:
+        """Head and hidden states of rows that go through the model together."""
+        rows = [i for bundle in bundles for i in bundle]
+        counts = [len(bundle) for bundle in bundles]
+        states = self.run(module, [prompts[i] for i in rows], [completions[i] for i in rows], States, counts)
+        lengths = [len(completions[i]) for i in rows]
+        return states.head, dict(zip(rows, states.hidden.split(lengths), strict=True))
 
     def _shared(
         self,
@@ -315,7 +399,7 @@ class Passes:
         carriers: Mapping[int, Sequence[int]],
         prompts: Sequence[Tokens],
         completions: Sequence[Tokens],
-        parts: Callable[[Sequence[tuple[int, int]]], Iterator[list[int]]],
+        limits: Limits,
     ) -> tuple[dict[int, Tensor], Head, bool]:
         """Hidden states of the carriers, run from the start, and of their followers, run behind the carrier's prompt;
         False and no followers if the model's cache cannot be cut."""
@@ -335,7 +419,7 @@ class Passes:
         found |= {j: found[i][:1] for i in carriers for j in carriers[i]}  # predicts the first token
         longer = [j for j in place if len(completions[j]) > 1]
         sizes = [(-(-len(prompts[j]) // _CACHED), len(completions[j]) - 1) for j in longer]
-        for part in parts(sizes) if longer else ():
+        for part in batching.split(sizes, limits):
             mine = [longer[j] for j in part]
             index = torch.tensor([place[j] for j in mine], device=self.device)
             lengths = torch.tensor([len(prompts[j]) for j in mine], device=self.device).unsqueeze(1)

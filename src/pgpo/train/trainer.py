@@ -23,7 +23,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,13 +49,14 @@ from pgpo.evaluate.run import evaluate
 from pgpo.evaluate.runners import TransformersRunner
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
 from pgpo.teacher.weights import reshard
-from pgpo.train import zero
+from pgpo.train import batching, zero
 from pgpo.train.adapters import adapter_problem
+from pgpo.train.batching import Bundle, Limits
 from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
 from pgpo.train.field_types import file_name
 from pgpo.train.guard import CollapseGuard, GuardActions
 from pgpo.train.multiplier import StepMultiplier
-from pgpo.train.passes import Passes, States, head_error, head_problem, open_forward
+from pgpo.train.passes import Passes, States, causal_lm, head_error, head_problem, joins, open_forward
 from pgpo.train.sharding import keep_precision, shard, sharding_problem
 from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, sampling_explained, torch_optimizer
 
@@ -63,9 +64,6 @@ TEACHER_FILE = "pgpo_teacher.safetensors"
 STATE_FILE = "pgpo_state.json"
 _LOGGER = logging.getLogger(__name__)
 _HELD = 8  # ours: teacher states are held for so many micro-batches of tokens; 2 H bytes each in half precision
-# What a run costs beside its tokens, in tokens: (with backward and loss, the teacher's forward). Ours: CPU measured
-# (docs/PERFORMANCE.md), elsewhere estimated from kernel launches and not measured.
-_RUN_COST, _RUN_COST_ELSEWHERE = {"cpu": (256, 64)}, (1024, 1024)
 _CHECKED_TOKENS = 32  # ours
 _HEAD_TOLERANCE = 0.02  # ours: of the largest logit; bf16 rounds to 0.004, another formula misses by far more
 _DEMONSTRATION_ROWS = 8  # ours: at most so many demonstrations are watched per rank and step
@@ -343,12 +341,13 @@ class PGPOTrainer(SeamTrainer):
                 rounds = max(rounds, 1)  # a gradient scaler needs gradients in every step, if only zeros
             micro_batches = self._with_teacher(work)
             for i in range(rounds):
-                part, states = next(micro_batches, (None, None))
+                part, counts, states = next(micro_batches, (None, [1], None))
                 if idle := part is None:
                     part = [self._idle_row(batch)]
                 last = i == rounds - 1
                 with self.exchange(model, last):
-                    loss, stats = self._distill(model, part, states or self._teacher_states(part), tokens, idle)
+                    states = states or self._teacher_states(part)
+                    loss, stats = self._distill(model, part, counts, states, tokens, idle)
                     # Ranks average their gradients; the loss is a sum over ranks divided by the global token count.
                     self.backward(model, loss * self.accelerator.num_processes, last)
                 sums += stats
@@ -393,16 +392,17 @@ class PGPOTrainer(SeamTrainer):
         prompt = batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist()
         return Row(prompt=prompt, teacher_prompt=prompt, completion=batch["completion_ids"][0][:1].tolist())
 
-    def _schedule(self, rows: list[Row]) -> list[tuple[list[Row], list[list[int]]]]:
+    def _schedule(self, rows: list[Row]) -> list[tuple[list[Row], list[list[Bundle]]]]:
         """Blocks of rows whose teacher states are held at the same time, each with the student's micro-batches.
 
         With shared teacher prompts a block is as much as may be held: the rows of one prompt stay together, and the
         student's micro-batches need not make room for the teacher's longer prompts. Otherwise, as under FSDP, where
         every rank must run the same forwards, a block is a micro-batch.
         """
+        limits = self._limits()
         if not self._shares_prompts:
-            parts = self._micro_batches([r.size for r in rows])
-            return [([rows[i] for i in part], [list(range(len(part)))]) for part in parts]
+            parts = batching.split([r.size for r in rows], limits)
+            return [([rows[i] for i in part], [[[i] for i in range(len(part))]]) for part in parts]
         limit = _HELD * (self.args.max_tokens_per_microbatch or math.inf)
         blocks: list[list[Row]] = [[]]
         held = 0
@@ -414,49 +414,45 @@ class PGPOTrainer(SeamTrainer):
                 held = 0
             blocks[-1] += more
             held += size
-        return [(block, list(self._micro_batches([r.student_size for r in block]))) for block in blocks if block]
+        return [(block, self._bundles(block, limits)) for block in blocks if block]
 
-    def _with_teacher(self, work: list[tuple[list[Row], list[list[int]]]]) -> Iterator[tuple[list[Row], States]]:
-        """Micro-batches in turn, each with the teacher's states of its tokens."""
+    def _bundles(self, rows: list[Row], limits: Limits) -> list[list[Bundle]]:
+        """The student's micro-batches: siblings joined where that is cheaper."""
+        if self._joins:
+            return batching.join([r.prompt for r in rows], [len(r.completion) for r in rows], limits)[0]
+        return [[[i] for i in part] for part in batching.split([r.student_size for r in rows], limits)]
+
+    def _with_teacher(
+        self, work: list[tuple[list[Row], list[list[Bundle]]]]
+    ) -> Iterator[tuple[list[Row], list[int], States]]:
+        """Micro-batches in turn: rows, how many of them share each row of the batch, and the teacher's states."""
         for block, parts in work:
             states = self._teacher_states(block)
             ends = list(itertools.accumulate(len(r.completion) for r in block))
             for part in parts:
-                index = torch.cat([torch.arange(ends[i] - len(block[i].completion), ends[i]) for i in part])
-                yield [block[i] for i in part], states[index.to(states.hidden.device)]
+                mine = [i for bundle in part for i in bundle]
+                index = torch.cat([torch.arange(ends[i] - len(block[i].completion), ends[i]) for i in mine])
+                yield [block[i] for i in mine], [len(b) for b in part], states[index.to(states.hidden.device)]
 
-    def _micro_batches(self, sizes: Sequence[tuple[int, int]], teacher: bool = False) -> Iterator[list[int]]:
-        """Indices of rows that go through the model together, longest first.
+    def _limits(self, teacher: bool = False) -> Limits:
+        """What a run may hold and costs. teacher: its runs have no backward and no loss, and are packed by themselves.
 
-        sizes: (prompt, completion) tokens per row. A part takes at most the budget, unless it is a single row: rows
-        times its longest row, or, packed, the sum of its rows, or, for GRPO, whose prompts are padded left and
-        completions right, rows * (longest prompt + longest completion). Except for GRPO and under FSDP, it also ends
-        before its padding costs more than another run.
-        teacher: for shared prompts, whose rows are never packed; its runs have no backward and no loss.
+        Except for GRPO, whose batch is TRL's, and under FSDP, where every run gathers the parameters, a run ends before
+        its padding costs more than another.
         """
-        most = self.args.micro_batch_size or len(sizes)
-        budget = self.args.max_tokens_per_microbatch or math.inf
-        packed = self.distills and self.passes.pack and not teacher
-        run_cost: float = _RUN_COST.get(self.accelerator.device.type, _RUN_COST_ELSEWHERE)[teacher]
-        if self.gathers_layers or not self.distills:  # there every run gathers the parameters; here TRL's own batch
-            run_cost = math.inf
-        part: list[int] = []
-        prompt = completion = width = total = 0
-        for i in sorted(range(len(sizes)), key=lambda i: -sum(sizes[i])):
-            longest = max(width, sum(sizes[i]))
-            if not self.distills:
-                longest = max(prompt, sizes[i][0]) + max(completion, sizes[i][1])
-            filled = total + sum(sizes[i])
-            needed = filled if packed else (len(part) + 1) * longest
-            if part and (len(part) == most or needed > budget or needed - filled > run_cost):
-                yield part
-                part, prompt, completion, width, total = [], 0, 0, 0, 0
-            part.append(i)
-            prompt, completion = max(prompt, sizes[i][0]), max(completion, sizes[i][1])
-            width = max(width, sum(sizes[i]))
-            total += sum(sizes[i])
-        if part:
-            yield part
+        run_cost, pair_cost = self._costs
+        return Limits(
+            budget=self.args.max_tokens_per_microbatch or math.inf,
+            most=self.args.micro_batch_size or math.inf,
+            run_cost=math.inf if self.gathers_layers or not self.distills else run_cost,
+            pair_cost=pair_cost,
+            packed=self.distills and self.passes.pack and not teacher,
+            apart=not self.distills,
+        )
+
+    @cached_property
+    def _costs(self) -> tuple[float, float]:
+        return batching.costs(causal_lm(self.model), self.accelerator.device.type)
 
     def _teacher_states(self, rows: list[Row]) -> States:
         assert self.teacher is not None
@@ -466,13 +462,14 @@ class PGPOTrainer(SeamTrainer):
                 self.teacher,
                 [r.teacher_prompt for r in rows],
                 [r.completion for r in rows],
-                partial(self._micro_batches, teacher=True) if self._shares_prompts else None,
+                self._limits(teacher=True) if self._shares_prompts else None,
+                self._joins,
             )
 
     def _distill(
-        self, model: nn.Module, rows: list[Row], teacher: States, tokens: float, idle: bool
+        self, model: nn.Module, rows: list[Row], counts: list[int], teacher: States, tokens: float, idle: bool
     ) -> tuple[Tensor, Tensor]:
-        """Loss of a micro-batch (its share of the global mean), and its `Sums` as a tensor."""
+        """Loss of a micro-batch (its share of the global mean), and its `Sums` as a tensor; counts as in Passes.run."""
         labels = self._labels(rows)
         weights = self._token_weights(rows, 0.0 if idle else 1 / tokens)
         output: HeadOutput = self.passes.run(
@@ -480,6 +477,7 @@ class PGPOTrainer(SeamTrainer):
             [r.prompt for r in rows],
             [r.completion for r in rows],
             lambda hidden, head: self._compare(States(hidden, head), teacher, labels, weights),
+            counts,
         )
         assert output.loss is not None and output.student_logprob is not None and output.teacher_logprob is not None
         if idle:
@@ -583,14 +581,23 @@ class PGPOTrainer(SeamTrainer):
         if pack is None:
             pack = a.device.type == "cuda" and "flash" in str(config._attn_implementation)
         self._head_checked = problem is not None
+        self._joinable = joins(self.model)  # until the first update shows otherwise
         return Passes(self.model, self.tokenizer.pad_token_id, self.accelerator.device, pack, problem is not None)
 
     @property
     def _shares_prompts(self) -> bool:
         return self.args.share_teacher_prompts and not self.gathers_layers and not self.passes.whole_logits
 
+    @property
+    def _joins(self) -> bool:
+        asked = self.args.join_siblings
+        if asked is None:
+            asked = self.accelerator.device.type == "cpu" and not self.passes.pack
+        return asked and self._shares_prompts and self._joinable
+
     def _check_head(self, model: nn.Module, batch: Batch) -> None:
-        """Once, before the first update: the head on the hidden states must give the model's own logits."""
+        """Once, before the first update: the head on the hidden states must give the model's own logits, and joined
+        completions must not see one another."""
         if self._head_checked:
             return
         self._head_checked = True
@@ -598,6 +605,11 @@ class PGPOTrainer(SeamTrainer):
         training = model.training
         model.eval()
         error = self._max(head_error(model, ids))
+        if error < _HEAD_TOLERANCE and self._joins:
+            leak = self._max(self.passes.join_error(model, ids[0].tolist()))
+            if not leak < _HEAD_TOLERANCE:
+                _LOGGER.warning("completions of one prompt stay apart: joined, their states are off by %.2g", leak)
+                self._joinable = False
         model.train(training)
         if not error < _HEAD_TOLERANCE:
             _LOGGER.warning("the loss holds all logits: the head on the last hidden state misses them by %.2g", error)
@@ -608,7 +620,7 @@ class PGPOTrainer(SeamTrainer):
         count = len(batch["completion_ids"])
         sizes = list(zip(batch["prompt_mask"].sum(1).tolist(), batch["completion_mask"].sum(1).tolist()))
         # Image tensors are not indexed by row, so such a batch stays whole.
-        parts = [list(range(count))] if "num_images" in batch else list(self._micro_batches(sizes))
+        parts = [list(range(count))] if "num_images" in batch else batching.split(sizes, self._limits())
         rounds = int(self._max(len(parts)))
         by_rows = self.args.loss_type in ROW_MEAN_LOSSES
         total = torch.zeros((), device=self.accelerator.device)

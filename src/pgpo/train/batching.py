@@ -1,0 +1,169 @@
+"""Which rows go through a model together: micro-batches within a token budget, and siblings joined behind one prompt.
+
+A run of B rows padded to W tokens costs about run_cost + B W (1 + pair_cost W) tokens: what a run takes beside its
+tokens, and what attention does beside the matrices. From that follows where padding costs more than another run, and
+whether completions of one prompt are cheaper behind one another (the prompt is run once, less is padded, but every
+token is held against all others of its row, allowed or not) than each in a row of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Bundle = list[int]  # completions of one prompt that lie in one row behind it
+
+# What a run costs beside its tokens, in tokens: 1 / (first + second * parameters per layer). CPU: fitted to 49 thousand
+# and 0.79 million per layer, which take 190 and 44 (docs/PERFORMANCE.md). Elsewhere estimated from kernel launches.
+_RUN_COST = {"cpu": (0.0041, 2.4e-8)}
+_RUN_COST_ELSEWHERE = (1 / 1024, 0.0)
+# Ours: joined rows are at most so long, or as the longest prompt with completion, since their mask is [B, W, W].
+_WIDEST = 2048
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may hold and what it costs, in tokens of one forward (and backward).
+
+    Attributes:
+        budget: tokens per run, padding included; a single row may exceed it.
+        most: completions per run.
+        run_cost: of a run beside its tokens.
+        pair_cost: of a query and a key, allowed or not.
+        packed: rows lie behind one another, without padding.
+        apart: prompts are padded left and completions right (TRL's GRPO).
+    """
+
+    budget: float = math.inf
+    most: float = math.inf
+    run_cost: float = math.inf
+    pair_cost: float = 0.0
+    packed: bool = False
+    apart: bool = False
+
+
+def costs(model: Any, device: str) -> tuple[float, float]:
+    """(run_cost, pair_cost) of a transformers model on a device of this type.
+
+    A pair takes 4 heads * head_dim operations per layer, a token 2 per parameter.
+    """
+    config = model.config.get_text_config()
+    embedding = model.get_input_embeddings().weight
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p is not embedding)
+    per_layer = max(count, 1) / config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    first, second = _RUN_COST.get(device, _RUN_COST_ELSEWHERE)
+    return 1 / (first + second * per_layer), 2 * config.num_attention_heads * head_dim / per_layer
+
+
+def split(
+    sizes: Sequence[tuple[int, int]], limits: Limits, completions: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Indices of rows that go through the model together, longest first.
+
+    A part ends before it exceeds a limit, and before its padding costs more than another run.
+
+    Args:
+        sizes: (prompt, completion) tokens per row.
+        completions: how many completions a row has; None = one each.
+    """
+    parts: list[list[int]] = []
+    prompt = completion = width = total = held = 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sum(sizes[i])):
+        size, count = sum(sizes[i]), 1 if completions is None else completions[i]
+        longest = max(width, size)
+        if limits.apart:
+            longest = max(prompt, sizes[i][0]) + max(completion, sizes[i][1])
+        filled = total + size
+        needed = filled if limits.packed else (len(parts[-1]) + 1 if parts else 1) * longest
+        full = held + count > limits.most or needed > limits.budget
+        if not parts or full or needed - filled > limits.run_cost:
+            parts.append([])
+            prompt = completion = width = total = held = 0
+        parts[-1].append(i)
+        prompt, completion = max(prompt, sizes[i][0]), max(completion, sizes[i][1])
+        width = max(width, size)
+        total += size
+        held += count
+    return parts
+
+
+def run_cost(rows: int, width: int, limits: Limits, seen: float = 0.0, share: float = 1.0) -> float:
+    """Tokens that a run of `rows` rows of `width` tokens costs; each is held against `share` of its row, and `seen`
+    more."""
+    return limits.run_cost + rows * width * (1 + limits.pair_cost * (seen + share * width))
+
+
+def siblings(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of each prompt, longest completion first."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for i in sorted(range(len(prompts)), key=lambda i: -lengths[i]):
+        found.setdefault(tuple(prompts[i]), []).append(i)
+    return list(found.values())
+
+
+def join(prompts: Sequence[Sequence[int]], lengths: Sequence[int], limits: Limits) -> tuple[list[list[Bundle]], float]:
+    """Micro-batches of bundles, and their cost in tokens; the cheapest of a few widths.
+
+    A width that is too small for two completions of a prompt joins none: so rows are apart where that is cheaper.
+
+    Args:
+        prompts: token ids per completion; equal ones are joined.
+        lengths: tokens per completion.
+    """
+    if not prompts:
+        return [], 0.0
+    groups = siblings(prompts, lengths)
+    longest = max(len(p) + n for p, n in zip(prompts, lengths, strict=True))
+    whole = max(len(prompts[g[0]]) + sum(lengths[i] for i in g) for g in groups)
+    widest = min(whole, limits.budget, max(longest, _WIDEST))
+    widths = [0.0, *(longest * f for f in (1, 1.5, 2, 3) if longest * f < widest), widest]
+    return min((_bundled(groups, prompts, lengths, width, limits) for width in widths), key=lambda found: found[1])
+
+
+def _bundled(
+    groups: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    width: float,
+    limits: Limits,
+) -> tuple[list[list[Bundle]], float]:
+    """Bundles of at most `width` tokens (first fit, longest first; one completion may exceed it), and their cost."""
+    bundles: list[Bundle] = []
+    filled: list[int] = []
+    for group in groups:
+        first = len(bundles)
+        for i in group:
+            for k in range(first, len(bundles)):
+                if filled[k] + lengths[i] <= width and len(bundles[k]) < limits.most:
+                    bundles[k].append(i)
+                    filled[k] += lengths[i]
+                    break
+            else:
+                bundles.append([i])
+                filled.append(len(prompts[i]) + lengths[i])
+    parts = split([(0, n) for n in filled], limits, [len(b) for b in bundles])
+    # Without a mask, attention leaves out what lies behind a token: half of the row.
+    cost = sum(
+        run_cost(len(p), filled[p[0]], limits, share=1.0 if any(len(bundles[k]) > 1 for k in p) else 0.5) for p in parts
+    )
+    return [[bundles[k] for k in part] for part in parts], cost
+
+
+def shared_cost(
+    prompts: Sequence[Sequence[int]], lengths: Sequence[int], limits: Limits, carriers: Mapping[int, Sequence[int]]
+) -> float:
+    """Tokens that it costs to run each carrier with its prompt and the others behind the carrier's keys and values."""
+    cost = 0.0
+    first = list(carriers)
+    sizes = [(len(prompts[i]), lengths[i]) for i in first]
+    for part in split(sizes, limits):
+        cost += run_cost(len(part), sum(sizes[part[0]]), limits, share=0.5)
+    rest = [j for followers in carriers.values() for j in followers if lengths[j] > 1]
+    for part in split([(0, lengths[j] - 1) for j in rest], limits):
+        mine = [rest[k] for k in part]
+        seen = max(len(prompts[j]) for j in mine)
+        cost += run_cost(len(mine), lengths[mine[0]] - 1, limits, seen)
+    return cost
