@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEEPSPEED := $(VENV)/deepspeed
+TRITON := $(VENV)/triton
 
 .PHONY: demo science test test-slow test-browser check bench clean
 
@@ -17,13 +18,18 @@ $(DEEPSPEED): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints.txt --target $@ \
 	    deepspeed hjson msgpack ninja py-cpuinfo einops && touch $@ || echo "no DeepSpeed: its tests are skipped"
 
+# Apart, since torch.compile takes it wherever it finds it; without it its tests are skipped. 200 MB.
+$(TRITON): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints.txt --target $@ \
+	    triton && touch $@ || echo "no Triton: its tests are skipped"
+
 demo: $(STAMP)  ## train the tiny lab model with PGPO and with SDPO, and draw both
 	$(BIN)/pgpo demo
 
 science: $(STAMP)  ## the real Science-QA questions with a small model made on the spot
 	$(BIN)/pgpo train --task science_qa --domain physics
 
-test: $(STAMP) $(DEEPSPEED)  ## the default suite: < 10 minutes on 2 cores, no GPU, no network
+test: $(STAMP) $(DEEPSPEED) $(TRITON)  ## the default suite: < 10 minutes on 2 cores, no GPU, no network
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)

@@ -16,6 +16,9 @@ differentiable per token and backward makes the chunk's logits again: 6 matmuls.
 
 `dense_distillation_head` is the same function on full logits: the definition, and what tests and benchmarks compare.
 
+The elementwise part, on CUDA: kernels written by hand (triton_kernels.py) where Triton is. Else, and on a CPU with a
+large vocabulary, torch.compile makes them of `_statistics` and `_logit_gradient`, which also run as they are.
+
 Precision. All elementwise work is fp32 (fp64 for fp64). Logits of a bf16 or fp16 head are fp32 on CUDA, where a matmul
 can write them at no cost. Elsewhere they are rounded to the head's dtype, as every dense half-precision head does: on
 a CPU an fp32 matmul takes 4 times as long (docs/PERFORMANCE.md has the errors of both).
@@ -23,6 +26,7 @@ a CPU an fp32 matmul takes 4 times as long (docs/PERFORMANCE.md has the errors o
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Callable
@@ -124,8 +128,9 @@ def fused_distillation_head(
         student_scale, teacher_scale: multiply the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
         student_softcap, teacher_softcap: cap in logits (Gemma's final_logit_softcapping); None = no cap.
         chunk_size: rows per chunk; None = 20 million logits per chunk on a CPU, 160 million elsewhere.
-        compiled: True: torch.compile the elementwise part. False: never. None: on CUDA, and on a CPU for V >= 32768;
-            falls back to eager with one warning where there is no compiler.
+        compiled: how the elementwise part runs. True: torch.compile. False: eagerly. None: on CUDA by Triton kernels;
+            without Triton, and on a CPU for V >= 32768, by torch.compile; eagerly where there is no compiler. A way
+            that is there and fails is given up for the process with one warning.
 
     Under autocast the matmuls run in autocast's dtype. Call it inside the forward of the module that FSDP wraps, where
     the student's weight is whole; a sharded (DTensor) weight is gathered here if it needs no gradient.
@@ -587,7 +592,23 @@ def _logit_gradient(
     (student if out is None else out).copy_(gradient * _student_slope(spec, zs))
 
 
+_triton_failed = False
 _compiler_failed = False
+
+
+@lru_cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _has_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and _triton_installed()
+
+
+def _in_triton(function: Callable[..., Any]) -> Callable[..., Any]:
+    from . import triton_kernels  # not everyone has Triton
+
+    return triton_kernels.statistics if function is _statistics else triton_kernels.logit_gradient
 
 
 @lru_cache
@@ -596,10 +617,19 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run(function: Callable[..., Any], options: _Options, *arguments: Tensor | None) -> Any:
-    """Call an elementwise function on a chunk: compiled, or on a few rows at a time."""
-    global _compiler_failed
+    """Call an elementwise function on a chunk: its Triton kernel, compiled, or on a few rows at a time."""
+    global _compiler_failed, _triton_failed
+    device = arguments[0].device  # type: ignore[union-attr]
     rows, vocabulary = arguments[0].shape  # type: ignore[union-attr]
     spec, dtype = options.spec, options.dtype
+    if options.compiled is None and not _triton_failed and _has_triton(device):
+        try:
+            return _in_triton(function)(spec, dtype, *arguments)
+        except Exception as error:  # no C compiler, a GPU that Triton does not know: before anything is written
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            _triton_failed = True
+            _warn("its Triton kernels", error)
     # A length of 1 is never dynamic to the compiler, which would compile once more for it.
     if rows > 1 and (options.compiled or (options.compiled is None and not _compiler_failed)):
         for argument in arguments:
@@ -613,14 +643,17 @@ def _run(function: Callable[..., Any], options: _Options, *arguments: Tensor | N
             if options.compiled or isinstance(error, torch.OutOfMemoryError):
                 raise
             _compiler_failed = True
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warnings.warn(f"the fused head runs without torch.compile, which failed: {reason}", stacklevel=2)
-    device = arguments[0].device.type  # type: ignore[union-attr]
-    block = max(1, _EAGER_LOGITS.get(device, _EAGER_LOGITS_ELSEWHERE) // vocabulary)
+            _warn("torch.compile", error)
+    block = max(1, _EAGER_LOGITS.get(device.type, _EAGER_LOGITS_ELSEWHERE) // vocabulary)
     results = [
         function(spec, dtype, *(a if a is None else a[i : i + block] for a in arguments)) for i in range(0, rows, block)
     ]
     return None if results[0] is None else torch.cat(results)
+
+
+def _warn(way: str, error: Exception) -> None:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    warnings.warn(f"the fused head runs without {way}, which failed: {reason}", stacklevel=3)
 
 
 # One chunk ----------------------------------------------------------------------------------------------------------
