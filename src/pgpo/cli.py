@@ -179,6 +179,7 @@ def _plan(argv: list[str]) -> int:
     add("attention", "flash: packed rows", choices=("sdpa", "flash", "eager"))
     add("vllm-share", "of the memory, kept by vLLM; without it transformers generates", type=float, metavar="F")
     add("fsdp", "shard over the GPUs with FSDP2 (not measured)", action=BooleanOptionalAction)
+    add("zero", "shard with DeepSpeed's ZeRO, stage 2 or 3 (peaks not measured)", type=int, choices=(2, 3))
     add("device", "what runs it", choices=("cuda", "cpu"))
     parser.add_argument("--json", type=Path, default=None, help="write all numbers to this file", metavar="FILE")
     values = vars(parser.parse_args([_dashed(word) for word in argv]))

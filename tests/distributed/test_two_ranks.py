@@ -6,6 +6,7 @@ of gradient and optimizer, under ZeRO-3 of the student too.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -14,8 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import build_model
 from trainer_kit import bitwise_equal, largest_difference
 from two_ranks import CASES, REFUSED
+
+from pgpo.train import plan
 
 DEEPSPEED = Path(sys.prefix, "deepspeed")  # `make test` puts it there, apart from what all other tests see
 SCRIPT = Path(__file__).with_name("two_ranks.py")
@@ -234,6 +238,30 @@ def test_zero_in_half_precision_adds_up_in_fp32(zero):
         assert got["equal_at_first"] and got["dtypes"] == {torch.bfloat16} and got["buffers"] == {torch.float32}
         assert got["sums"] == got["between_ranks"] == torch.float32 and got["average"] == {torch.float32}
         assert got["logs"][0]["rho"] > 1.001 and got["logs"][0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("run", ["float32", "bfloat16", "lora"])
+def test_zero_holds_what_the_plan_says(run, zero, tmp_path):
+    """Parameters, fp32 weights, moments, gradients, teacher and buckets of each rank, to the byte."""
+    stage = int(zero[0][-1])
+    lora = dict(lora=4, lora_targets=("q_proj", "down_proj")) if run == "lora" else {}
+    if stage == 3 and lora:
+        pytest.skip("refused")
+    build_model().config.save_pretrained(tmp_path)
+    model = plan.read_model(str(tmp_path))
+    setting = plan.Setting(gpus=2, zero=stage, autocast=run != "float32", device="cpu", **lora)
+    for results in zero[1]:
+        got = dict(results["memory"][run])
+        assert got.pop("constants") == (plan.REDUCE_BUCKET, plan.SUB_GROUP, plan.MAX_LIVE)
+        step = plan.Step(model, dataclasses.replace(setting, max_completion_length=8, max_prompt_length=8), 1)
+        if stage == 2:  # beside it, slices of what it holds
+            slices = plan.trained_parameters(model, setting) * (6 if setting.autocast else 4)
+            assert got.pop("bucket of a backward") + slices == step.moments()["backward"]["reduce bucket (ZeRO)"]
+        expected = plan.static(model, setting) | {"gradients": plan.gradients(model, setting)}
+        if stage == 2 and not setting.autocast:  # without an fp32 sum of its own it keeps a cut tensor whole
+            assert expected["gradients"] <= got["gradients"] < 1.1 * expected["gradients"]
+            expected["gradients"] = got["gradients"]
+        assert {name: size for name, size in got.items() if size} == expected
 
 
 def test_zero_says_what_it_cannot_do(zero):

@@ -326,6 +326,61 @@ def zero_half_precision(zero: dict, folder: str) -> dict:
     }
 
 
+def zero_memory(zero: dict, folder: str, **options) -> dict:
+    """Bytes that this rank holds when the second step's gradients are complete, by what holds them."""
+    t = make(folder, **zero | dict(optim="adamw_torch", learning_rate=1e-2, max_steps=2, micro_batch_size=2) | options)
+    found: dict = {}
+
+    def size(tensors) -> int:
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            optimizer, stage3 = t.deepspeed.optimizer, zero is ZERO3
+            adapter = t.teacher.module is None
+            named = list(t.model.named_parameters())
+            twins = [p for name, p in named if ".teacher." in name]
+            student = [getattr(p, "ds_tensor", p) for name, p in named if ".teacher." not in name]
+            flat = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
+            shared = {x.untyped_storage().data_ptr() for x in student}
+            own = [x for x in flat if x.untyped_storage().data_ptr() not in shared]
+            moments = [v for entry in optimizer.optimizer.state.values() for v in entry.values() if v.numel() > 1]
+            sums = [x for group in optimizer.averaged_gradients.values() for x in group]
+            found.update(
+                {
+                    "parameters": size(student),
+                    "fp32 weights (ZeRO)": size(own),
+                    "optimizer": size(moments),
+                    "gradients": size(sums),
+                    "teacher": size(twins if adapter else t.teacher.module.parameters()),
+                    "teacher average": size(t.teacher._shadow.values()),
+                    "reduce bucket (ZeRO)": size(b.buffer for b in optimizer.ipg_buckets.values()) if stage3 else 0,
+                }
+            )
+
+    t.add_callback(Watch())
+    if zero is ZERO2:
+        plain = t.backward
+
+        def backward(*args):
+            """Also the bucket, which is there during a backward alone."""
+            buckets = []
+            optimizer = t.deepspeed.optimizer
+            release = optimizer._release_ipg_buffers
+            optimizer._release_ipg_buffers = lambda: (
+                buckets.extend(x for b in optimizer.ipg_buckets.values() for x in b.buffer) or release()
+            )
+            plain(*args)
+            optimizer._release_ipg_buffers = release
+            found["bucket of a backward"] = size(buckets)
+
+        t.backward = backward
+    trainer_kit.train(t)
+    settings = t.deepspeed._config.zero_config
+    found["constants"] = (settings.reduce_bucket_size, settings.sub_group_size, settings.max_live_parameters)
+    return found
+
+
 def zero_refusals(folder: str) -> dict:
     def text(settings: dict, **options) -> str:
         config = {**ZERO2["deepspeed"], **settings}
@@ -349,6 +404,11 @@ def zero_only(zero: dict, folder: str) -> dict:
         "foreign_code": zero_foreign_code(zero, f"{folder}/resumed"),
         "skipped": zero_skipped(zero, folder),
         "half_precision": zero_half_precision(zero, folder),
+        "memory": {
+            "float32": zero_memory(zero, folder),
+            "bfloat16": zero_memory(zero, folder, bf16=True),
+            **({} if zero is ZERO3 else {"lora": zero_memory(zero, folder, bf16=True, peft_config=lora)}),
+        },
         "refusals": zero_refusals(folder),
     }
 

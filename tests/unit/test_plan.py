@@ -279,6 +279,64 @@ def test_bytes_per_parameter_that_stay():
     }
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("parameter_bytes", [2, 4])  # settle rounds fp32
+def test_bytes_per_parameter_that_stay_under_zero(stage, parameter_bytes):
+    """tests/distributed measures them."""
+    setting = Setting(gpus=8, zero=stage, parameter_bytes=parameter_bytes)
+    bucket = {"reduce bucket (ZeRO)": 8 * 4 * plan.REDUCE_BUCKET / large().parameters} if stage == 3 else {}
+    assert {n: 8 * size / large().parameters for n, size in plan.static(large(), setting).items()} == {
+        "parameters": 16 if stage == 2 else 2,
+        "fp32 weights (ZeRO)": 4,
+        "optimizer": 8,
+        "teacher": 16,
+        "teacher average": 32,
+        **bucket,
+    }
+    moments = Step(large(), setting, 16_384).moments(80 * GIB)
+    part = 4 * large().parameters / 8
+    assert [items.get("gradients", 0) for items in moments.values()][2:4] == [part, part]
+    assert moments["rollout"].get("gradients", 0) == (part if stage == 3 else 0)
+    assert not any(
+        "DDP" in item or "FSDP" in item or "autocast" in item for items in moments.values() for item in items
+    )
+
+
+@pytest.mark.parametrize("more", [dict(zero=2), dict(zero=3), dict(fsdp=True)], ids=str)
+def test_sharding_takes_less_than_a_whole_copy_on_each_gpu(more):
+    whole = Setting(gpus=8, vllm_share=0.3)
+    before, after = (
+        plan.peak(Step(large(), s, 16_384), 80 * GIB)[1] for s in (whole, dataclasses.replace(whole, **more))
+    )
+    assert after < before
+
+
+def test_what_zero_gathers_and_reduces():
+    def row(item: str, **changes) -> list[float]:
+        setting = Setting(**(dict(gpus=8, zero=3, vllm_share=0.3) | changes))
+        return [items.get(item, 0) for items in Step(large(), setting, 16_384).moments(80 * GIB).values()]
+
+    whole, live = 2 * large().parameters, 2 * plan.MAX_LIVE
+    assert row("gathered (ZeRO)") == [live, 0, live, live, whole]
+    assert row("gathered (ZeRO)", vllm_share=None)[0] == whole  # for transformers' generation
+    assert row("gathered (ZeRO)", teacher="live") == [live, live, live, live, 0]
+    assert row("gathered (ZeRO)", zero=2) == [0] * 5
+    bucket, head = plan.REDUCE_BUCKET, large().head  # the head is larger than a bucket
+    assert head > bucket
+    assert row("reduce bucket (ZeRO)") == [4 * bucket, 4 * bucket, 4 * bucket, 4 * (bucket + head), 4 * bucket]
+    assert row("reduce bucket (ZeRO)", zero=2) == [0, 0, 0, 2 * bucket + 6 * head, 0]
+    assert row("reduce bucket (ZeRO)", zero=2, autocast=False)[3] == 4 * bucket + 4 * head
+    assert row("norm, flat gradients (ZeRO)", zero=2)[4] == 8 * head
+    adapters = dict(zero=2, lora=16)
+    assert max(row("teacher", **adapters)) == 2 * plan.adapter_parameters(large(), Setting(lora=16))
+    assert max(row("teacher average", **adapters)) <= 8 * plan.adapter_parameters(large(), Setting(lora=16))
+
+
+def test_prompts_are_shared_where_every_rank_may_run_its_own_forwards():
+    for setting, shared in (({"zero": 2}, True), ({"zero": 3}, False), ({"fsdp": True}, False)):
+        assert Step(large(), Setting(gpus=8, **setting), 16_384).shares is shared
+
+
 def test_an_adapter_has_r_times_in_plus_out_parameters(shapes):
     from peft import LoraConfig, get_peft_model
 
@@ -378,13 +436,52 @@ def test_the_table_adds_up_and_the_file_says_the_same(folder, tmp_path, capsys):
     assert "fit; largest max_tokens_per_microbatch" in out and "16384: fits in 2048 MiB" in out
 
 
+def advised(line: str) -> tuple[list[str], list[str]]:
+    """Changes that leave the method as it is, and departures from it."""
+    assert "do not fit: it fits with" in line
+    same, _, others = line.partition("another setting than the paper's:")
+    return tuple(
+        [change.rstrip(",. ") for change in re.findall(r"(--.+?)(?=, or with|\.?$)", part)] for part in (same, others)
+    )
+
+
+def told(capsys, words: list[str]) -> str:
+    assert main(["plan", *words]) == 0
+    return capsys.readouterr().out.rstrip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("memory", [32, 40, 60, 80])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_it_advises_what_keeps_the_method_before_what_does_not(memory, gpus, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "read_model", lambda source: large())
+    words = ["8B", "--memory", str(memory), "--gpus", str(gpus)]
+    same, others = advised(told(capsys, words))
+    assert same or others
+    for change in same:
+        assert not re.search("--lora|--teacher|--max-completion-length", change)
+    for change in others:
+        assert re.search("--lora|--teacher|--max-completion-length", change)
+    assert not others or not same or all(change.startswith("--gpus") for change in same)
+    for change in same + others:
+        assert "fit; largest" in told(capsys, [*words, *change.split()]), change
+
+
+def test_a_full_model_on_eight_gpus_is_sharded_before_it_becomes_an_adapter(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "read_model", lambda source: large())
+    words = ["8B", "--memory", "80", "--gpus", "8"]
+    assert advised(told(capsys, words)) == (["--fsdp"], [])
+    assert advised(told(capsys, [*words, "--zero", "3"]))[0] == ["--fsdp instead of --zero 3"]
+    small = dataclasses.replace(large(), layers=6, parameters=large().parameters // 4)
+    monkeypatch.setattr(plan, "read_model", lambda source: small)
+    assert "--zero 2" in told(capsys, ["2B", "--memory", "36", "--gpus", "8", "--objective", "grpo"])
+
+
 def test_what_it_advises_fits(folder, capsys):
     flags = ["--max-prompt-length", "512", "--teacher-prompt-length", "8192", "--no-fused-head"]
     flags += ["--no-gradient-checkpointing", "--attention", "eager", "--dtype", "bfloat16"]
     assert main(["plan", str(folder), "--memory", "6", *flags]) == 0
-    advice = capsys.readouterr().out.rstrip().splitlines()[-1]
-    assert "do not fit: it fits with" in advice
-    changes = re.findall(r"with (--[^,.]+)", advice)
+    same, others = advised(capsys.readouterr().out.rstrip().splitlines()[-1])
+    changes = same + others
     assert changes
     for change in changes:
         assert main(["plan", str(folder), "--memory", "6", *flags, *change.split()]) == 0
@@ -393,7 +490,7 @@ def test_what_it_advises_fits(folder, capsys):
 
 def test_nothing_helps_a_model_that_is_too_large(folder, capsys):
     assert main(["plan", str(folder), "--memory", "0.5"]) == 0  # the reserve alone is more
-    assert "do not fit: no single change is enough" in capsys.readouterr().out
+    assert "do not fit: none of the changes tried is enough" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -411,6 +508,10 @@ def test_nothing_helps_a_model_that_is_too_large(folder, capsys):
         (["--memory", "80", "--lora-targets", "qkv"], "'qkv' is no matrix"),
         (["--memory", "80", "--vllm-share", "1.5"], "the vLLM share is 1.5"),
         (["--memory", "80", "--fsdp"], "gpus is 1"),
+        (["--memory", "80", "--zero", "2"], "gpus is 1"),
+        (["--memory", "80", "--zero", "1"], "invalid choice: 1"),
+        (["--memory", "80", "--gpus", "8", "--zero", "2", "--fsdp"], "choose one"),
+        (["--memory", "80", "--gpus", "8", "--zero", "3", "--lora", "8"], "choose stage 2 or FSDP"),
         (["--memory", "80", "--teacher", "trust_region"], "invalid choice: 'trust_region'"),
         (["--memory", "80", "--json", "/no/such/plan.json"], "there is no folder /no/such"),
         ([], "--memory"),

@@ -10,7 +10,8 @@ A step has five moments; each has its own peak, and the largest is the step's:
 
 Every number is counted from the code that runs, none is fitted: transformers' Llama block (`layer_activations`),
 core/fused_head.py (`Step._head`), passes.py and trainer.py (`Step.teacher`), teacher/weights.py (`static`), torch's
-autograd and AdamW. benchmarks/plan_accuracy.py compares them with measured peaks.
+autograd and AdamW, DeepSpeed 0.19 with what train/zero.py sets (`Step._zero`). benchmarks/plan_accuracy.py compares
+them with measured peaks.
 
 Assumptions: every prompt and completion is as long as allowed; a micro-batch is full; every completion has a teacher;
 two or more micro-batches have passed, so that gradients lie in memory, if there are two or more. Not planned: the copy
@@ -27,6 +28,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,15 @@ BUCKET = 2**26  # teacher.weights._BUCKET
 CHUNK_LOGITS = {"cpu": 20_000_000, "cuda": 160_000_000}  # core.fused_head
 COMPILE_FROM, EAGER_LOGITS = 2**15, 2**18  # core.fused_head, on a CPU
 TRL_TILE = (4096, 32768)  # trl.kernels.chunked_logprob: tokens and vocabulary of one tile
-FP32 = 4
+# Elements, DeepSpeed 0.19's defaults (runtime/zero/config.py), which the recipes leave as they are: reduce_bucket_size,
+# sub_group_size, stage3_max_live_parameters.
+REDUCE_BUCKET, SUB_GROUP, MAX_LIVE = 5 * 10**8, 10**9, 10**9
+FP32, FP64 = 4, 8
 # Ours, not measured: CUDA context, libraries and NCCL's buffers, and the allocator's fragmentation.
 RESERVE = GIB
 RESERVE_SHARE = 0.05
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+MOST_CHANGES = 3  # that are advised together
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -116,6 +122,7 @@ class Setting:
         attention: "sdpa", "flash" or "eager".
         vllm_share: part of the memory that vLLM keeps (vllm_gpu_memory_utilization); None = transformers generates.
         fsdp: parameters, gradients and optimizer state are sharded (FSDP2).
+        zero: DeepSpeed's stage, 2 or 3; None without it. The teacher is whole on each GPU.
         device: "cuda" or "cpu".
     """
 
@@ -138,6 +145,7 @@ class Setting:
     attention: str = "sdpa"
     vllm_share: float | None = None
     fsdp: bool = False
+    zero: int | None = None
     device: str = "cuda"
 
     @property
@@ -158,18 +166,31 @@ class Setting:
     def stream(self) -> int:
         """w where parameters meet activations; also of the residual stream and of every norm's output.
 
-        transformers: the embedding's dtype, and type promotion keeps it. FSDP2's mixed precision gathers in bf16.
+        transformers: the embedding's dtype, and type promotion keeps it. FSDP2's mixed precision gathers in bf16;
+        DeepSpeed's rounds the parameters, and nothing autocasts (train/zero.py, `settle`).
         """
-        return self.matmul if self.fsdp else self.parameter_bytes
+        return self.matmul if self.fsdp or self.zero else self.parameter_bytes
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Per element of an adapter: fp32 (PEFT's autocast_adapter_dtype), but `settle` rounds it too."""
+        return self.stream if self.zero and self.autocast else FP32
 
     @property
     def trained_bytes(self) -> int:
-        """Per element of what trains; accelerate raises it to fp32 under FSDP2 with mixed precision."""
-        return self.parameter_bytes if self.full and not (self.fsdp and self.autocast) else FP32
+        """Per element of what the optimizer steps; accelerate raises it to fp32 under FSDP2 with mixed precision, and
+        DeepSpeed keeps fp32 weights beside the others."""
+        return self.parameter_bytes if self.full and not (self.zero or (self.fsdp and self.autocast)) else FP32
 
     @property
     def shards(self) -> int:
-        return self.gpus if self.fsdp else 1
+        """Of gradients and optimizer."""
+        return self.gpus if self.fsdp or self.zero else 1
+
+    @property
+    def gathers_layers(self) -> bool:
+        """Weights are sharded too, and gathered layer by layer (SeamTrainer.gathers_layers)."""
+        return self.fsdp or self.zero == 3
 
     @property
     def packed(self) -> bool:
@@ -282,6 +303,16 @@ def check(model: ModelShape, setting: Setting) -> None:
         )
     if s.fsdp and s.gpus == 1:
         raise UserError("FSDP shards over several GPUs, but gpus is 1; give more, or leave FSDP out.")
+    if s.zero is None:
+        return
+    if s.zero not in (2, 3):
+        raise UserError(f"DeepSpeed's ZeRO stage {s.zero} is not supported; choose 2 or 3, or FSDP.")
+    if s.fsdp:
+        raise UserError("FSDP and ZeRO both shard the same tensors; choose one.")
+    if s.gpus == 1:
+        raise UserError("ZeRO shards over several GPUs, but gpus is 1; give more, or leave ZeRO out.")
+    if s.zero == 3 and s.lora is not None and s.distills and s.teacher != "live":
+        raise UserError("LoRA with a teacher of its own is not trained under ZeRO-3; choose stage 2 or FSDP.")
 
 
 # What does not depend on the micro-batch ----------------------------------------------------------------------------
@@ -294,6 +325,10 @@ def adapter_parameters(model: ModelShape, setting: Setting) -> int:
     return model.layers * sum(setting.lora * sum(model.matrices[name]) for name in set(setting.lora_targets))
 
 
+def trained_parameters(model: ModelShape, setting: Setting) -> int:
+    return model.parameters if setting.full else adapter_parameters(model, setting)
+
+
 def static(model: ModelShape, setting: Setting) -> dict[str, float]:
     """Bytes that stay from step to step.
 
@@ -304,29 +339,45 @@ def static(model: ModelShape, setting: Setting) -> dict[str, float]:
         buckets          DDP copies gradients for the exchange (torch: gradient_as_bucket_view=False, accelerate's
                          default)
 
-    FSDP2 divides all of them by the GPUs (train/sharding.py).
+    FSDP2 divides all of them by the GPUs (train/sharding.py). ZeRO divides the optimizer, stage 3 the parameters too,
+    not the teacher; it adds
+
+        fp32 weights     of what trains, divided, beside parameters of any dtype: zero/stage_1_and_2.py's
+                         single_partition_of_fp32_groups, stage3.py's fp32_partitioned_groups_flat (which compares a
+                         device with its name, so that fp32 parameters are copied too)
+        reduce bucket    stage 3 keeps it from the start, in fp32 (`settle`: communication_data_type)
     """
     s = setting
     adapters = adapter_parameters(model, s)
-    base = s.trained_bytes if s.full else s.parameter_bytes
+    base = s.stream if s.zero else s.trained_bytes if s.full else s.parameter_bytes
     trained = gradients(model, s)
     result = {
-        "parameters": (model.parameters * base + adapters * FP32) / s.shards,
+        "parameters": (model.parameters * base + adapters * s.adapter_bytes) / (s.gpus if s.gathers_layers else 1),
         "optimizer": (2 if s.optimizer == "adamw" else 0) * trained,
     }
+    if s.zero:
+        result["fp32 weights (ZeRO)"] = trained
+    if s.zero == 3:
+        result["reduce bucket (ZeRO)"] = REDUCE_BUCKET * FP32
     if s.distills and s.teacher != "live":
-        result["teacher"] = (model.parameters * s.parameter_bytes if s.full else adapters * FP32) / s.shards
-        if s.teacher == "ema" and s.full and s.parameter_bytes < FP32:
-            result["teacher average"] = model.parameters * FP32 / s.shards
-    if s.gpus > 1 and not s.fsdp:
+        width = (s.stream if s.zero else s.parameter_bytes) if s.full else s.adapter_bytes
+        copies = trained_parameters(model, s) / (s.gpus if s.fsdp else 1)
+        result["teacher"] = copies * width
+        if s.teacher == "ema" and width < FP32:
+            result["teacher average"] = copies * FP32
+    if s.gpus > 1 and not (s.fsdp or s.zero):
         result["gradient buckets (DDP)"] = trained
     return result
 
 
+def _stored_bytes(setting: Setting) -> int:
+    """Per element of what trains, where it meets activations under ZeRO."""
+    return setting.stream if setting.full else setting.adapter_bytes
+
+
 def gradients(model: ModelShape, setting: Setting) -> float:
-    """Bytes of all gradients of one GPU, in the dtype of what trains."""
-    trained = model.parameters if setting.full else adapter_parameters(model, setting)
-    return trained * setting.trained_bytes / setting.shards
+    """Bytes of all gradients of one GPU, in the dtype of what the optimizer steps."""
+    return trained_parameters(model, setting) * setting.trained_bytes / setting.shards
 
 
 # What autograd saves ------------------------------------------------------------------------------------------------
@@ -435,7 +486,7 @@ class Step:
     @property
     def shares(self) -> bool:
         """Teacher prompts are run once (trainer._shares_prompts; passes._whole_cache)."""
-        return not self.setting.fsdp and self.model.expandable
+        return not self.setting.gathers_layers and self.model.expandable
 
     @property
     def fitting(self) -> int:
@@ -491,6 +542,8 @@ class Step:
             found["teacher"] = self.teacher()
         found |= {"loss": self.loss(), "backward": self.backward(), "step": self.step()}
         for name, own in found.items():
+            if s.zero:
+                self._zero(name, own)
             items = always | {item: size + always.get(item, 0) for item, size in own.items()}
             if s.device == "cuda":
                 items["reserve"] = RESERVE + RESERVE_SHARE * sum(v for k, v in items.items() if k != "vLLM")
@@ -605,10 +658,10 @@ class Step:
         s, m = self.setting, self.model
         items = {"gradients": gradients(m, s)}
         if s.optimizer == "sgd":
-            together = s.device == "cuda" or not s.full
+            together = s.device == "cuda" or not s.full or s.zero is not None  # one flat tensor under ZeRO
             items["optimizer"] = items["gradients"] if together else float(s.parameter_bytes * max(m.head, m.largest))
         if "teacher average" in static(m, s):
-            items["teacher average"] = float(min(m.parameters, max(BUCKET, m.head)) * FP32)
+            items["teacher average"] = float(min(trained_parameters(m, s), max(BUCKET, m.head)) * FP32)
         return items
 
     # Parts ----------------------------------------------------------------------------------------------------------
@@ -724,6 +777,51 @@ class Step:
             whole += (m.block + m.head) * (s.stream + FP32)
         return {"gathered (FSDP)": float(whole)}
 
+    def _zero(self, moment: str, items: dict[str, float]) -> None:
+        """Add what DeepSpeed holds for a moment, from runtime/zero/ of its source.
+
+        Gradients   this GPU's part of the fp32 sum: stage 2 makes it in the first backward
+                    (_build_compact_grad_partition_buffer), stage 3 at the start (grad_partitions_flat_buffer). Stage 2
+                    without bf16 holds the part of one micro-batch beside the sum, and copies it flat for the step.
+        Reducing    stage 2: a bucket in the parameters' dtype (setup_buckets), in the backward alone, its slices put
+                    together and in fp32 (allreduce_bucket). Stage 3: the bucket's slices put together
+                    (reduce_scatter_coalesced). A tensor larger than the bucket goes by itself.
+        Step        the norm takes an fp64 copy of one tensor's part (get_grad_norm_direct); stage 3 then copies the
+                    gradients, a sub-group at a time (_prepare_fp32_grad_for_sub_group). Or what the teacher's average
+                    takes, if that is more: when it follows, stage 2 holds gradients no more.
+        Gathered    stage 3: at most stage3_max_live_parameters, or a larger head; everything for transformers'
+                    generation (TRL: ds3_gather_for_generation), for TRL's merge of adapters for vLLM, and for the
+                    teacher's average, whose tensors are gathered one by one but held until all are there
+                    (teacher/weights.py, `update`). Norms, which stay whole, are not counted.
+        """
+        s, m = self.setting, self.model
+        trained, part, stored = trained_parameters(m, s), gradients(m, s), _stored_bytes(s)
+        largest = min(trained, max(m.head, m.largest))
+        if s.zero == 3 or moment == "backward":
+            items.setdefault("gradients", part)
+        if moment in ("backward", "step") and s.zero == 2 and stored == FP32:
+            items["gradients"] += part
+        if moment == "backward":
+            reduced = max(min(REDUCE_BUCKET, trained), largest)
+            together = stored + (FP32 if stored < FP32 else 0) if s.zero == 2 else FP32
+            items["reduce bucket (ZeRO)"] = float(reduced * together + (REDUCE_BUCKET * stored if s.zero == 2 else 0))
+        everything = float(s.stream * m.parameters)
+        live = min(everything, float(s.stream * max(MAX_LIVE, m.head)))
+        if moment == "step":
+            norm = FP64 * (largest / s.gpus if s.zero == 3 else min(largest, trained / s.gpus))
+            copy = FP32 * min(SUB_GROUP, trained / s.gpus) if s.zero == 3 else 0.0
+            update: dict[str, float] = {"norm, flat gradients (ZeRO)": max(norm, copy)}
+            average: dict[str, float] = {"teacher average": items.pop("teacher average", 0.0)}
+            if s.zero == 2:
+                update["gradients"] = items.pop("gradients")
+            elif s.distills and s.teacher == "ema":
+                average["gathered (ZeRO)"] = everything
+            items.update(update if sum(update.values()) > sum(average.values()) else average)
+        elif s.zero == 3:
+            whole = moment == "rollout" and (s.vllm_share is None or not s.full)
+            unused = moment == "teacher" and s.teacher != "live"
+            items["gathered (ZeRO)"] = 0.0 if unused else everything if whole else live
+
 
 # Answers ------------------------------------------------------------------------------------------------------------
 
@@ -754,45 +852,60 @@ def largest_budget(model: ModelShape, setting: Setting, memory: float) -> int | 
 
 
 def advice(model: ModelShape, setting: Setting, memory: float) -> str:
-    """One sentence: up to four changes with which one completion of full length fits, or that none was found."""
+    """One sentence: changes with which one completion of full length fits, or that none was found.
 
-    def fits(**changes: Any) -> bool:
-        changed = replace(setting, **changes)
+    First those that leave the method as it is, on these GPUs, then on more of them; where there are none on these, also
+    departures: adapters, the student as its own teacher, shorter completions.
+    """
+
+    def fits(changed: Setting) -> bool:
         try:
             check(model, changed)
         except UserError:
             return False
-        return changed != setting and peak(Step(model, changed, 1), memory)[1] <= memory
+        return peak(Step(model, changed, 1), memory)[1] <= memory
 
-    changes: dict[str, dict[str, Any]] = {
+    def search(start: Setting, options: dict[str, dict[str, Any]], wanted: frozenset[str] = frozenset()) -> list[str]:
+        """Up to three of the smallest sets of changes that fit, each with one of `wanted` if there are any."""
+        useful = [words for words, values in options.items() if replace(start, **values) != start]
+        for size in range(1, MOST_CHANGES + 1):
+            found = []
+            for chosen in combinations(useful, size):
+                if wanted and not wanted & set(chosen):
+                    continue
+                changed = replace(start, **{k: v for words in chosen for k, v in options[words].items()})
+                if fits(changed):
+                    found.append(" ".join(chosen))
+            if found:
+                return found[:3]
+        return []
+
+    same: dict[str, dict[str, Any]] = {
         "--gradient-checkpointing": {"gradient_checkpointing": True},
         "--fused-head": {"fused_head": True},
         "--vllm-share 0.3": {"vllm_share": 0.3},
         "--attention flash": {"attention": "flash"},
-        "--teacher live": {"teacher": "live"},
+        "--fsdp" + (f" instead of --zero {setting.zero}" if setting.zero else ""): {"fsdp": True, "zero": None},
+        "--zero 3": {"zero": 3},
+        "--zero 2": {"zero": 2},
         "--dtype bfloat16": {"parameter_bytes": 2},
-        "--lora 16": {"lora": 16},
     }
-    vllm: dict[str, dict[str, Any]] = (
-        {} if setting.vllm_share is not None else {" --vllm-share 0.3": {"vllm_share": 0.3}}
-    )
-    changes |= {
-        name + more: changes[name] | values
-        for name in ("--dtype bfloat16", "--lora 16")
-        for more, values in vllm.items()
-    }
-    found = [words for words, values in changes.items() if fits(**values)][:3]
-    for more, values in ({"": dict[str, Any]()} | vllm).items():
-        for gpus in (2, 4, 8, 16, 32):
-            if not found and fits(gpus=gpus, fsdp=True, **values):
-                found = [f"--gpus {gpus} --fsdp{more}"]
+    if found := search(setting, same):
+        return f"it fits with {', or with '.join(found)}."
+    more = (n for n in (2, 4, 8, 16, 32) if n > setting.gpus)
+    found = next(([f"--gpus {n} {f[0]}"] for n in more if (f := search(replace(setting, gpus=n), same))), [])
+    others: dict[str, dict[str, Any]] = {"--lora 16": {"lora": 16}, "--teacher live": {"teacher": "live"}}
+    departures = search(setting, same | others, frozenset(others))
     lengths = (setting.max_completion_length // 2**i for i in range(1, setting.max_completion_length.bit_length()))
-    shorter = next((n for n in lengths if fits(max_completion_length=n)), None)
+    shorter = next((n for n in lengths if fits(replace(setting, max_completion_length=n))), None)
     if shorter is not None:
-        found.append(f"--max-completion-length {shorter}")
-    if not found:
-        return "no single change is enough: take a smaller model, or GPUs with more memory."
-    return f"it fits with {', or with '.join(found)}."
+        departures.append(f"--max-completion-length {shorter}")
+    ways = [", or with ".join(found)] if found else []
+    if departures:
+        ways.append("another setting than the paper's: " + ", or with ".join(departures))
+    if not ways:
+        return "none of the changes tried is enough: take a smaller model, or GPUs with more memory."
+    return f"it fits with {', or with '.join(ways)}."
 
 
 @dataclass(frozen=True)
