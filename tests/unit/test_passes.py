@@ -77,6 +77,17 @@ def test_hidden_states_predict_what_each_row_alone_predicts(kind, pack):
     torch.testing.assert_close(got.detach(), expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_flex_attention_keeps_packed_rows_apart(pack):
+    """Values alone: on a CPU it has no backward."""
+    model = build_model().eval()
+    expected = row_by_row(model).detach()
+    model.set_attn_implementation("flex_attention")
+    with torch.no_grad():
+        got = passes(model, pack=pack).run(model, PROMPTS, COMPLETIONS, lambda hidden, head: head.logits(hidden))
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
 def test_the_head_is_used_inside_its_own_modules_forward_and_left_as_it_was():
     """Where FSDP's hooks, on the head module, have gathered its weight."""
     model = build_model().eval()

@@ -190,7 +190,8 @@ class PGPOConfig(GRPOConfig):
         "a CPU. Needs share_teacher_prompts, and sdpa or eager attention. Ours.",
     )
     packing: bool | None = _option(
-        None, "Rows of a micro-batch behind one another, without padding; None = with flash attention on CUDA. Ours."
+        None,
+        "Rows of a micro-batch behind one another, without padding; None = with flash or flex attention on CUDA. Ours.",
     )
     num_generations: int | None = _option(8, "Completions per question. Paper: 8.")
     max_completion_length: int | None = _option(8192, "Tokens. Paper: 8192.")

@@ -579,7 +579,8 @@ class PGPOTrainer(SeamTrainer):
             _LOGGER.warning("the loss holds all logits, because %s", problem)
         pack = a.packing
         if pack is None:
-            pack = a.device.type == "cuda" and "flash" in str(config._attn_implementation)
+            attention = str(config._attn_implementation)
+            pack = a.device.type == "cuda" and ("flash" in attention or "flex" in attention)
         self._head_checked = problem is not None
         self._joinable = joins(self.model)  # until the first update shows otherwise
         return Passes(self.model, self.tokenizer.pad_token_id, self.accelerator.device, pack, problem is not None)
