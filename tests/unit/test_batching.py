@@ -115,3 +115,11 @@ def test_costs_follow_the_size_of_a_layer():
     assert small == pytest.approx(190, rel=0.05) and large == pytest.approx(44, rel=0.1)
     assert small_pair == pytest.approx(2 * 64 / 56_000, rel=0.1) and large_pair == pytest.approx(2 * 256 / 8e5, rel=0.1)
     assert costs(build_model(), "cuda")[0] == 1024
+
+
+def test_a_model_without_attention_has_costs_too():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4))
+    run, pair = costs(model, "cpu")
+    assert run > 0 and pair == 0

@@ -426,12 +426,15 @@ def train_and_watch(tmp_path, options):
     return seen
 
 
-def test_a_model_whose_attention_heeds_no_mask_still_trains_right(tmp_path, caplog, slow):
+@pytest.mark.parametrize("what", ["ignores", "refuses"])
+def test_a_model_that_takes_no_such_mask_still_trains_right(what, tmp_path, caplog, slow):
     model = build_model()
 
     class Heedless(type(model.model)):
         def forward(self, *args, attention_mask=None, **kwargs):
             given = attention_mask is not None and attention_mask.dim() == 4
+            if given and what == "refuses":
+                raise IndexError("too many indices")
             return super().forward(*args, attention_mask=None if given else attention_mask, **kwargs)
 
     model.model.__class__ = Heedless

@@ -27,6 +27,7 @@ from trainer_kit import (
 from pgpo import PGPOTrainer, UserError
 from pgpo.tasks.graders import Grade
 from pgpo.train.batching import split
+from pgpo.train.passes import _CACHED
 from pgpo.train.trainer import Row
 
 
@@ -304,13 +305,16 @@ def test_micro_batches_keep_to_the_token_budget(tmp_path, objective):
 
 
 def test_no_forward_exceeds_the_token_budget(tmp_path):
-    for share, join in ((True, True), (True, False), (False, False)):
+    for share, join, pack in ((True, True, None), (True, False, None), (False, False, None), (True, True, True)):
         seen = []
-        budget = trainer(tmp_path, max_tokens_per_microbatch=60, share_teacher_prompts=share, join_siblings=join)
+        budget = trainer(
+            tmp_path, max_tokens_per_microbatch=60, share_teacher_prompts=share, join_siblings=join, packing=pack
+        )
 
         def watch(module, args, kwargs, seen=seen):
-            mask = kwargs.get("attention_mask")  # with two dimensions it covers the cached prompt as well
-            seen.append((kwargs["input_ids"] if mask is None or mask.dim() == 4 else mask).numel())
+            mask, tokens = kwargs.get("attention_mask"), kwargs["input_ids"].numel()
+            cached = 0 if mask is None or mask.dim() == 4 else mask.numel() - tokens
+            seen.append(tokens + cached / _CACHED)
 
         for m in (budget.model, budget.teacher.module):
             m.register_forward_pre_hook(watch, with_kwargs=True)

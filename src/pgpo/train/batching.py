@@ -52,10 +52,11 @@ def costs(model: Any, device: str) -> tuple[float, float]:
     config = model.config.get_text_config()
     embedding = model.get_input_embeddings().weight
     count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p is not embedding)
-    per_layer = max(count, 1) / config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_layer = max(count, 1) / getattr(config, "num_hidden_layers", 1)
+    heads = getattr(config, "num_attention_heads", 0)  # none: a model without attention
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     first, second = _RUN_COST.get(device, _RUN_COST_ELSEWHERE)
-    return 1 / (first + second * per_layer), 2 * config.num_attention_heads * head_dim / per_layer
+    return 1 / (first + second * per_layer), 2 * heads * head_dim / per_layer
 
 
 def split(

@@ -16,7 +16,7 @@ them with measured peaks.
 Assumptions: every prompt and completion is as long as allowed; a micro-batch is full; every completion has a teacher;
 two or more micro-batches have passed, so that gradients lie in memory, if there are two or more. Not planned: the copy
 of the gradient that information_source='cross_fit' holds, guard snapshots, a divergence over the full vocabulary with
-fused_head=False.
+fused_head=False, join_siblings (off on CUDA: its rows hold more completion tokens within a budget, and have a mask).
 
 Symbols in docstrings: N positions of a micro-batch, H hidden size, Q = heads * head size, K the same of keys, I
 intermediate size, V vocabulary; w bytes of a parameter, c of a matmul (2 under autocast), always in bytes per element.

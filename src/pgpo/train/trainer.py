@@ -306,7 +306,7 @@ class PGPOTrainer(SeamTrainer):
         idle = not rows
         if idle:  # the other ranks may run a forward that gathers
             rows = [self._idle_row(batch)]
-        states = self._teacher_states(rows)
+        states = self._teacher_states(rows, join=False)  # before the first update has shown that it may be
         labels = self._labels(rows)
         output = self._compare(states, states, labels, torch.zeros(len(labels), device=labels.device))
         assert output.teacher_logprob is not None
@@ -419,7 +419,8 @@ class PGPOTrainer(SeamTrainer):
     def _bundles(self, rows: list[Row], limits: Limits) -> list[list[Bundle]]:
         """The student's micro-batches: siblings joined where that is cheaper."""
         if self._joins:
-            return batching.join([r.prompt for r in rows], [len(r.completion) for r in rows], limits)[0]
+            padded = replace(limits, packed=False)
+            return batching.join([r.prompt for r in rows], [len(r.completion) for r in rows], padded)[0]
         return [[[i] for i in part] for part in batching.split([r.student_size for r in rows], limits)]
 
     def _with_teacher(
@@ -454,7 +455,7 @@ class PGPOTrainer(SeamTrainer):
     def _costs(self) -> tuple[float, float]:
         return batching.costs(causal_lm(self.model), self.accelerator.device.type)
 
-    def _teacher_states(self, rows: list[Row]) -> States:
+    def _teacher_states(self, rows: list[Row], join: bool = True) -> States:
         assert self.teacher is not None
         # The student's forward autocasts by itself once prepared; under FSDP the weights of both are cast instead.
         with contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.autocast():
@@ -463,7 +464,7 @@ class PGPOTrainer(SeamTrainer):
                 [r.teacher_prompt for r in rows],
                 [r.completion for r in rows],
                 self._limits(teacher=True) if self._shares_prompts else None,
-                self._joins,
+                join and self._joins,
             )
 
     def _distill(
@@ -607,7 +608,11 @@ class PGPOTrainer(SeamTrainer):
         model.eval()
         error = self._max(head_error(model, ids))
         if error < _HEAD_TOLERANCE and self._joins:
-            leak = self._max(self.passes.join_error(model, ids[0].tolist()))
+            try:
+                leak = self.passes.join_error(model, ids[0].tolist())
+            except Exception:  # whatever a model says that takes no mask of four dimensions
+                leak = math.inf
+            leak = self._max(leak)
             if not leak < _HEAD_TOLERANCE:
                 _LOGGER.warning("completions of one prompt stay apart: joined, their states are off by %.2g", leak)
                 self._joinable = False
