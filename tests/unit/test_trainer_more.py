@@ -348,3 +348,9 @@ def test_teacher_prompts_are_rendered_with_the_template_arguments(tmp_path):
     t.chat_template = None
     first = t.render([{"role": "user", "content": "w1"}])[0]
     assert WORDS[first] == "w9"
+
+
+def test_joined_rows_are_counted_as_padded_where_other_rows_are_packed(tmp_path):
+    t = trainer(tmp_path, max_tokens_per_microbatch=60, packing=True, join_siblings=True)
+    rows = [Row([2] * 10, [3], [5] * 15), Row([2] * 10, [3], [6] * 15), Row([4] * 10, [3], [5] * 10)]
+    assert t._bundles(rows, t._limits()) == [[[0, 1]], [[2]]]  # 40 + 20 tokens packed, 80 padded
