@@ -211,10 +211,13 @@ def test_tokens_that_both_forbid_are_as_if_absent(
     reduced = f64([s for s, _ in pair]).requires_grad_()
     expected = divergence(reduced, f64([t for _, t in pair]), *kind_beta, top_k=top_k)
     (expected_gradient,) = torch.autograd.grad(expected, reduced)
-    assert value.item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-12)
+    near = 1e-12
+    if top_k is not None:  # the tail is 1 - p_top, whose digits a confident student takes
+        near += 1e-15 / float(1 - torch.softmax(reduced.detach(), -1).max()) if len(pair) > 1 else 0.0
+    assert value.item() == pytest.approx(expected.item(), rel=near, abs=near)
     assert gradient[where].item() == 0.0
     kept = [v for v in range(len(masked)) if v != where]
-    torch.testing.assert_close(gradient[kept], expected_gradient, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient[kept], expected_gradient, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -101,7 +101,7 @@ def spoil_hidden(module: nn.Module, t, steps, value: float) -> None:
     def hook(module, args, output):
         if at_steps(t, steps):
             output = output.clone()
-            output[0, -1, 0] = value
+            output[:, -1, 0] = value  # the longest row's last place is no padding
         return output
 
     module.register_forward_hook(hook)

@@ -317,7 +317,8 @@ def test_what_zero_gathers_and_reduces():
         return [items.get(item, 0) for items in Step(large(), setting, 16_384).moments(80 * GIB).values()]
 
     whole, live = 2 * large().parameters, 2 * plan.MAX_LIVE
-    assert row("gathered (ZeRO)") == [live, 0, live, live, whole]
+    assert row("gathered (ZeRO)") == [live, 0, live, live, 0]  # the norm takes more than the average's one parameter
+    assert row("gathered (ZeRO)", gpus=32)[4] == 2 * large().head  # and less, cut in 32
     assert row("gathered (ZeRO)", vllm_share=None)[0] == whole  # for transformers' generation
     assert row("gathered (ZeRO)", teacher="live") == [live, live, live, live, 0]
     assert row("gathered (ZeRO)", zero=2) == [0] * 5

@@ -264,7 +264,8 @@ def test_a_second_interruption_stops_at_once_and_leaves_a_readable_run(recipe, t
 
 def test_an_interruption_before_the_first_step_leaves_nothing(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(PGPOTrainer, "held_out_records", lambda *_: signal.raise_signal(signal.SIGINT))
-    assert pgpo("train", "--config", recipe, "--output_dir", tmp_path / "a/run")[0] == 130
+    status, err = pgpo("train", "--config", recipe, "--output_dir", tmp_path / "a/run")
+    assert status == 130, err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -167,6 +167,9 @@ def test_a_triton_that_cannot_be_imported(ways: list[str], monkeypatch: pytest.M
 def test_triton_is_for_cuda_where_it_is_installed(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     module._triton_installed.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.delenv("PGPO_TRITON", raising=False)
+    assert not module._has_triton(torch.device("cuda", 1))
+    monkeypatch.setenv("PGPO_TRITON", "1")
     try:
         assert module._has_triton(torch.device("cuda", 1)) == installed
         assert not module._has_triton(torch.device("cpu"))
@@ -238,6 +241,7 @@ def test_nan_on_a_gpu(side: int, kind: str, beta: float) -> None:
 def test_the_whole_head_on_a_gpu(top_k: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the kernels, none of which fails, as by eager code."""
     monkeypatch.setattr(module, "_triton_failed", False)
+    monkeypatch.setenv("PGPO_TRITON", "1")
     sides = []
     for compiled in (None, False):
         case = build(n=40, hidden=16, teacher_hidden=8, vocabulary=4001, dtype=dtype)

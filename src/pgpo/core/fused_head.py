@@ -16,8 +16,9 @@ differentiable per token and backward makes the chunk's logits again: 6 matmuls.
 
 `dense_distillation_head` is the same function on full logits: the definition, and what tests and benchmarks compare.
 
-The elementwise part, on CUDA: kernels written by hand (triton_kernels.py) where Triton is. Else, and on a CPU with a
-large vocabulary, torch.compile makes them of `_statistics` and `_logit_gradient`, which also run as they are.
+The elementwise part: on CUDA, and on a CPU with a large vocabulary, torch.compile makes kernels of `_statistics` and
+`_logit_gradient`, which also run as they are. Triton kernels written by hand for CUDA (triton_kernels.py), which have
+not run on a GPU yet, take their place where the environment has PGPO_TRITON=1.
 
 Precision. All elementwise work is fp32 (fp64 for fp64). Logits of a bf16 or fp16 head are fp32 on CUDA, where a matmul
 can write them at no cost. Elsewhere they are rounded to the head's dtype, as every dense half-precision head does: on
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -128,9 +130,9 @@ def fused_distillation_head(
         student_scale, teacher_scale: multiply the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
         student_softcap, teacher_softcap: cap in logits (Gemma's final_logit_softcapping); None = no cap.
         chunk_size: rows per chunk; None = 20 million logits per chunk on a CPU, 160 million elsewhere.
-        compiled: how the elementwise part runs. True: torch.compile. False: eagerly. None: on CUDA by Triton kernels;
-            without Triton, and on a CPU for V >= 32768, by torch.compile; eagerly where there is no compiler. A way
-            that is there and fails is given up for the process with one warning.
+        compiled: how the elementwise part runs. True: torch.compile. False: eagerly. None: on CUDA, and on a
+            CPU for V >= 32768, by torch.compile; on CUDA with PGPO_TRITON=1 by Triton kernels; eagerly where there is
+            no compiler. A way that is there and fails is given up for the process with one warning.
 
     Under autocast the matmuls run in autocast's dtype. Call it inside the forward of the module that FSDP wraps, where
     the student's weight is whole; a sharded (DTensor) weight is gathered here if it needs no gradient.
@@ -602,7 +604,8 @@ def _triton_installed() -> bool:
 
 
 def _has_triton(device: torch.device) -> bool:
-    return device.type == "cuda" and _triton_installed()
+    """On request: no GPU has run them yet."""
+    return device.type == "cuda" and os.environ.get("PGPO_TRITON") == "1" and _triton_installed()
 
 
 def _in_triton(function: Callable[..., Any]) -> Callable[..., Any]:

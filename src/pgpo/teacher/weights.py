@@ -168,8 +168,12 @@ class Teacher:
         if late is not None:
             raise ValueError(f"{late!r} trains now but did not when the teacher was built; unfreeze it before.")
         masters = self._masters()
-        pairs = [_shards(masters[name], parameters[name]) for name in masters]
-        follow([average for average, _ in pairs], [target for _, target in pairs], self.rate)
+        names = list(masters)
+        # What DeepSpeed has cut up is whole for one parameter at a time.
+        together = 1 if any(hasattr(parameters[name], "ds_tensor") for name in names) else max(len(names), 1)
+        for i in range(0, len(names), together):
+            pairs = [_shards(masters[name], parameters[name]) for name in names[i : i + together]]
+            follow([average for average, _ in pairs], [target for _, target in pairs], self.rate)
         self._publish(masters)
         sources = dict(student.named_buffers())
         for name, buffer in self._own_buffers().items():

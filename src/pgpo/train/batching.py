@@ -50,8 +50,8 @@ def costs(model: Any, device: str) -> tuple[float, float]:
     A pair takes 4 heads * head_dim operations per layer, a token 2 per parameter.
     """
     config = model.config.get_text_config()
-    embedding = model.get_input_embeddings().weight
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p is not embedding)
+    embeddings = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in embeddings)
     per_layer = max(count, 1) / getattr(config, "num_hidden_layers", 1)
     heads = getattr(config, "num_attention_heads", 0)  # none: a model without attention
     head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)

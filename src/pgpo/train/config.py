@@ -187,7 +187,7 @@ class PGPOConfig(GRPOConfig):
     join_siblings: bool | None = _option(
         None,
         "Completions of one prompt behind one another in a row, kept apart by a mask, where that is cheaper; None = on "
-        "a CPU. Needs share_teacher_prompts, and sdpa or eager attention. Ours.",
+        "a CPU with sdpa and without packing. Needs share_teacher_prompts, and sdpa or eager attention. Ours.",
     )
     packing: bool | None = _option(
         None,

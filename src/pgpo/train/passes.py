@@ -29,6 +29,8 @@ from pgpo.teacher import Teacher
 from pgpo.train import batching
 from pgpo.train.batching import Limits
 
+_JOINED_CHECK = 24  # ours: tokens of the prompt and of each completion
+_WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "attention_types")
 _CACHED = 4  # ours: a cached token takes at most a quarter of the memory of one that goes through the model
 
 T = TypeVar("T")
@@ -128,8 +130,8 @@ def joins(model: nn.Module) -> bool:
     """Whether a mask [B, 1, L, L] can keep siblings apart: attention to all tokens, by sdpa or eager."""
     config = causal_lm(model).config.get_text_config()
     kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["windowed" if getattr(config, "sliding_window", None) is not None else "full_attention"]
+    if kinds is None:  # a window, by the names that it has in transformers, counts places in the row
+        kinds = ["windowed" for name in _WINDOWS if getattr(config, name, None) is not None]
     return config._attn_implementation in ("sdpa", "eager") and all(kind == "full_attention" for kind in kinds)
 
 
@@ -265,7 +267,6 @@ class Passes:
         self, model: nn.Module, pad: int, device: torch.device, pack: bool = False, whole_logits: bool = False
     ) -> None:
         self.pad, self.device, self.pack, self.whole_logits = pad, device, pack, whole_logits
-        self._attention = causal_lm(model).config.get_text_config()._attn_implementation
         self._takes_positions = "position_ids" in inspect.signature(type(causal_lm(model)).forward).parameters
 
     def layout(
@@ -309,10 +310,12 @@ class Passes:
         return result
 
     @torch.no_grad()
-    def join_error(self, model: nn.Module, prompt: Tokens) -> float:
+    def join_error(self, model: nn.Module, vocabulary: int) -> float:
         """Largest difference between hidden states of joined completions and apart, over their largest size: for
-        layers that do not heed the mask. The completions are the prompt itself, twice, and that backwards."""
-        prompts, completions = [prompt] * 2, [[*prompt, *prompt], [*prompt, *prompt][::-1]]
+        layers that do not heed the mask. Tokens differ, since equal ones would hide who looks where."""
+        ids = [i % vocabulary for i in range(3 * _JOINED_CHECK)]
+        prompts = [ids[:_JOINED_CHECK]] * 2
+        completions = [ids[_JOINED_CHECK : 2 * _JOINED_CHECK], ids[2 * _JOINED_CHECK :]]
         together, apart = (
             self.run(model, prompts, completions, lambda hidden, head: hidden, counts).float()
             for counts in ([2], [1, 1])
@@ -320,9 +323,7 @@ class Passes:
         return float((together - apart).abs().max() / apart.abs().max().clamp_min(1e-6))
 
     def _attention_mask(self, model: nn.Module, seen: Tensor) -> Tensor:
-        """As the model's attention takes it: eager attention adds it to the scores."""
-        if self._attention != "eager":
-            return seen
+        """As attention adds it to the scores: of a mask of booleans sdpa would make and keep one per layer."""
         dtype = next(model.parameters()).dtype
         return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 

@@ -490,7 +490,7 @@ class Step:
 
     @property
     def fitting(self) -> int:
-        """Rows of full length in a micro-batch; one row may exceed the budget (trainer._micro_batches)."""
+        """Rows of full length in a micro-batch; one row may exceed the budget (batching.split)."""
         slot = self.row
         if self.setting.distills and (self.setting.fsdp or not self.shares):
             slot = max(slot, self.teacher_row)
@@ -815,7 +815,7 @@ class Step:
             if s.zero == 2:
                 update["gradients"] = items.pop("gradients")
             elif s.distills and s.teacher == "ema":
-                average["gathered (ZeRO)"] = everything
+                average["gathered (ZeRO)"] = float(s.stream * max(m.head, m.largest))  # one parameter at a time
             items.update(update if sum(update.values()) > sum(average.values()) else average)
         elif s.zero == 3:
             whole = moment == "rollout" and (s.vllm_share is None or not s.full)

@@ -594,7 +594,8 @@ class PGPOTrainer(SeamTrainer):
     def _joins(self) -> bool:
         asked = self.args.join_siblings
         if asked is None:
-            asked = self.accelerator.device.type == "cpu" and not self.passes.pack
+            sdpa = self.model.config.get_text_config()._attn_implementation == "sdpa"  # eager keeps all scores
+            asked = self.accelerator.device.type == "cpu" and sdpa and not self.passes.pack
         return asked and self._shares_prompts and self._joinable
 
     def _check_head(self, model: nn.Module, batch: Batch) -> None:
@@ -609,8 +610,11 @@ class PGPOTrainer(SeamTrainer):
         error = self._max(head_error(model, ids))
         if error < _HEAD_TOLERANCE and self._joins:
             try:
-                leak = self.passes.join_error(model, ids[0].tolist())
-            except Exception:  # whatever a model says that takes no mask of four dimensions
+                leak = self.passes.join_error(model, self.model.config.get_text_config().vocab_size)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error_:  # whatever a model says that takes no mask of four dimensions
+                _LOGGER.warning("the model takes no mask that joins completions: %s", error_)
                 leak = math.inf
             leak = self._max(leak)
             if not leak < _HEAD_TOLERANCE:
