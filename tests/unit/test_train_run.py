@@ -264,6 +264,7 @@ def test_a_second_interruption_stops_at_once_and_leaves_a_readable_run(recipe, t
 
 def test_an_interruption_before_the_first_step_leaves_nothing(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(PGPOTrainer, "held_out_records", lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     status, err = pgpo("train", "--config", recipe, "--output_dir", tmp_path / "a/run")
     assert status == 130, err
     assert list(tmp_path.iterdir()) == []
