@@ -11,7 +11,9 @@ from conftest import WORDS, build_model
 from torch import nn
 from trainer_kit import Spy, largest_difference, train, trainer, weights
 
+from pgpo import UserError
 from pgpo.teacher import Teacher
+from pgpo.train import passes as passes_module
 from pgpo.train.batching import Limits
 from pgpo.train.passes import (
     Passes,
@@ -391,16 +393,52 @@ def slow(tmp_path_factory):
     ],
     ids=str,
 )
-def test_every_path_takes_the_step_of_the_slow_one(tmp_path, slow, options, kind):
+def test_every_path_takes_the_step_of_the_slow_one(tmp_path, slow, options, kind, monkeypatch):
     logs, moved = slow[kind]
+    batches = []
+    monkeypatch.setattr(passes_module, "joined", lambda *given: batches.append(given) or joined(*given))
     t = trainer(tmp_path, teacher=kind, teacher_rate=0.25, **SGD, **options)
     own = train(t)
     assert not t.passes.whole_logits
+    asked = options.get("join_siblings", not options.get("packing")) and options.get("share_teacher_prompts", True)
+    assert (len(batches) > 1) is asked  # one is the check's
     assert largest_difference(weights(build_model()), moved) > 1e-3
     assert largest_difference(weights(t.model), moved) < 2e-6
     for a, b in zip(logs, own, strict=True):
         for name in ("information", "rho", "loss", "divergence", "sampled_kl", "sampled_kl_wrong", "teacher_entropy"):
             assert a[name] == pytest.approx(b[name], abs=2e-6), name
+
+
+@pytest.mark.parametrize("options", [dict(bf16=True), dict(lora=True)], ids=str)
+def test_joined_rows_take_the_same_step_under_autocast_and_with_an_adapter(tmp_path, options, monkeypatch):
+    from peft import LoraConfig
+
+    batches = []
+    monkeypatch.setattr(passes_module, "joined", lambda *given: batches.append(given) or joined(*given))
+    moved = []
+    for join in (False, True):
+        more = dict(options)
+        if more.pop("lora", False):
+            more["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        torch.manual_seed(0)  # of the adapter's start
+        t = trainer(tmp_path, join_siblings=join, **SGD, **more)
+        before = weights(t.model)
+        train(t)
+        moved.append(weights(t.model))
+        assert (len(batches) > 1) is join
+    way = largest_difference(before, moved[0])
+    assert largest_difference(*moved) < (0.05 if "bf16" in options else 1e-4) * way
+
+
+def test_a_request_to_join_that_has_no_effect_is_answered(tmp_path, caplog):
+    with pytest.raises(UserError, match="join_siblings needs share_teacher_prompts"):
+        trainer(tmp_path, join_siblings=True, share_teacher_prompts=False)
+    windowed = small("Mistral", sliding_window=4)
+    for join, warned in ((None, False), (True, True)):
+        caplog.clear()
+        with caplog.at_level("WARNING", "pgpo.train.trainer"):
+            trainer(tmp_path, model=copy.deepcopy(windowed), join_siblings=join)
+        assert ("join_siblings has no effect" in caplog.text) is warned
 
 
 def masks(t):

@@ -467,6 +467,13 @@ def test_it_advises_what_keeps_the_method_before_what_does_not(memory, gpus, cap
         assert "fit; largest" in told(capsys, [*words, *change.split()]), change
 
 
+def test_more_gpus_alone_are_enough_where_all_is_sharded(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "read_model", lambda source: large())
+    words = ["8B", "--memory", "80", "--gpus", "2", "--fsdp", "--vllm-share", "0.3"]
+    for more in ([], ["--attention", "flash", "--dtype", "bfloat16"]):
+        assert advised(told(capsys, [*words, *more]))[0] == ["--gpus 8"]
+
+
 def test_a_full_model_on_eight_gpus_is_sharded_before_it_becomes_an_adapter(capsys, monkeypatch):
     monkeypatch.setattr(plan, "read_model", lambda source: large())
     words = ["8B", "--memory", "80", "--gpus", "8"]

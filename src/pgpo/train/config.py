@@ -237,6 +237,10 @@ class PGPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise UserError(f"{name} is {value}; {rule}.")
+        if self.join_siblings and not self.share_teacher_prompts:
+            raise UserError(
+                "join_siblings needs share_teacher_prompts, which is off; set it, or leave join_siblings out."
+            )
         _choice("objective", self.objective, OBJECTIVES)
         _choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         _choice("teacher", self.teacher, TEACHERS)

@@ -866,9 +866,10 @@ def advice(model: ModelShape, setting: Setting, memory: float) -> str:
         return peak(Step(model, changed, 1), memory)[1] <= memory
 
     def search(start: Setting, options: dict[str, dict[str, Any]], wanted: frozenset[str] = frozenset()) -> list[str]:
-        """Up to three of the smallest sets of changes that fit, each with one of `wanted` if there are any."""
+        """Up to three of the smallest sets of changes that fit, each with one of `wanted` if there are any; "" where
+        none is needed."""
         useful = [words for words, values in options.items() if replace(start, **values) != start]
-        for size in range(1, MOST_CHANGES + 1):
+        for size in range(MOST_CHANGES + 1):
             found = []
             for chosen in combinations(useful, size):
                 if wanted and not wanted & set(chosen):
@@ -893,7 +894,7 @@ def advice(model: ModelShape, setting: Setting, memory: float) -> str:
     if found := search(setting, same):
         return f"it fits with {', or with '.join(found)}."
     more = (n for n in (2, 4, 8, 16, 32) if n > setting.gpus)
-    found = next(([f"--gpus {n} {f[0]}"] for n in more if (f := search(replace(setting, gpus=n), same))), [])
+    found = next(([f"--gpus {n} {f[0]}".rstrip()] for n in more if (f := search(replace(setting, gpus=n), same))), [])
     others: dict[str, dict[str, Any]] = {"--lora 16": {"lora": 16}, "--teacher live": {"teacher": "live"}}
     departures = search(setting, same | others, frozenset(others))
     lengths = (setting.max_completion_length // 2**i for i in range(1, setting.max_completion_length.bit_length()))

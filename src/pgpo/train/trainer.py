@@ -420,7 +420,9 @@ class PGPOTrainer(SeamTrainer):
         """The student's micro-batches: siblings joined where that is cheaper."""
         if self._joins:
             padded = replace(limits, packed=False)
-            return batching.join([r.prompt for r in rows], [len(r.completion) for r in rows], padded)[0]
+            parts, _ = batching.join([r.prompt for r in rows], [len(r.completion) for r in rows], padded)
+            if any(len(bundle) > 1 for part in parts for bundle in part):
+                return parts
         return [[[i] for i in part] for part in batching.split([r.student_size for r in rows], limits)]
 
     def _with_teacher(
@@ -584,6 +586,11 @@ class PGPOTrainer(SeamTrainer):
             pack = a.device.type == "cuda" and ("flash" in attention or "flex" in attention)
         self._head_checked = problem is not None
         self._joinable = joins(self.model)  # until the first update shows otherwise
+        if a.join_siblings and (self.gathers_layers or problem is not None or not self._joinable):
+            _LOGGER.warning(
+                "join_siblings has no effect: it needs sdpa or eager attention to all tokens, a plain head, and no "
+                "FSDP or ZeRO-3"
+            )
         return Passes(self.model, self.tokenizer.pad_token_id, self.accelerator.device, pack, problem is not None)
 
     @property
@@ -609,17 +616,16 @@ class PGPOTrainer(SeamTrainer):
         model.eval()
         error = self._max(head_error(model, ids))
         if error < _HEAD_TOLERANCE and self._joins:
+            leak, why = math.inf, "joined, they see one another"
             try:
                 leak = self.passes.join_error(model, self.model.config.get_text_config().vocab_size)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error_:  # whatever a model says that takes no mask of four dimensions
-                _LOGGER.warning("the model takes no mask that joins completions: %s", error_)
-                leak = math.inf
-            leak = self._max(leak)
-            if not leak < _HEAD_TOLERANCE:
-                _LOGGER.warning("completions of one prompt stay apart: joined, their states are off by %.2g", leak)
-                self._joinable = False
+            except Exception as refusal:  # whatever a model says that takes no mask of four dimensions
+                why = str(refusal)
+            self._joinable = self._max(leak) < _HEAD_TOLERANCE
+            if not self._joinable:
+                _LOGGER.warning("completions of one prompt stay apart: %s", why)
         model.train(training)
         if not error < _HEAD_TOLERANCE:
             _LOGGER.warning("the loss holds all logits: the head on the last hidden state misses them by %.2g", error)
