@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-RUN = "--max_steps 4 --eval_steps 2 --save_steps 2 --test_rows 8 --eval_rows 4 --eval_k 2 --prompts_per_step 4".split()
+RUN = "--max_steps 4 --eval_steps 2 --save_steps 2 --test_rows 8 --eval_rows 4 --eval_k 2 --prompts_per_step 4"
 CASES = {
     "pgpo": "--guard warn --watch_demonstrations true",
     "pgpo_resampled": "--num_iterations 2 --max_tokens_per_microbatch 300 --protocol strict",
@@ -80,7 +80,7 @@ def run() -> dict[str, str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for case, words in CASES.items():
-            command = [sys.executable, "-m", "pgpo", "train", *RUN, *words.split(), "--output_dir", case]
+            command = [sys.executable, "-m", "pgpo", "train", *RUN.split(), *words.split(), "--output_dir", case]
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{case}: {done.stderr[-2000:]}")

@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 from pgpo import UserError
 from pgpo.runlog import RunLog, read_run
+from pgpo.train.gate import torch_optimizer
 from pgpo.train.guard import SIGNALS, CollapseGuard, calibrate, choose_limits, read_limits
-from pgpo.train.trl_seam import torch_optimizer
 
 # Numbers alone --------------------------------------------------------------------------------------------------------
 

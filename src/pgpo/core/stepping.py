@@ -8,6 +8,7 @@ that one step. (Scaling the loss or the gradient is NOT the method: Adam normali
 
     modulate            the fast twin: lr * rho inside `step()`, restored right after, so no scheduler sees it, even if
                         the step raises
+    scaled_rates        what it does, as a context manager around a step that you call yourself
     modulate_reference  the slow twin: the plain step, then theta_old + rho * (theta_new - theta_old)
 
 Decoupled weight decay is part of the update that lr multiplies. "scaled" (default) lets it scale too, which makes
@@ -16,10 +17,12 @@ PGPO exactly a learning-rate schedule; "fixed" divides it by rho, so that only t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import types
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -73,6 +76,55 @@ def modulate_reference(optimizer: Optimizer) -> ReferenceModulation:
         ValueError: the optimizer is modulated already.
     """
     return ReferenceModulation(optimizer)
+
+
+def require_linear(optimizer: Optimizer) -> None:
+    """Raise ValueError unless `scaled_rates` scales this optimizer's update; warn where its class is unknown."""
+    names = [cls.__name__ for cls in type(optimizer).__mro__]
+    refused = next((name for name in names if name in _NOT_LINEAR), None)
+    if refused is not None:
+        raise ValueError(
+            f"{refused} cannot be modulated: its update is not linear in the learning rate; use SGD, AdamW or "
+            "another optimizer that is, or modulate_reference(optimizer)."
+        )
+    if not any(name in _LINEAR for name in names):
+        warnings.warn(
+            f"{names[0]} is not known to pgpo: modulation is exact only if its update is linear in lr.", stacklevel=4
+        )
+    if any(group["lr"] is None for group in optimizer.param_groups):
+        raise ValueError(f"{names[0]} runs without a learning rate, so there is nothing to scale; set lr.")
+
+
+@contextlib.contextmanager
+def scaled_rates(optimizer: Optimizer, rho: float, weight_decay: str = "scaled") -> Iterator[None]:
+    """Inside the block every learning rate is rho times what it was; behind it all is restored, also after an error.
+
+    Args:
+        optimizer: a torch optimizer that `require_linear` accepts.
+        rho: finite, >= 0.
+        weight_decay: "scaled" or "fixed" (module docstring).
+
+    Raises:
+        ValueError: rho is 0 with weight_decay="fixed", or Adafactor caps the step below lr * rho.
+    """
+    groups = optimizer.param_groups
+    compensated = [weight_decay == "fixed" and _is_decoupled(optimizer, group) for group in groups]
+    if rho == 0 and any(compensated):
+        raise ValueError("rho is 0 and weight_decay='fixed': decay / rho is undefined; set rho_min > 0.")
+    for group in groups:
+        _check_adafactor(optimizer, group, rho)
+    saved = [(group, group["lr"], group.get("weight_decay")) for group in groups]
+    try:
+        for group, compensate in zip(groups, compensated, strict=True):
+            group["lr"] = group["lr"] * rho  # out of place: a tensor lr must come back as the same object
+            if compensate:
+                group["weight_decay"] = group["weight_decay"] / rho
+        yield
+    finally:
+        for group, lr, decay in saved:
+            group["lr"] = lr
+            if decay is not None:
+                group["weight_decay"] = decay
 
 
 class _Handle:
@@ -211,47 +263,20 @@ class Modulation(_Handle):
     def __init__(self, optimizer: Optimizer, weight_decay: str = "scaled", stepper: Any = None) -> None:
         if weight_decay not in ("scaled", "fixed"):
             raise ValueError(f"weight_decay is {weight_decay!r}; choose 'scaled' (with lr) or 'fixed' (over rho).")
-        names = [cls.__name__ for cls in type(optimizer).__mro__]
-        refused = next((name for name in names if name in _NOT_LINEAR), None)
-        if refused is not None:
-            raise ValueError(
-                f"{refused} cannot be modulated: its update is not linear in the learning rate; use SGD, AdamW or "
-                "another optimizer that is, or modulate_reference(optimizer)."
-            )
-        if not any(name in _LINEAR for name in names):
-            warnings.warn(
-                f"{names[0]} is not known to pgpo: modulation is exact only if its update is linear in lr.",
-                stacklevel=3,
-            )
-        if any(group["lr"] is None for group in optimizer.param_groups):
-            raise ValueError(f"{names[0]} runs without a learning rate, so there is nothing to scale; set lr.")
+        require_linear(optimizer)
         self.weight_decay = weight_decay
-        self._saved: list[tuple[dict[str, Any], Any, Any]] | None = None  # group, lr, weight decay
+        self._scaled = contextlib.ExitStack()
         super().__init__(optimizer, stepper)
 
     def _apply(self, rho: float) -> None:
         self._undo()
-        fixed = self.weight_decay == "fixed"
-        decoupled = [fixed and _is_decoupled(self.optimizer, group) for group in self.optimizer.param_groups]
-        if rho == 0 and any(decoupled):
-            raise ValueError("rho is 0 and weight_decay='fixed': decay / rho is undefined; set rho_min > 0.")
-        for group in self.optimizer.param_groups:
-            _check_adafactor(self.optimizer, group, rho)
-        self._saved = [(group, group["lr"], group.get("weight_decay")) for group in self.optimizer.param_groups]
-        for group, compensate in zip(self.optimizer.param_groups, decoupled, strict=True):
-            group["lr"] = group["lr"] * rho  # out of place: a tensor lr must come back as the same object
-            if compensate:
-                group["weight_decay"] = group["weight_decay"] / rho
+        self._scaled.enter_context(scaled_rates(self.optimizer, rho, self.weight_decay))
 
     def _finish(self, rho: float) -> None:
         self._undo()
 
     def _undo(self) -> None:
-        for group, lr, decay in self._saved or ():
-            group["lr"] = lr
-            if decay is not None:
-                group["weight_decay"] = decay
-        self._saved = None
+        self._scaled.close()
 
 
 class ReferenceModulation(_Handle):

@@ -465,7 +465,7 @@ class GuardActions:
         self.guard.tracks = {name: Track(**track) for name, track in snapshot.tracks.items()}
 
     def _optimizer(self) -> Any:
-        from pgpo.train.trl_seam import torch_optimizer
+        from pgpo.train.gate import torch_optimizer
 
         return torch_optimizer(self.trainer.optimizer)
 

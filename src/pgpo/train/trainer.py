@@ -40,9 +40,7 @@ from pgpo.core import (
     dense_distillation_head,
     distillation_of_logits,
     fused_distillation_head,
-    modulate,
 )
-from pgpo.core.stepping import Modulation
 from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import Record, summarize
 from pgpo.evaluate.run import evaluate
@@ -58,7 +56,7 @@ from pgpo.train.guard import CollapseGuard, GuardActions
 from pgpo.train.multiplier import StepMultiplier
 from pgpo.train.passes import Passes, States, causal_lm, head_error, head_problem, joins, open_forward
 from pgpo.train.sharding import keep_precision, shard, sharding_problem
-from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, sampling_explained, torch_optimizer
+from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, sampling_explained
 
 TEACHER_FILE = "pgpo_teacher.safetensors"
 STATE_FILE = "pgpo_state.json"
@@ -162,8 +160,6 @@ class PGPOTrainer(SeamTrainer):
         self.teacher: Teacher | None = None
         self.guard: GuardActions | None = None
         self.templates = _templates(args)
-        self._modulation: Modulation | None = None
-        self._modulation_state: dict[str, Any] | None = None
         self._negative_steps = 0
         self._signal_steps = 0
         self._stepped = False
@@ -651,7 +647,7 @@ class PGPOTrainer(SeamTrainer):
             total += loss.detach()
         self.finite_here = bool(total.isfinite())
         if self.step_factor != 1:
-            self._arm(1.0)
+            self.gate.scale(self.step_factor)
         return self.accelerator.reduce(total, "mean")
 
     # The signal -----------------------------------------------------------------------------------------------------
@@ -676,7 +672,7 @@ class PGPOTrainer(SeamTrainer):
         rhos = self.multiplier(self.state.global_step, self.state.max_steps, information.information, gaps)
         rho = rhos[0] if halves is None else halves.combine(*rhos)
         if self.args.objective == "pgpo" or self.step_factor != 1:
-            self._arm(rho)
+            self.gate.scale(rho * self.step_factor)
         return information, rho
 
     def forget_step(self) -> None:
@@ -688,19 +684,6 @@ class PGPOTrainer(SeamTrainer):
     def step_factor(self) -> float:
         """What the guard multiplies every step by, beside rho."""
         return 1.0 if self.guard is None else self.guard.step_factor
-
-    def _arm(self, rho: float) -> None:
-        if self._modulation is None:
-            try:
-                optimizer, stepper = torch_optimizer(self.optimizer), None
-                if self.is_deepspeed_enabled:
-                    optimizer, stepper = zero.inner_optimizer(optimizer), optimizer
-                self._modulation = modulate(optimizer, self.args.modulated_weight_decay, stepper)
-            except ValueError as error:
-                raise UserError(str(error)) from error
-            if self._modulation_state is not None:
-                self._modulation.load_state_dict(self._modulation_state)
-        self._modulation.arm(rho * self.step_factor)
 
     def _log_step(self, information: Information, rho: float, sums: Sums, tokens: float) -> None:
         values = {
@@ -757,7 +740,7 @@ class PGPOTrainer(SeamTrainer):
             "negative_steps": self._negative_steps,
             "signal_steps": self._signal_steps,
             "skips_in_a_row": self.skips_in_a_row,
-            "modulation": self._modulation.state_dict() if self._modulation is not None else None,
+            "modulation": self.gate.state_dict(),
             "multiplier": self.multiplier.state_dict(),
             "guard": None if self.guard is None else self.guard.state_dict(),
         }
@@ -766,7 +749,7 @@ class PGPOTrainer(SeamTrainer):
         """Take `extra_state()` back. Raises KeyError or ValueError if it was written by another kind of run."""
         self._negative_steps, self._signal_steps = state["negative_steps"], state["signal_steps"]
         self.skips_in_a_row = state.get("skips_in_a_row", 0)
-        self._modulation_state = state["modulation"]
+        self.gate.load_state_dict(state["modulation"])
         self.multiplier.load_state_dict(state["multiplier"])
 
     def save_extra(self, directory: Path) -> None:

@@ -35,6 +35,7 @@ from pgpo.errors import UserError
 from pgpo.teacher.weights import TEACHER_ADAPTER
 from pgpo.train import checkpoint as checkpoints
 from pgpo.train import zero
+from pgpo.train.gate import StepGate
 from pgpo.train.ranks import watch_ranks
 from pgpo.train.user_functions import call, call_async, check_rewards, check_texts, is_async
 
@@ -95,6 +96,7 @@ class SeamTrainer(GRPOTrainer):
         self.last_rollout: Rollout | None = None
         self.run_id: str | None = None  # written into checkpoints
         self.trusted: Path | None = None  # a checkpoint that was verified already
+        self.gate = StepGate(kwargs["args"].modulated_weight_decay)
         self.failed_save: str | None = None  # why the newest checkpoint could not be written
         self.say: Callable[[str], Any] = warnings.warn
         self.advice: Callable[[], str] = lambda: f"after step {self.state.global_step}."  # when a rank is lost
@@ -304,6 +306,7 @@ class SeamTrainer(GRPOTrainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
+        self.gate.open(self.optimizer, model if self.is_deepspeed_enabled else None)
         self._distrusted, self.finite_here = None, True
         batch = self._prepare_inputs(inputs)
         generated = time.perf_counter()
@@ -471,7 +474,6 @@ class SeamTrainer(GRPOTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """transformers asks for it between clipping and the optimizer's step: the last place to stop a bad update."""
         if self.is_deepspeed_enabled:
-            self._step_engine(model)
             norm: float | None = zero.gradient_norm(model)
         else:
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -484,26 +486,10 @@ class SeamTrainer(GRPOTrainer):
         else:
             self.skips_in_a_row = 0
         if self._distrusted is not None or not finite:
-            self._leave_out_step()
-        else:
-            self.optimizer._is_overflow = False
+            self.gate.leave_out()
         if self.args.on_nonfinite == "skip":
             self.record("skipped_share", float(self._distrusted is not None))
         return norm
-
-    def _step_engine(self, engine: Any) -> None:
-        """Let `optimizer.step()`, empty in accelerate's wrapper of DeepSpeed's optimizer, step the engine."""
-        before = self.optimizer.step
-        if hasattr(before, "steps_engine"):
-            return
-
-        @functools.wraps(before)  # a scheduler has left its mark on it
-        def step(closure: Any = None) -> None:
-            before()
-            zero.step(engine)
-
-        step.steps_engine = True  # type: ignore[attr-defined]
-        self.optimizer.step = step
 
     def _count_skip(self) -> None:
         self.skips_in_a_row += 1
@@ -514,23 +500,6 @@ class SeamTrainer(GRPOTrainer):
             raise UserError(f"{text}; the {MOST_SKIPS} last steps were skipped, so training stops. Look for the cause.")
         if self.accelerator.is_main_process:
             self.say(text)
-
-    def _leave_out_step(self) -> None:
-        """Let the optimizer's next step do nothing, told as accelerate tells of what a gradient scaler skips: neither
-        schedule nor teacher move on. (accelerate itself misses what a scaler skips within a fused optimizer.)"""
-        optimizer, before = self.optimizer, vars(self.optimizer).get("step")
-
-        def step(closure: Any = None) -> None:
-            del optimizer.step
-            if before is not None:
-                optimizer.step = before
-            optimizer._is_overflow = True
-            if self.is_deepspeed_enabled:
-                zero.discard(self.model_wrapped)
-            if optimizer.scaler is not None:
-                optimizer.scaler.update()  # it has seen the gradients when they were unscaled for their norm
-
-        optimizer.step = step
 
     # Checkpoints (checkpoint.py) --------------------------------------------------------------------------------
 
@@ -771,14 +740,6 @@ def _explained(checkpoint: str) -> Iterator[None]:
             f"the checkpoint {Path(checkpoint).name} cannot be continued ({type(error).__name__}: {reason}); remove "
             "its folder to continue from the one before."
         ) from error
-
-
-def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside accelerate's wrapper."""
-    inner = optimizer
-    while hasattr(inner, "accelerator_state"):
-        inner = inner.optimizer
-    return inner
 
 
 def _name(function: Any) -> str:
