@@ -25,8 +25,9 @@ from pgpo import cli, runlog
 from pgpo.cli import main
 from pgpo.tasks import lab_world
 from pgpo.teacher import Teacher
-from pgpo.train import checkpoint, trl_seam
+from pgpo.train import checkpoint
 from pgpo.train import run as train_run
+from pgpo.train.seam import step as seam_step
 from pgpo.train.trainer import PGPOTrainer
 
 torch.set_num_threads(1)
@@ -65,7 +66,7 @@ class Phases:
 
     def install(self) -> None:
         self._around(torch, "multinomial", lambda: "generation" if self.generating else "evaluation")
-        self._during(trl_seam.GRPOTrainer, "_generate_and_score_completions", "generating")
+        self._during(seam_step.GRPOTrainer, "_generate_and_score_completions", "generating")
         self._during(PGPOTrainer, "_save_checkpoint", "saving")
         self._around(Accelerator, "backward", lambda: "micro-batches")
         self._around(Teacher, "update", lambda: "optimizer and teacher")

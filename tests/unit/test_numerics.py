@@ -30,7 +30,7 @@ from pgpo.core import modulate, modulate_reference
 from pgpo.errors import UserError
 from pgpo.train.gate import torch_optimizer
 from pgpo.train.run import load_model
-from pgpo.train.trl_seam import MOST_SKIPS, nonfinite_parameter
+from pgpo.train.seam import MOST_SKIPS, nonfinite_parameter
 
 STEPS = 4
 ROWS = 16  # 4 prompts x 4 completions

@@ -33,8 +33,8 @@ from pgpo.tasks import Row, Task, lab_world
 from pgpo.train import checkpoint as checkpoints
 from pgpo.train.arguments import Parsed, RunArguments, parse
 from pgpo.train.field_types import file_name
+from pgpo.train.seam import nonfinite_parameter
 from pgpo.train.trainer import PGPOTrainer
-from pgpo.train.trl_seam import nonfinite_parameter
 
 console = Console(stderr=True)
 # What a continued run may do differently: how long it goes on, and what it tells on the way.

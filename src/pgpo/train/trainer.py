@@ -2,7 +2,7 @@
 
 One optimizer step, top-down:
 
-    rollouts, rewards                        TRL (trl_seam.py)
+    rollouts, rewards                        TRL (seam/step.py)
     annotate    teacher contexts             demonstration = a right sibling, and/or feedback on the own attempt
     optimize    micro-batches                active samples only, sorted by length, within the token budget
                 student and teacher hidden states on the same completion tokens (passes.py)
@@ -55,8 +55,8 @@ from pgpo.train.field_types import file_name
 from pgpo.train.guard import CollapseGuard, GuardActions
 from pgpo.train.multiplier import StepMultiplier
 from pgpo.train.passes import Passes, States, causal_lm, head_error, head_problem, joins, open_forward
+from pgpo.train.seam import Batch, Prompt, Rollout, SeamTrainer, sampling_explained
 from pgpo.train.sharding import keep_precision, shard, sharding_problem
-from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, sampling_explained
 
 TEACHER_FILE = "pgpo_teacher.safetensors"
 STATE_FILE = "pgpo_state.json"

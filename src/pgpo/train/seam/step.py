@@ -1,7 +1,4 @@
-"""The seam to TRL: the ONLY file that names private members of trl.GRPOTrainer (1.16).
-
-It turns them into a handful of public hooks, so that `trainer.py` reads as the method and an upgrade of TRL is a
-change of this file. `tests/contract/test_trl_seam.py` checks every name used here against the installed TRL.
+"""TRL's members that make a training step, as public hooks.
 
 Flow of one Trainer step, which is one optimizer step:
 
@@ -16,24 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from pgpo.errors import UserError
-from pgpo.teacher.weights import TEACHER_ADAPTER
-from pgpo.train import checkpoint as checkpoints
 from pgpo.train import zero
 from pgpo.train.gate import StepGate
 from pgpo.train.ranks import watch_ranks
@@ -68,8 +60,8 @@ class Rollout:
     problem: str | None = None
 
 
-class SeamTrainer(GRPOTrainer):
-    """GRPOTrainer with public hooks in place of private members. Subclass it; do not use it alone."""
+class StepSeam(GRPOTrainer):
+    """GRPOTrainer with public hooks in place of the private members that make a step. Subclass it."""
 
     _tag_names: ClassVar = ["trl", "pgpo"]
     _name = "PGPO"
@@ -85,23 +77,16 @@ class SeamTrainer(GRPOTrainer):
         self._captured: tuple[list[Prompt], list[str], Tensor, list[str | None] | None] | None = None
         self._recorded_before: dict[str, int] = {}  # scalars per name when this training step began
         self._grad_norm: float | None = None
-        self._scratch: str | None = None  # where a checkpoint is being written
-        self._sampler: Any = None
-        self._unlogged: dict[str, Any] | None = None  # of a checkpoint between two logs, until training goes on
         self._failure: UserError | None = None  # of a user's function on this rank, until all ranks know of it
         self._problem: str | None = None  # what is not finite in the rewards of this rank
         self._distrusted: str | None = None  # what is not finite in the step at work
         self.finite_here = True  # whether what this rank put into the step is finite
         self.skips_in_a_row = 0
         self.last_rollout: Rollout | None = None
-        self.run_id: str | None = None  # written into checkpoints
-        self.trusted: Path | None = None  # a checkpoint that was verified already
         self.gate = StepGate(kwargs["args"].modulated_weight_decay)
-        self.failed_save: str | None = None  # why the newest checkpoint could not be written
         self.say: Callable[[str], Any] = warnings.warn
         self.advice: Callable[[], str] = lambda: f"after step {self.state.global_step}."  # when a rank is lost
         self._watching = False
-        self.before_seal: Callable[[], Any] = lambda: None
         super().__init__(*args, **kwargs)
 
     # Hooks ----------------------------------------------------------------------------------------------------
@@ -116,12 +101,6 @@ class SeamTrainer(GRPOTrainer):
 
     def forget_step(self) -> None:
         """Undo what `optimize` has noted of a step that is skipped."""
-
-    def save_extra(self, directory: Path) -> None:
-        """Write what a checkpoint needs beyond the Trainer's own state (called on every rank)."""
-
-    def load_extra(self, directory: Path) -> None:
-        """Read what `save_extra` wrote."""
 
     # Services for the subclass ----------------------------------------------------------------------------------
 
@@ -187,10 +166,6 @@ class SeamTrainer(GRPOTrainer):
         for text in self.gather_objects([None if self._failure is None else str(self._failure)]):
             if text is not None:
                 raise UserError(text) from self._failure
-
-    def load_weights(self, checkpoint: Path) -> None:
-        """The student's weights of a checkpoint, nothing else of it."""
-        self._load_from_checkpoint(str(checkpoint))
 
     def base_learning_rate(self) -> float:
         """The scheduler's learning rate of this step, before any modulation."""
@@ -275,17 +250,6 @@ class SeamTrainer(GRPOTrainer):
 
     # TRL's members ----------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but a checkpoint is verified first, and True is the newest one that is whole."""
-        if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
-            raise UserError("DeepSpeed's engine trains once; make a new trainer and resume from a checkpoint.")
-        with self.rank_watch():
-            checkpoint = self._verified(resume_from_checkpoint)
-            if checkpoint is not None and self.is_deepspeed_enabled:
-                with _explained(checkpoint):
-                    zero.require_inert(Path(checkpoint), self.accelerator.num_processes)
-            return super().train(checkpoint, *args, **kwargs)
-
     @contextlib.contextmanager
     def rank_watch(self) -> Iterator[None]:
         """End this process if another rank is lost (`watch_ranks`); may be opened around `train`."""
@@ -301,7 +265,6 @@ class SeamTrainer(GRPOTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         start = time.perf_counter()
-        self._load_unlogged()
         self._recorded_before = {name: len(values) for name, values in self._metrics["train"].items()}
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
@@ -500,246 +463,6 @@ class SeamTrainer(GRPOTrainer):
             raise UserError(f"{text}; the {MOST_SKIPS} last steps were skipped, so training stops. Look for the cause.")
         if self.accelerator.is_main_process:
             self.say(text)
-
-    # Checkpoints (checkpoint.py) --------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write aside, seal, rename. A disk that takes no more costs this checkpoint, not the run."""
-        folder, step, best = Path(self._get_output_dir(trial)), self.state.global_step, self.state.best_model_checkpoint
-        name = f"checkpoint-{step}"
-
-        def write() -> None:
-            path = Path(self._get_output_dir(trial)) / name
-            super(SeamTrainer, self)._save_checkpoint(model, trial)
-            if self.state.best_global_step == step:  # transformers saw it where it is written
-                self.state.best_model_checkpoint = str(folder / name)
-                if self.args.should_save:
-                    self.state.save_to_json(str(path / TRAINER_STATE_NAME))
-            self._save_progress(path)
-            self.save_extra(path)
-
-        def seal() -> None:
-            if self.args.should_save:
-                self.before_seal()
-                checkpoints.commit(folder, step, self.run_id)
-
-        push, self.args.push_to_hub = self.args.push_to_hub, False  # not before it has its name
-        self._scratch = str(folder / checkpoints.WRITING)
-        try:
-            self.failed_save = (
-                self._disk_failure(lambda: checkpoints.begin(folder) if self.args.should_save else None)
-                or self._disk_failure(write)
-                or self._disk_failure(seal)
-            )
-        finally:
-            self.args.push_to_hub, self._scratch = push, None
-        if self.failed_save is not None:
-            self.state.best_model_checkpoint = best
-            if self.args.should_save:
-                checkpoints.remove_leftovers(folder)
-            if self.accelerator.is_main_process:
-                self.say(
-                    f"{name} could not be written in {folder} ({self.failed_save}); training goes on and the next save "
-                    "tries again: free some space there."
-                )
-            return
-        if self.args.should_save:
-            kept = self.state.best_model_checkpoint
-            checkpoints.rotate(folder, step, self.args.save_total_limit, None if kept is None else Path(kept))
-        if push:
-            self._push_from_checkpoint(str(folder / name))
-
-    def _disk_failure(self, action: Callable[[], Any]) -> str | None:
-        """Run a part of a save on every rank; what the disk of some rank said, if it failed."""
-        failure = None
-        try:
-            action()
-        except Exception as error:
-            failure = checkpoints.write_failure(error)
-            if failure is None:
-                raise
-        return next((f for f in self.gather_objects([failure]) if f is not None), None)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(super()._get_output_dir(trial)) if self._scratch is None else self._scratch
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The student alone, for the teacher's adapter has a file of its own; and no pickle of the arguments."""
-        model = self.accelerator.unwrap_model(self.model)
-        adapters = [name for name in getattr(model, "peft_config", {}) if name != TEACHER_ADAPTER]
-        if adapters:
-            model.save_pretrained = functools.partial(type(model).save_pretrained, model, selected_adapters=adapters)
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            if adapters:
-                del model.save_pretrained
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    def _save_progress(self, directory: Path) -> None:
-        """What TRL and transformers keep in memory only, per rank: counters, scalars not logged yet, and the
-        completions that the next step takes again."""
-        from safetensors.torch import save_file
-
-        directory.mkdir(parents=True, exist_ok=True)
-        progress: dict[str, Any] = {
-            "ranks": self.accelerator.num_processes,
-            "step": self._step,
-            "metrics": self._metrics["train"],
-            "loss": self._tr_loss.item(),
-            "logged": self._globalstep_last_logged,
-        }
-        if self._step % self._generate_every and self._buffered_inputs is not None:
-            tensors, progress["batches"] = checkpoints.pack(self._buffered_inputs)
-            save_file(tensors, directory / self._own_file("rollout", "safetensors"))
-            assert self.last_rollout is not None
-            local = self.last_rollout.local
-            rollout = vars(self.last_rollout) | {"local": [local.start, local.stop]}
-            # A prompt may hold images, of which no sample is written.
-            progress["rollout"] = json.loads(json.dumps(rollout, default=str))
-        (directory / self._own_file("progress", "json")).write_text(json.dumps(progress) + "\n", encoding="utf-8")
-
-    def _load_progress(self, directory: Path) -> None:
-        from safetensors.torch import load_file
-
-        self.state.compute_steps(self.args, self.state.max_steps)  # transformers keeps the checkpoint's save_steps
-        self._skip_permutations(int(self.state.epoch or 0))
-        file = directory / self._own_file("progress", "json")
-        progress: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        if progress.get("ranks") != self.accelerator.num_processes:
-            self.say(
-                f"{directory.name} was written by another number of processes: the run goes on, but not bit for bit "
-                "as one that was never stopped."
-            )
-            self._step = self.state.global_step
-            return
-        self._step = progress["step"]
-        self._unlogged = progress
-        if "batches" not in progress:
-            return
-        if len(progress["batches"]) != self.args.steps_per_generation:
-            raise ValueError(
-                f"its steps_per_generation is {len(progress['batches'])}, this run's {self.args.steps_per_generation}"
-            )
-        tensors = load_file(directory / self._own_file("rollout", "safetensors"))
-        self._buffered_inputs: Any = checkpoints.unpack(tensors, progress["batches"], self.accelerator.device)
-        self.last_rollout = Rollout(**(progress["rollout"] | {"local": slice(*progress["rollout"]["local"])}))
-
-    def _load_unlogged(self) -> None:
-        """Scalars between two logs; transformers sets its own to zero when the loop starts."""
-        if self._unlogged is None:
-            return
-        for name, values in self._unlogged["metrics"].items():
-            self._metrics["train"][name] = values
-        self._tr_loss += self._unlogged["loss"]
-        self._globalstep_last_logged: int = self._unlogged["logged"]
-        self._unlogged = None
-
-    @property
-    def _generate_every(self) -> int:
-        return self.args.steps_per_generation * self.num_iterations
-
-    def _own_file(self, what: str, ending: str) -> str:
-        return f"{_OWN}{what}-{self.accelerator.process_index}.{ending}"
-
-    def _get_train_sampler(self, *args: Any) -> Any:
-        self._sampler = super()._get_train_sampler(*args)
-        return self._sampler
-
-    def _skip_permutations(self, epochs: int) -> None:
-        """TRL's sampler draws one permutation per epoch from its own generator, which starts anew with the process."""
-        if self.shuffle_dataset and self._sampler is not None:
-            for _ in range(epochs):
-                torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
-
-    def _verified(self, resume: Any) -> str | None:
-        """Path of the checkpoint to continue from. The main process looks; all raise UserError if it cannot be used."""
-        found: list[str | UserError | None] = [None]
-        if resume and self.accelerator.is_main_process:
-            try:
-                found = [self._whole_checkpoint(resume)]
-            except UserError as error:
-                found = [error]
-        result = self.gather_objects(found)[0]
-        if isinstance(result, UserError):
-            raise result
-        return result
-
-    def _whole_checkpoint(self, resume: Any) -> str:
-        if resume is True:
-            folder = Path(self.args.output_dir)
-            path = checkpoints.newest_whole(folder, self.run_id, say=self.say)
-            if path is None:
-                raise UserError(f"{folder} has no whole checkpoint; give the path of one, or start from the beginning.")
-            return str(path)
-        path = Path(resume).resolve()
-        if not path.is_dir():
-            raise UserError(f"there is no checkpoint {resume}; give its folder, or True for the newest one.")
-        if path == self.trusted or (problem := checkpoints.problem(path, self.run_id)) is None:
-            return str(resume)
-        if not (path / checkpoints.MANIFEST_FILE).exists():
-            if not any(path.glob(f"{_OWN}*")):
-                raise UserError(
-                    f"{resume} is no checkpoint of pgpo (it has no {checkpoints.MANIFEST_FILE}), so teacher and "
-                    "schedule cannot be continued; give it to the trainer as the model, to train on from its weights."
-                )
-            self.say(f"{path.name} has no {checkpoints.MANIFEST_FILE}: whether it is whole cannot be verified.")
-            return str(resume)
-        older = checkpoints.newest_whole(path.parent, self.run_id, before=checkpoints.named_step(path))
-        go_on = "no older one is whole, so restore it from a copy" if older is None else f"continue from {older}"
-        raise UserError(f"the checkpoint {resume} is not as it was written ({problem}); {go_on}.")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with _explained(resume_from_checkpoint):
-            for file in Path(resume_from_checkpoint).rglob(".metadata"):
-                checkpoints.require_inert(file)
-            with _dtypes_kept(self.model):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        with _explained(checkpoint):
-            own_way = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            if not own_way and not (Path(checkpoint) / OPTIMIZER_NAME).exists():
-                raise ValueError(f"it has no {OPTIMIZER_NAME}, as with save_only_model")
-            super()._load_optimizer_and_scheduler(checkpoint)
-            self._load_progress(Path(checkpoint))
-            self.load_extra(Path(checkpoint))
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with _explained(str(checkpoint)):
-            super()._load_scaler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _explained(str(checkpoint)):
-            super()._load_rng_state(checkpoint)
-
-
-@contextlib.contextmanager
-def _dtypes_kept(model: nn.Module) -> Iterator[None]:
-    """PEFT makes adapters fp32 when it loads them, also those that TRL made bf16 (QLoRA): the run would go on otherwise
-    than it began."""
-    before = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
-    yield
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != before.get(name, parameter.dtype):
-            parameter.data = parameter.data.to(before[name])
-
-
-@contextlib.contextmanager
-def _explained(checkpoint: str) -> Iterator[None]:
-    """Name the checkpoint that cannot be read. transformers reads with weights_only, so pickled code is an error."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise UserError(
-            f"the checkpoint {Path(checkpoint).name} cannot be continued ({type(error).__name__}: {reason}); remove "
-            "its folder to continue from the one before."
-        ) from error
 
 
 def _name(function: Any) -> str:
