@@ -46,7 +46,7 @@ class StepGate:
         plain = wrapper.step
 
         @functools.wraps(plain)  # a scheduler has left its mark on it
-        def step(closure: Any = None) -> None:
+        def step(*args: Any, **kwargs: Any) -> None:
             rho, left_out = self._rho, self._left_out
             self._rho, self._left_out = None, False
             wrapper._is_overflow = left_out
@@ -54,7 +54,7 @@ class StepGate:
                 self._discard()
                 return
             with contextlib.nullcontext() if rho is None else self._scaled(rho):
-                plain(closure)
+                plain(*args, **kwargs)
                 if engine is not None:
                     zero.step(engine)
             if rho is not None and not wrapper.step_was_skipped:
