@@ -37,7 +37,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from pgpo.core import HeadOutput, fused_distillation_head
-from pgpo.core.fused_head import _default_chunk_size
+from pgpo.core.head import _default_chunk_size
 
 TIMING = {
     "MALLOC_MMAP_MAX_": "0",

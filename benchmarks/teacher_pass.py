@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from pgpo.forward import batching
+from pgpo.forward.batching import Limits
+from pgpo.forward.passes import Passes, States, open_forward
 from pgpo.teacher import Teacher
-from pgpo.train import batching
-from pgpo.train.batching import Limits
 from pgpo.train.config import PGPOConfig
-from pgpo.train.passes import Passes, States, open_forward
 
 ROWS, PREFIX, COMPLETION, VOCABULARY = 8, 600, 300, 4096
 

@@ -145,8 +145,8 @@ def _study(argv: list[str]) -> int:
 
 def _plan(argv: list[str]) -> int:
     parser = _parser("plan", "Peak memory per GPU and the largest token budget, from the model's config alone.")
-    from pgpo.train.plan import MATRICES, Setting
-    from pgpo.train.plan import main as plan
+    from pgpo.memory.moments import MATRICES, Setting
+    from pgpo.memory.moments import main as plan
 
     default = Setting()
 

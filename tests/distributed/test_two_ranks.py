@@ -19,7 +19,7 @@ from conftest import build_model
 from trainer_kit import bitwise_equal, largest_difference
 from two_ranks import CASES, REFUSED
 
-from pgpo.train import plan
+from pgpo.memory import moments as plan
 
 DEEPSPEED = Path(sys.prefix, "deepspeed")  # `make test` puts it there, apart from what all other tests see
 SCRIPT = Path(__file__).with_name("two_ranks.py")

@@ -9,7 +9,7 @@ from conftest import build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgpo.train.batching import _WIDEST, Limits, costs, join, run_cost, shared_cost, siblings, split
+from pgpo.forward.batching import _WIDEST, Limits, costs, join, run_cost, shared_cost, siblings, split
 
 LIMITS = st.builds(
     Limits,

@@ -12,10 +12,9 @@ from torch import nn
 from trainer_kit import Spy, largest_difference, train, trainer, weights
 
 from pgpo import UserError
-from pgpo.teacher import Teacher
-from pgpo.train import passes as passes_module
-from pgpo.train.batching import Limits
-from pgpo.train.passes import (
+from pgpo.forward import passes as passes_module
+from pgpo.forward.batching import Limits
+from pgpo.forward.passes import (
     Passes,
     States,
     combined,
@@ -27,6 +26,7 @@ from pgpo.train.passes import (
     packed,
     padded,
 )
+from pgpo.teacher import Teacher
 
 CPU = torch.device("cpu")
 PROMPTS = [[2, 10, 11, 3], [2, 12, 3], [2, 10, 11, 3], [2, 13, 14, 15, 16, 17, 3], [2, 10, 11, 3], [2, 12, 3]]

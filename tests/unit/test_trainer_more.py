@@ -25,9 +25,9 @@ from trainer_kit import (
 )
 
 from pgpo import PGPOTrainer, UserError
+from pgpo.forward.batching import split
+from pgpo.forward.passes import _CACHED
 from pgpo.tasks.graders import Grade
-from pgpo.train.batching import split
-from pgpo.train.passes import _CACHED
 from pgpo.train.trainer import Row
 
 

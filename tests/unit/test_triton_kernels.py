@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 import triton_cases as cases
-from test_fused_head import build, check, gradients
+from test_head import build, check, gradients
 
 from pgpo.core import dense_distillation_head, fused_distillation_head
-from pgpo.core import fused_head as module
+from pgpo.core import head as module
 from tests.oracles import head as oracle
 
 ROOT = Path(__file__).parents[2]

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from pgpo.core import dense_distillation_head, fused_distillation_head
-from pgpo.core import fused_head as module
-from pgpo.core.fused_head import _Spec
+from pgpo.core import head as module
+from pgpo.core.head import _Spec
 
 INF, NAN = math.inf, math.nan
 KINDS = [("jsd", 0.5), ("jsd", 0.2), ("jsd", 0.0), ("jsd", 1.0), ("forward_kl", 0.5), ("reverse_kl", 0.5)]
@@ -400,7 +400,7 @@ def triton_everywhere() -> Iterator[list[str]]:
 @case(INTERPRETED, named([*DIRECTIONS, ("jsd", 1.0), ("sampled_token", 0.5)]), dict(full=None, top_k=3))
 def whole_head(kind: tuple[str, float], top_k: int | None) -> None:
     """Values and gradients of both forms, fused with Triton against dense on full logits."""
-    from test_fused_head import VALUES, build, gradients
+    from test_head import VALUES, build, gradients
 
     options: dict[str, Any] = dict(kind=kind[0], beta=kind[1], top_k=top_k, **EVERYTHING)
     sides = []
@@ -424,7 +424,7 @@ def whole_head(kind: tuple[str, float], top_k: int | None) -> None:
 @case(INTERPRETED)
 def whole_head_in_bf16_with_fp32_logits() -> None:
     """As on CUDA: fp32 logits, and a buffer of bf16 for their gradient."""
-    from test_fused_head import VALUES, build, gradients
+    from test_head import VALUES, build, gradients
 
     def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a.float() @ b.float())

@@ -47,16 +47,17 @@ from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import Record, summarize
 from pgpo.evaluate.run import evaluate
 from pgpo.evaluate.runners import TransformersRunner
+from pgpo.forward import batching
+from pgpo.forward.batching import Bundle, Limits
+from pgpo.forward.passes import Passes, States, causal_lm, head_error, head_problem, joins, open_forward
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
 from pgpo.teacher.weights import reshard
-from pgpo.train import batching, zero
+from pgpo.train import zero
 from pgpo.train.adapters import adapter_problem
-from pgpo.train.batching import Bundle, Limits
 from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
 from pgpo.train.field_types import file_name
 from pgpo.train.guard import CollapseGuard, GuardActions
 from pgpo.train.multiplier import StepMultiplier
-from pgpo.train.passes import Passes, States, causal_lm, head_error, head_problem, joins, open_forward
 from pgpo.train.sharding import keep_precision, shard, sharding_problem
 from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, sampling_explained, torch_optimizer
 

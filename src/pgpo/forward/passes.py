@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pgpo.core import HeadOutput
+from pgpo.forward import batching
+from pgpo.forward.batching import Limits
 from pgpo.teacher import Teacher
-from pgpo.train import batching
-from pgpo.train.batching import Limits
 
 _JOINED_CHECK = 24  # ours: tokens of the prompt and of each completion
 _WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "attention_types")

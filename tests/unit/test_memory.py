@@ -26,12 +26,14 @@ from transformers import (
 )
 
 from pgpo.cli import main
-from pgpo.core import fused_head
+from pgpo.core import head as fused_head
 from pgpo.errors import UserError
+from pgpo.forward import passes
+from pgpo.memory import moments as plan
+from pgpo.memory.moments import GIB, MATRICES, Setting, Step
 from pgpo.teacher import weights
-from pgpo.train import passes, plan, trainer
+from pgpo.train import trainer
 from pgpo.train.config import PGPOConfig
-from pgpo.train.plan import GIB, MATRICES, Setting, Step
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgpo.core import HeadOutput, dense_distillation_head, divergence, fused_distillation_head, token_entropy
-from pgpo.core import fused_head as module
+from pgpo.core import head as module
 from tests.oracles import head as oracle
 
 INF, NAN = math.inf, math.nan

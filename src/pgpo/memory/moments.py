@@ -9,7 +9,7 @@ A step has five moments; each has its own peak, and the largest is the step's:
     step       gradients, optimizer, teacher average
 
 Every number is counted from the code that runs, none is fitted: transformers' Llama block (`layer_activations`),
-core/fused_head.py (`Step._head`), passes.py and trainer.py (`Step.teacher`), teacher/weights.py (`static`), torch's
+core/head.py (`Step._head`), passes.py and trainer.py (`Step.teacher`), teacher/weights.py (`static`), torch's
 autograd and AdamW, DeepSpeed 0.19 with what train/zero.py sets (`Step._zero`). benchmarks/plan_accuracy.py compares
 them with measured peaks.
 
@@ -36,7 +36,7 @@ from pgpo.errors import UserError
 from pgpo.runlog import write_atomically
 
 GIB = 2**30
-# Decoder blocks whose saved tensors tests/unit/test_plan.py compares with autograd's, byte by byte.
+# Decoder blocks whose saved tensors tests/unit/test_memory.py compares with autograd's, byte by byte.
 BLOCKS = ("llama", "mistral", "qwen2", "qwen3")
 HELD, CACHED = 8, 4  # trainer._HELD, passes._CACHED
 BUCKET = 2**26  # teacher.weights._BUCKET
@@ -712,7 +712,7 @@ class Step:
     def _head(self) -> dict[str, float]:
         """Heads of student and teacher.
 
-        Fused (core/fused_head.py): two buffers of a chunk's logits, on CUDA in fp32 and a third in the matmul's dtype
+        Fused (core/head.py): two buffers of a chunk's logits, on CUDA in fp32 and a third in the matmul's dtype
         (of a lone chunk the teacher's is gone when the weight's gradient comes: the larger of the two counts);
         the student's kept states and their gradient, w H each; the weight's gradient, in fp32 where it is added up in
         fp32, and rounded; under autocast bf16 copies of both heads and both states.

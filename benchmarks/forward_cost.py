@@ -1,4 +1,4 @@
-"""What a run through the model costs beside its tokens: the constants of `pgpo.train.batching`.
+"""What a run through the model costs beside its tokens: the constants of `pgpo.forward.batching`.
 
 CPU time of a run of B rows of W tokens, for B W from 16 to 2048, and the line a + b B W through it (least squares of
 the relative errors); a / b is what a run costs in tokens. The two models of update_step.py; the median of 9 runs each.
@@ -27,8 +27,8 @@ from transformers.cache_utils import DynamicCache
 from update_step import SCALES, build
 
 from pgpo.core import HeadOutput, fused_distillation_head
-from pgpo.train import batching
-from pgpo.train.passes import Head, Passes, States, open_forward
+from pgpo.forward import batching
+from pgpo.forward.passes import Head, Passes, States, open_forward
 
 SHAPES = [(1, 16), (4, 32), (8, 32), (16, 32), (32, 32), (64, 32), (8, 64), (16, 64), (32, 64), (8, 128), (16, 128)]
 
@@ -126,7 +126,9 @@ def main() -> None:
     for name, values in found.items():
         for what, fit in values.items():
             print(name, what, fit)
-    (RESULTS / "run_cost.json").write_text(json.dumps({"models": found, "torch": torch.__version__}, indent=2) + "\n")
+    (RESULTS / "forward_cost.json").write_text(
+        json.dumps({"models": found, "torch": torch.__version__}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":
