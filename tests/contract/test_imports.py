@@ -225,7 +225,7 @@ def test_a_planted_bad_import_is_found(file: str, source: str) -> None:
             "from .information import token_entropy\nfrom pgpo.core import viscosity\nfrom . import stepping",
         ),
         ("core/__init__.py", "from .information import token_entropy"),
-        ("core/triton_kernels.py", "import triton\nfrom . import head"),
+        ("core/triton_kernels.py", "import triton\nfrom . import _head_formulas"),
         ("core/x.py", "def f():\n    from . import triton_kernels"),
         ("teacher/contexts.py", "import re"),
         ("teacher/weights.py", "def f():\n    from peft import LoraConfig"),

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from pgpo.cli import main
-from pgpo.core import head as fused_head
+from pgpo.core import _head_chunks, _head_kernels
 from pgpo.errors import UserError
 from pgpo.forward import passes
 from pgpo.memory import moments as plan
@@ -200,9 +200,9 @@ def test_copied_constants_are_those_of_the_code():
     assert plan.HELD == trainer._HELD
     assert plan.CACHED == passes._CACHED
     assert plan.BUCKET == weights._BUCKET
-    assert plan.CHUNK_LOGITS == {**fused_head._CHUNK_LOGITS, "cuda": fused_head._CHUNK_LOGITS_ELSEWHERE}
-    assert plan.COMPILE_FROM == fused_head._COMPILE_FROM_VOCABULARY
-    assert fused_head._EAGER_LOGITS["cpu"] == plan.EAGER_LOGITS
+    assert plan.CHUNK_LOGITS == {**_head_chunks._CHUNK_LOGITS, "cuda": _head_chunks._CHUNK_LOGITS_ELSEWHERE}
+    assert plan.COMPILE_FROM == _head_kernels._COMPILE_FROM_VOCABULARY
+    assert _head_kernels._EAGER_LOGITS["cpu"] == plan.EAGER_LOGITS
     assert plan.TRL_TILE == (chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE)
 
 
@@ -372,7 +372,7 @@ def test_chunks_of_logits_are_those_of_the_fused_head(vocabulary, tokens, lora):
     setting = Setting(max_prompt_length=1, max_completion_length=tokens, lora=lora)
     hidden = torch.empty(tokens, 4096, device="meta")
     weight = torch.empty(vocabulary, 4096, device="meta", requires_grad=lora is None)
-    chunks = -(-tokens // fused_head._default_chunk_size(hidden, weight))
+    chunks = -(-tokens // _head_chunks.default_chunk_size(hidden, weight))
     bytes_per_logit = 6 if chunks == 1 and lora is None else 10  # the teacher's, fp32, make room for the gradient
     logits = Step(dataclasses.replace(large(), vocabulary=vocabulary), setting, 1).loss()["logits"]
     assert logits == -(-tokens // chunks) * vocabulary * bytes_per_logit

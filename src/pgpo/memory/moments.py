@@ -40,8 +40,8 @@ GIB = 2**30
 BLOCKS = ("llama", "mistral", "qwen2", "qwen3")
 HELD, CACHED = 8, 4  # trainer._HELD, passes._CACHED
 BUCKET = 2**26  # teacher.weights._BUCKET
-CHUNK_LOGITS = {"cpu": 20_000_000, "cuda": 160_000_000}  # core.fused_head
-COMPILE_FROM, EAGER_LOGITS = 2**15, 2**18  # core.fused_head, on a CPU
+CHUNK_LOGITS = {"cpu": 20_000_000, "cuda": 160_000_000}  # core._head_chunks
+COMPILE_FROM, EAGER_LOGITS = 2**15, 2**18  # core._head_kernels, on a CPU
 TRL_TILE = (4096, 32768)  # trl.kernels.chunked_logprob: tokens and vocabulary of one tile
 # Elements, DeepSpeed 0.19's defaults (runtime/zero/config.py), which the recipes leave as they are: reduce_bucket_size,
 # sub_group_size, stage3_max_live_parameters.
@@ -731,7 +731,7 @@ class Step:
         wide = s.device == "cuda" and c == 2
         chunk = max(1, CHUNK_LOGITS[s.device] // m.vocabulary)
         if s.full and tokens <= min(2 * chunk, m.hidden):
-            chunk *= 2  # core.fused_head._default_chunk_size
+            chunk *= 2  # core._head_chunks.default_chunk_size
         chunks = math.ceil(tokens / chunk)
         step = math.ceil(tokens / chunks)
         gradient = 0
