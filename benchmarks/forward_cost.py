@@ -28,7 +28,8 @@ from update_step import SCALES, build
 
 from pgpo.core import HeadOutput, fused_distillation_head
 from pgpo.forward import batching
-from pgpo.forward.passes import Head, Passes, States, open_forward
+from pgpo.forward.open_model import Head, open_forward
+from pgpo.forward.passes import Passes, States
 
 SHAPES = [(1, 16), (4, 32), (8, 32), (16, 32), (32, 32), (64, 32), (8, 64), (16, 64), (32, 64), (8, 128), (16, 128)]
 

@@ -25,7 +25,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pgpo.forward import batching
 from pgpo.forward.batching import Limits
-from pgpo.forward.passes import Passes, States, open_forward
+from pgpo.forward.open_model import open_forward
+from pgpo.forward.passes import Passes, States
 from pgpo.teacher import Teacher
 from pgpo.train.config import PGPOConfig
 

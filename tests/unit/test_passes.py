@@ -14,18 +14,9 @@ from trainer_kit import Spy, largest_difference, train, trainer, weights
 from pgpo import UserError
 from pgpo.forward import passes as passes_module
 from pgpo.forward.batching import Limits
-from pgpo.forward.passes import (
-    Passes,
-    States,
-    combined,
-    head_error,
-    head_problem,
-    joined,
-    joins,
-    open_forward,
-    packed,
-    padded,
-)
+from pgpo.forward.layout import joined, packed, padded
+from pgpo.forward.open_model import head_error, head_problem, joins, open_forward
+from pgpo.forward.passes import Passes, States, combined
 from pgpo.teacher import Teacher
 
 CPU = torch.device("cpu")

@@ -1,21 +1,14 @@
-"""Forward passes that end in hidden states: no [tokens, vocabulary], little padding, shared prompts run once.
+"""The forwards of student and teacher that end in hidden states: no [tokens, vocabulary], little padding, shared
+prompts computed once.
 
-    open_forward(model)    model(..., finish=f) returns f(hidden states, head) instead of logits
-    layout                 rows of unequal length -> one padded batch, one packed row without padding, or rows of joined
-                           siblings: a prompt, and behind it completions that do not see one another
-    student_pass           hidden states of the completion tokens, with gradient, handed to the loss inside the forward
-    teacher_states         the same for the teacher, without gradient; a prompt that several rows share is run once and
-                           its keys and values serve all their completions
-
-The head is applied inside the wrapped model's own forward, and there inside the head's own, because that is where DDP
-and FSDP hold whole parameters.
+    Passes.forward    hidden states of the completion tokens, handed to the loss inside the model's forward
+    Passes.teacher    the teacher's, without gradient. A prompt that several rows share is computed once: its completions
+                      are joined to it in one row, or use its KV cache (prefix sharing).
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -27,34 +20,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from pgpo.core import HeadOutput
 from pgpo.forward import batching
 from pgpo.forward.batching import Limits
+from pgpo.forward.layout import Inputs, Tokens, joined, packed, padded, padded_with_mask
+from pgpo.forward.open_model import Head, causal_lm
 from pgpo.teacher import Teacher
 
 _JOINED_CHECK = 24  # ours: tokens of the prompt and of each completion
-_WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "attention_types")
 _CACHED = 4  # ours: a cached token takes at most a quarter of the memory of one that goes through the model
 
 T = TypeVar("T")
-Tokens = Sequence[int]
-
-
-@dataclass(frozen=True)
-class Head:
-    """logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap); without softcap, the argument itself.
-
-    Attributes:
-        weight: [V, H].
-        bias: [V] or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., V]."""
-        logits = self.scale * nn.functional.linear(hidden, self.weight, self.bias)
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 @dataclass(frozen=True)
@@ -69,186 +42,6 @@ class States:
 
     def __getitem__(self, index: Tensor) -> States:
         return States(self.hidden[index], self.head)
-
-
-# The model's own forward --------------------------------------------------------------------------------------------
-
-
-def open_forward(model: nn.Module) -> None:
-    """Let `model(..., finish=f)` return f(hidden [B, L, H], Head); without `finish` nothing changes. Idempotent.
-
-    Patches the causal language model itself (below PEFT), on the instance, so that every wrapper's hooks still run.
-    """
-    inner = causal_lm(model)
-    if getattr(inner, "_pgpo_open", False):
-        return
-    plain = inner.forward
-
-    @functools.wraps(type(inner).forward)  # generate() checks its arguments against this signature
-    def forward(self: Any, *args: Any, finish: Callable[[Tensor, Head], T] | None = None, **kwargs: Any) -> Any:
-        if finish is None:
-            return plain(*args, **kwargs)
-        # Backbone and head are looked up at each call: FSDP and PEFT replace them.
-        return _at_head(self, self.base_model(*args, **kwargs).last_hidden_state, finish)
-
-    inner.forward = types.MethodType(forward, inner)
-    inner._pgpo_open = True
-
-
-def causal_lm(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def head_problem(model: nn.Module) -> str | None:
-    """Why the logits of this model are no plain head on its last hidden state, as far as its parts tell; or None."""
-    inner = causal_lm(model)
-    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "base_model"):
-        return f"{type(inner).__name__} is no transformers model"
-    head = inner.get_output_embeddings()
-    if head is None:
-        return f"{type(inner).__name__} has no output embeddings"
-    if hasattr(head, "lora_A"):
-        return "LoRA adapts its head"
-    weight = getattr(head, "weight", None)
-    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
-        return f"its head {type(head).__name__} has no plain weight"
-    if "position_ids" not in inspect.signature(type(inner).forward).parameters:
-        return "its forward takes no position_ids"
-    return None
-
-
-def head_error(model: nn.Module, ids: Tensor) -> float:
-    """Largest difference between the model's own logits and the head on its hidden states, over their largest size."""
-    with torch.no_grad():
-        own = model(input_ids=ids, use_cache=False).logits.float()
-        ours = model(input_ids=ids, use_cache=False, finish=lambda hidden, head: head.logits(hidden)).float()
-    return float((own - ours).abs().max() / own.abs().max().clamp_min(1e-6))
-
-
-def joins(model: nn.Module) -> bool:
-    """Whether a mask [B, 1, L, L] can keep siblings apart: attention to all tokens, by sdpa or eager."""
-    config = causal_lm(model).config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:  # a window, by the names that it has in transformers, counts places in the row
-        kinds = ["windowed" for name in _WINDOWS if getattr(config, name, None) is not None]
-    return config._attn_implementation in ("sdpa", "eager") and all(kind == "full_attention" for kind in kinds)
-
-
-def _at_head(model: Any, hidden: Tensor, finish: Callable[[Tensor, Head], T]) -> T:
-    """finish(hidden, head) in place of the head module's forward: FSDP holds the weight whole there, and reduces its
-    gradient, whatever unit the head is in."""
-    module, config = model.get_output_embeddings(), model.config.get_text_config()
-
-    def forward(hidden: Tensor) -> T:
-        return finish(hidden, Head(module.weight, getattr(module, "bias", None), _scale(config), _softcap(config)))
-
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        result: T = module(hidden)
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-    return result
-
-
-def _scale(config: Any) -> float:
-    """Factor on the logits: Cohere multiplies by logit_scale, Falcon-H1 by lm_head_multiplier, Granite divides by
-    logits_scaling. A model that does something else fails `head_error`."""
-    for name in ("logit_scale", "lm_head_multiplier"):
-        if (value := getattr(config, name, None)) is not None:
-            return float(value)
-    scaling = getattr(config, "logits_scaling", None)
-    return 1.0 if scaling is None else 1.0 / float(scaling)
-
-
-def _softcap(config: Any) -> float | None:
-    value = getattr(config, "final_logit_softcapping", None)
-    return None if value is None else float(value)
-
-
-# Layout -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A batch for the model, and where in it the completion tokens are predicted.
-
-    Attributes:
-        ids, positions: [B, L].
-        mask: [B, 1, L, L], True where a token may look; or None where causal attention needs none: padding only
-            behind, or a packed row, whose borders are where positions start again.
-        keep: [N] places in the flattened [B * L] that predict the completion tokens, row after row.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor | None
-    keep: Tensor
-
-    def to(self, device: torch.device) -> Inputs:
-        moved = [None if t is None else t.to(device) for t in (self.ids, self.positions, self.mask, self.keep)]
-        return Inputs(*moved)  # type: ignore[arg-type]
-
-
-def padded(prompts: Sequence[Tokens], completions: Sequence[Tokens], pad: int) -> Inputs:
-    """Every row from its first token on, padded at its end, where causal attention does not look: no mask."""
-    rows = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
-    width = max(map(len, rows))
-    keep: list[int] = []
-    for i, completion in enumerate(completions):
-        end = i * width + len(rows[i])
-        keep.extend(range(end - len(completion), end))
-    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
-    return Inputs(ids, torch.arange(width).expand(len(rows), -1), None, torch.tensor(keep))
-
-
-def packed(prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> Inputs:
-    """All rows behind one another in a single row; positions start again at every border."""
-    ids: list[int] = []
-    positions: list[int] = []
-    keep: list[int] = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        keep.extend(range(len(ids) + len(prompt) - 1, len(ids) + len(prompt) - 1 + len(completion)))
-        ids += [*prompt, *completion[:-1]]
-        positions += range(len(prompt) + len(completion) - 1)
-    return Inputs(torch.tensor([ids]), torch.tensor([positions]), None, torch.tensor(keep))
-
-
-def joined(prompts: Sequence[Tokens], completions: Sequence[Tokens], counts: Sequence[int], pad: int) -> Inputs:
-    """Rows of siblings: a prompt, then `counts[row]` completions, each of which sees the prompt and itself alone.
-
-    The prompt's last token predicts the first of every completion.
-    """
-    rows: list[tuple[list[int], list[int], list[int]]] = []  # ids, positions, and whose tokens they are: 0 the prompt
-    places: list[list[int]] = []  # of a completion, in its row
-    start = 0
-    for count in counts:
-        prompt = prompts[start]
-        ids, positions, owners = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-        for k, completion in enumerate(completions[start : start + count], 1):
-            places.append([len(prompt) - 1, *range(len(ids), len(ids) + len(completion) - 1)])
-            ids += completion[:-1]
-            positions += range(len(prompt), len(prompt) + len(completion) - 1)
-            owners += [k] * (len(completion) - 1)
-        rows.append((ids, positions, owners))
-        start += count
-    width = max(len(ids) for ids, _, _ in rows)
-
-    def filled(part: int, value: int) -> Tensor:
-        return torch.tensor([[*row[part], *[value] * (width - len(row[part]))] for row in rows])
-
-    owner = filled(2, -1).unsqueeze(1)  # padding sees the prompt and itself: no row of the mask is empty
-    mask = ((owner.transpose(1, 2) == owner) | (owner == 0)).tril_().unsqueeze(1)
-    offsets = [i * width for i, count in enumerate(counts) for _ in range(count)]
-    keep = [offset + k for offset, mine in zip(offsets, places, strict=True) for k in mine]
-    return Inputs(filled(0, pad), filled(1, 0), mask, torch.tensor(keep))
-
-
-# Passes -------------------------------------------------------------------------------------------------------------
 
 
 class Passes:
@@ -426,7 +219,7 @@ class Passes:
             lengths = torch.tensor([len(prompts[j]) for j in mine], device=self.device).unsqueeze(1)
             prefix = max(len(prompts[j]) for j in mine)
             tails = [completions[j][:-1] for j in mine]
-            ids, seen = (t.to(self.device) for t in _padded_right(tails, self.pad))
+            ids, seen = (t.to(self.device) for t in padded_with_mask(tails, self.pad))
             cut = DynamicCache(
                 [(layer.keys[index, :, :prefix], layer.values[index, :, :prefix]) for layer in cache.layers]
             )
@@ -467,10 +260,3 @@ def combined(outputs: Sequence[tuple[float, States]]) -> States:
 def _whole_cache(cache: DynamicCache, width: int) -> bool:
     """Whether every layer holds plain keys and values of all tokens."""
     return all(type(layer) is DynamicLayer and layer.get_seq_length() == width for layer in cache.layers)
-
-
-def _padded_right(rows: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask [B, longest]."""
-    width = max(map(len, rows))
-    ids = [[*row, *[pad] * (width - len(row))] for row in rows]
-    return torch.tensor(ids), torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])

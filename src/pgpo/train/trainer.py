@@ -49,7 +49,8 @@ from pgpo.evaluate.run import evaluate
 from pgpo.evaluate.runners import TransformersRunner
 from pgpo.forward import batching
 from pgpo.forward.batching import Bundle, Limits
-from pgpo.forward.passes import Passes, States, causal_lm, head_error, head_problem, joins, open_forward
+from pgpo.forward.open_model import causal_lm, head_error, head_problem, joins, open_forward
+from pgpo.forward.passes import Passes, States
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
 from pgpo.teacher.weights import reshard
 from pgpo.train import zero
