@@ -1,4 +1,4 @@
-"""The teacher's pass over one group with shared prompts, over the same pass as TRL runs it.
+"""The teacher's forwards of one group with prefix sharing, over the same as TRL runs them.
 
 Eight completions, log-normal lengths (mean 300, sigma 0.6), after teacher prompts of 600 tokens: seven rows share one,
 the first right completion has its own, as in SDPO. Shared: a prompt is run once, completions attend to its keys and

@@ -44,7 +44,7 @@ HEAVY_ANYWHERE = ("train/", "forward/", "lab/", "evaluate/runners.py")
 HEAVY_INSIDE_FUNCTIONS = {
     "tasks/science_qa.py": {"datasets"},
     "teacher/weights.py": {"peft"},
-    "memory/moments.py": {"transformers"},
+    "memory/shapes.py": {"transformers"},
 }
 # The one file that needs Triton; whoever imports it does so inside a function.
 TRITON = "core/triton_kernels.py"

@@ -1,9 +1,8 @@
-"""The forwards of student and teacher that end in hidden states: no [tokens, vocabulary], little padding, shared
-prompts computed once.
+"""The forwards of student and teacher, which end in hidden states: no [tokens, vocabulary], little padding.
 
-    Passes.forward    hidden states of the completion tokens, handed to the loss inside the model's forward
-    Passes.teacher    the teacher's, without gradient. A prompt that several rows share is computed once: its completions
-                      are joined to it in one row, or use its KV cache (prefix sharing).
+Passes.forward    hidden states of the completion tokens, handed to the loss inside the model's forward
+Passes.teacher    the teacher's, without gradient. A prompt of several rows is computed once (prefix sharing): its
+                  completions are joined behind it in one row, or read its KV cache.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from pgpo.forward.layout import Inputs, Tokens, joined, packed, padded, padded_w
 from pgpo.forward.open_model import Head, causal_lm
 from pgpo.teacher import Teacher
 
-_JOINED_CHECK = 24  # ours: tokens of the prompt and of each completion
-_CACHED = 4  # ours: a cached token takes at most a quarter of the memory of one that goes through the model
+_JOINED_CHECK = 24  # ours: tokens of the prompt and of each completion in `join_error`
+_CACHED = 4  # ours: a token in the KV cache takes at most a quarter of the memory of one in the forward
 
 T = TypeVar("T")
 
@@ -70,7 +69,7 @@ class Passes:
         inputs = packed(prompts, completions) if self.pack else padded(prompts, completions, self.pad)
         return inputs.to(self.device)
 
-    def run(
+    def forward(
         self,
         model: nn.Module,
         prompts: Sequence[Tokens],
@@ -78,9 +77,10 @@ class Passes:
         finish: Callable[[Tensor, Head | None], T],
         counts: Sequence[int] | None = None,
     ) -> T:
-        """finish(hidden [N, H] of the completion tokens, head), called inside the model's forward.
+        """One forward: finish(hidden [N, H] of the completion tokens, head), called inside the model's own.
 
-        counts: so many completions in turn, of one prompt, share a row; None = one each.
+        Args:
+            counts: completions of each row of the batch, in turn; those of a row have one prompt. None = one each.
         """
         inputs = self.layout(prompts, completions, counts)
         extra: dict[str, Any] = {"use_cache": False}
@@ -104,19 +104,19 @@ class Passes:
 
     @torch.no_grad()
     def join_error(self, model: nn.Module, vocabulary: int) -> float:
-        """Largest difference between hidden states of joined completions and apart, over their largest size: for
-        layers that do not heed the mask. Tokens differ, since equal ones would hide who looks where."""
+        """Largest difference between hidden states of completions joined and apart, relative to the largest state: it
+        shows layers that ignore the mask. The tokens differ, since equal ones would hide which of them is attended."""
         ids = [i % vocabulary for i in range(3 * _JOINED_CHECK)]
         prompts = [ids[:_JOINED_CHECK]] * 2
         completions = [ids[_JOINED_CHECK : 2 * _JOINED_CHECK], ids[2 * _JOINED_CHECK :]]
         together, apart = (
-            self.run(model, prompts, completions, lambda hidden, head: hidden, counts).float()
+            self.forward(model, prompts, completions, lambda hidden, head: hidden, counts).float()
             for counts in ([2], [1, 1])
         )
         return float((together - apart).abs().max() / apart.abs().max().clamp_min(1e-6))
 
     def _attention_mask(self, model: nn.Module, seen: Tensor) -> Tensor:
-        """As attention adds it to the scores: of a mask of booleans sdpa would make and keep one per layer."""
+        """In the form that attention adds to its scores: sdpa would make and keep one per layer of a boolean mask."""
         dtype = next(model.parameters()).dtype
         return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
@@ -131,22 +131,23 @@ class Passes:
         """The teacher's states of all rows, in their order, without gradient.
 
         Args:
-            limits: of a run; given, prompts that several rows share are run once. None = one padded run of all rows.
-            join: let siblings share a row, where that is cheaper than to let them share keys and values.
+            limits: of a forward, with prefix sharing. None = one forward of all rows, nothing shared.
+            join: let siblings share a row, where that is cheaper than a KV cache.
         """
 
-        def forward(module: nn.Module) -> States:
+        def states(module: nn.Module) -> States:
             if limits is None:
-                return self.run(module, prompts, completions, States)
+                return self.forward(module, prompts, completions, States)
             return self._in_parts(module, prompts, completions, limits, join)
 
-        return combined(teacher.outputs(forward))
+        return combined(teacher.outputs(states))
 
     def _in_parts(
         self, module: nn.Module, prompts: Sequence[Tokens], completions: Sequence[Tokens], limits: Limits, join: bool
     ) -> States:
         lengths = [len(completion) for completion in completions]
-        # Rows alone with their prompt go along, unless they can be packed.
+        # A carrier computes its prompt, and its followers read that part of its KV cache. Rows without siblings go
+        # along as carriers without followers, unless they can be packed.
         carriers = {rows[0]: rows[1:] for rows in batching.siblings(prompts, lengths) if len(rows) > 1 or not self.pack}
         if not any(carriers.values()):
             carriers = {}
@@ -180,10 +181,10 @@ class Passes:
         completions: Sequence[Tokens],
         bundles: Sequence[Sequence[int]],
     ) -> tuple[Head | None, dict[int, Tensor]]:
-        """Head and hidden states of rows that go through the model together."""
+        """Head and hidden states of rows that share a forward."""
         rows = [i for bundle in bundles for i in bundle]
         counts = [len(bundle) for bundle in bundles]
-        states = self.run(module, [prompts[i] for i in rows], [completions[i] for i in rows], States, counts)
+        states = self.forward(module, [prompts[i] for i in rows], [completions[i] for i in rows], States, counts)
         lengths = [len(completions[i]) for i in rows]
         return states.head, dict(zip(rows, states.hidden.split(lengths), strict=True))
 
@@ -195,8 +196,8 @@ class Passes:
         completions: Sequence[Tokens],
         limits: Limits,
     ) -> tuple[dict[int, Tensor], Head, bool]:
-        """Hidden states of the carriers, run from the start, and of their followers, run behind the carrier's prompt;
-        False and no followers if the model's cache cannot be cut."""
+        """Hidden states of the carriers, and of their followers by the carriers' KV cache; False and no followers if
+        the model's cache cannot be cut."""
         start = padded([prompts[i] for i in carriers], [completions[i] for i in carriers], self.pad).to(self.device)
         cache = DynamicCache(config=causal_lm(module).config)
         hidden, head = module(
@@ -215,25 +216,32 @@ class Passes:
         sizes = [(-(-len(prompts[j]) // _CACHED), len(completions[j]) - 1) for j in longer]
         for part in batching.split(sizes, limits):
             mine = [longer[j] for j in part]
-            index = torch.tensor([place[j] for j in mine], device=self.device)
-            lengths = torch.tensor([len(prompts[j]) for j in mine], device=self.device).unsqueeze(1)
-            prefix = max(len(prompts[j]) for j in mine)
             tails = [completions[j][:-1] for j in mine]
-            ids, seen = (t.to(self.device) for t in padded_with_mask(tails, self.pad))
-            cut = DynamicCache(
-                [(layer.keys[index, :, :prefix], layer.values[index, :, :prefix]) for layer in cache.layers]
-            )
-            hidden = module(
-                input_ids=ids,
-                attention_mask=torch.cat([torch.arange(prefix, device=self.device) < lengths, seen], 1),
-                position_ids=lengths + torch.arange(ids.shape[1], device=self.device),
-                past_key_values=cut,
-                use_cache=True,
-                finish=lambda hidden, head: hidden,
-            )
+            lengths = [len(prompts[j]) for j in mine]
+            hidden = self._behind(module, cache, [place[j] for j in mine], lengths, tails)
             for j, tail, states in zip(mine, tails, hidden, strict=True):
                 found[j] = torch.cat([found[j], states[: len(tail)]])
         return found, head, True
+
+    def _behind(
+        self, module: nn.Module, cache: DynamicCache, rows: list[int], prefixes: list[int], tails: list[Tokens]
+    ) -> Tensor:
+        """Hidden states of `tails`, right-padded, each behind the first tokens, `prefixes` many, of a row of a KV
+        cache."""
+        index = torch.tensor(rows, device=self.device)
+        lengths = torch.tensor(prefixes, device=self.device).unsqueeze(1)
+        prefix = max(prefixes)
+        ids, seen = (t.to(self.device) for t in padded_with_mask(tails, self.pad))
+        cut = DynamicCache([(layer.keys[index, :, :prefix], layer.values[index, :, :prefix]) for layer in cache.layers])
+        hidden: Tensor = module(
+            input_ids=ids,
+            attention_mask=torch.cat([torch.arange(prefix, device=self.device) < lengths, seen], 1),
+            position_ids=lengths + torch.arange(ids.shape[1], device=self.device),
+            past_key_values=cut,
+            use_cache=True,
+            finish=lambda hidden, head: hidden,
+        )
+        return hidden
 
 
 def combined(outputs: Sequence[tuple[float, States]]) -> States:
@@ -258,5 +266,5 @@ def combined(outputs: Sequence[tuple[float, States]]) -> States:
 
 
 def _whole_cache(cache: DynamicCache, width: int) -> bool:
-    """Whether every layer holds plain keys and values of all tokens."""
+    """Whether every layer's cache holds the keys and values of all tokens."""
     return all(type(layer) is DynamicLayer and layer.get_seq_length() == width for layer in cache.layers)
