@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -89,6 +90,20 @@ def rule(module: str) -> str | None:
     return max(covering, key=len, default=None)
 
 
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """{module: modules of ours that it imports} of {file: source}."""
+    modules = {module_name(PurePosixPath(file)) for file in sources}
+    graph: dict[str, set[str]] = {}
+    for file, source in sources.items():
+        path = PurePosixPath(file)
+        found = graph.setdefault(module_name(path), set())
+        for name, _, _ in imports(path, ast.parse(source)):
+            while name and name not in modules:  # from a.b import a name of a.b
+                name = name.rpartition(".")[0]
+            found |= {name} - {"", module_name(path)}
+    return graph
+
+
 def violations(file: str, source: str) -> list[str]:
     """What `source` may not import if it is src/pgpo/`file`; one sentence each."""
     path = PurePosixPath(file)
@@ -146,6 +161,15 @@ def test_every_file_keeps_to_its_imports(file: str) -> None:
     assert violations(file, (PACKAGE / file).read_text(encoding="utf-8")) == []
 
 
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    """Inside functions and for types alone neither: what two modules share belongs in a third."""
+    files = {p.relative_to(PACKAGE).as_posix(): p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py")}
+    TopologicalSorter(import_graph(files)).prepare()
+    circle = {"sde/verify.py": "def f():\n    from .figure import draw", "sde/figure.py": "from .verify import Outcome"}
+    with pytest.raises(CycleError):
+        TopologicalSorter(import_graph(circle)).prepare()
+
+
 def test_the_rules_are_about_files_that_exist() -> None:
     """A renamed folder would leave its rule, and the exemptions, without effect."""
     assert ALLOWED.keys() - MODULES == set()
@@ -197,6 +221,11 @@ def test_the_rules_are_about_files_that_exist() -> None:
         ("report/figures.py", "from pgpo.evaluate import summarize"),
         ("report/figures.py", "import pgpo"),
         ("report/figures.py", "from pgpo import PGPOTrainer"),
+        ("forward/passes.py", "from pgpo.train.config import PGPOConfig"),
+        ("forward/batching.py", "from ..runlog import lock"),
+        ("memory/shapes.py", "from transformers import AutoConfig"),
+        ("memory/moments.py", "from pgpo.train.trainer import _HELD"),
+        ("memory/command.py", "from pgpo.core.head import fused_distillation_head"),
         ("sde/verify.py", "from pgpo.teacher import Teacher"),
         ("sde/verify.py", "from pgpo.errors import UserError\nimport pgpo.evaluate.run"),
         ("minimal.py", "from pgpo.evaluate.run import evaluate"),
@@ -234,6 +263,8 @@ def test_a_planted_bad_import_is_found(file: str, source: str) -> None:
         ("tasks/lab_world.py", "from pgpo.tasks.graders import Grade\nfrom . import Row"),
         ("evaluate/runners.py", "import transformers\nfrom .run import evaluate"),
         ("report/figures.py", "from pgpo import __version__, runlog\nfrom ..runlog import read_run"),
+        ("forward/passes.py", "from transformers.cache_utils import DynamicCache\nfrom pgpo.teacher import Teacher"),
+        ("memory/shapes.py", "def f():\n    from transformers import AutoConfig"),
         ("train/trainer.py", "from trl import GRPOTrainer\nfrom pgpo import core\nimport pgpo.runlog as r"),
         ("lab/study.py", "import transformers\nfrom pgpo.train.trainer import PGPOTrainer"),
         ("cli.py", "def f():\n    from pgpo.lab.study import study\n    import pgpo.sde"),
