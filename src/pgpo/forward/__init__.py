@@ -1,7 +1,7 @@
-"""A model's forward without a trainer: how rows are laid out, what runs together, where the heads are applied.
+"""A model's forward, without a trainer.
 
-which rows share a forward        batching.py
-token ids -> a batch              layout.py
-the model's forward, up to hidden states     open_model.py
-student and teacher               passes.py
+which rows share a forward                       batching.py
+token ids -> one batch                           layout.py
+a forward that ends in hidden states             open_model.py
+student and teacher, prefix sharing              passes.py
 """
