@@ -37,7 +37,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from pgpo.core import HeadOutput, fused_distillation_head
-from pgpo.core.fused_head import _default_chunk_size
+from pgpo.core._head_chunks import default_chunk_size
 
 TIMING = {
     "MALLOC_MMAP_MAX_": "0",
@@ -120,7 +120,7 @@ class Case:
         """Both logits, d hidden and d weight, in the chunks of the fused head."""
         self.clear()
         rows = len(self.mask)
-        step = math.ceil(rows / math.ceil(rows / _default_chunk_size(self.student_hidden, self.student_weight)))
+        step = math.ceil(rows / math.ceil(rows / default_chunk_size(self.student_hidden, self.student_weight)))
         weight_gradient = torch.empty_like(self.student_weight)
         hidden_gradient = torch.empty_like(self.student_hidden)
         zs, zt = (torch.empty(step, VOCABULARY, dtype=torch.bfloat16) for _ in range(2))

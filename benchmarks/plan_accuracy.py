@@ -325,7 +325,7 @@ def _kilobytes(name: str) -> int:
 
 def _planned(case: Case) -> tuple[Any, Any]:
     """ModelShape and Setting of a case."""
-    from pgpo.train.plan import Setting, read_model
+    from pgpo.memory.shapes import TrainingSetting, read_model
 
     with tempfile.TemporaryDirectory() as folder:
         import torch
@@ -333,7 +333,7 @@ def _planned(case: Case) -> tuple[Any, Any]:
         with torch.device("meta"):
             _model(case).config.save_pretrained(folder)
         model = read_model(folder)
-    setting = Setting(
+    setting = TrainingSetting(
         max_completion_length=case.L, max_prompt_length=case.P, teacher_prompt_length=case.P + case.L + 6,
         prompts_per_step=case.questions, num_generations=case.group, objective=case.objective, teacher=case.teacher,
         lora=case.lora, lora_targets=case.targets, lora_dropout=case.dropout > 0,
@@ -345,7 +345,7 @@ def _planned(case: Case) -> tuple[Any, Any]:
 
 def with_budget(case: Case) -> Case:
     """The case with its token budget, where that follows from a memory."""
-    from pgpo.train.plan import largest_budget
+    from pgpo.memory.command import largest_budget
 
     if case.memory is None:
         return case
@@ -358,7 +358,7 @@ def with_budget(case: Case) -> Case:
 def predicted(case: Case) -> dict[str, float]:
     """What `pgpo plan` says of the case, in bytes. Where the rollout is given, nothing is generated, and the planned
     generation is left out."""
-    from pgpo.train.plan import Step
+    from pgpo.memory.moments import Step
 
     moments = Step(*_planned(case), case.budget).moments()
     sums = {name: sum(items.values()) for name, items in moments.items() if name != "rollout" or case.samples}

@@ -1,4 +1,4 @@
-"""The teacher's pass over one group with shared prompts, over the same pass as TRL runs it.
+"""The teacher's forwards of one group with prefix sharing, over the same as TRL runs them.
 
 Eight completions, log-normal lengths (mean 300, sigma 0.6), after teacher prompts of 600 tokens: seven rows share one,
 the first right completion has its own, as in SDPO. Shared: a prompt is run once, completions attend to its keys and
@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from pgpo.forward import batching
+from pgpo.forward.batching import Limits
+from pgpo.forward.open_model import open_forward
+from pgpo.forward.passes import Passes, States
 from pgpo.teacher import Teacher
-from pgpo.train import batching
-from pgpo.train.batching import Limits
 from pgpo.train.config import PGPOConfig
-from pgpo.train.passes import Passes, States, open_forward
 
 ROWS, PREFIX, COMPLETION, VOCABULARY = 8, 600, 300, 4096
 

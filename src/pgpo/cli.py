@@ -145,10 +145,10 @@ def _study(argv: list[str]) -> int:
 
 def _plan(argv: list[str]) -> int:
     parser = _parser("plan", "Peak memory per GPU and the largest token budget, from the model's config alone.")
-    from pgpo.train.plan import MATRICES, Setting
-    from pgpo.train.plan import main as plan
+    from pgpo.memory.command import main as plan
+    from pgpo.memory.shapes import MATRICES, TrainingSetting
 
-    default = Setting()
+    default = TrainingSetting()
 
     def add(name: str, help: str, **options: Any) -> None:
         options.setdefault("default", getattr(default, name.replace("-", "_"), None))
@@ -188,7 +188,7 @@ def _plan(argv: list[str]) -> int:
     values["parameter_bytes"] = 4 if values.pop("dtype") == "float32" else 2
     targets = values["lora_targets"]
     values["lora_targets"] = MATRICES if targets == "all-linear" else tuple(targets.split(","))
-    return plan(source, Setting(**values), memory, budget, json_out)
+    return plan(source, TrainingSetting(**values), memory, budget, json_out)
 
 
 def _dashed(word: str) -> str:

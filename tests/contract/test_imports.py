@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -21,7 +22,9 @@ ALLOWED: dict[str, frozenset[str]] = {
     "pgpo.__main__": EVERYTHING,
     "pgpo.cli": EVERYTHING,
     "pgpo.lab": frozenset({"train", "evaluate", "tasks", "report", "runlog"}),
-    "pgpo.train": frozenset({"core", "teacher", "tasks", "evaluate", "runlog", "report"}),
+    "pgpo.train": frozenset({"core", "teacher", "forward", "tasks", "evaluate", "runlog", "report"}),
+    "pgpo.forward": frozenset({"core", "teacher"}),
+    "pgpo.memory": frozenset({"runlog"}),
     "pgpo.minimal": frozenset({"core", "teacher", "tasks"}),
     "pgpo.sde": frozenset({"core", "runlog"}),
     "pgpo.evaluate": frozenset({"tasks", "runlog"}),
@@ -38,8 +41,12 @@ ALLOWED: dict[str, frozenset[str]] = {
 LEAVES = {"pgpo.core", "pgpo.teacher.contexts", "pgpo.tasks.graders", "pgpo.errors"}
 
 HEAVY = {"transformers", "trl", "accelerate", "peft", "datasets"}
-HEAVY_ANYWHERE = ("train/", "lab/", "evaluate/runners.py")
-HEAVY_INSIDE_FUNCTIONS = {"tasks/science_qa.py": {"datasets"}, "teacher/weights.py": {"peft"}}
+HEAVY_ANYWHERE = ("train/", "forward/", "lab/", "evaluate/runners.py")
+HEAVY_INSIDE_FUNCTIONS = {
+    "tasks/science_qa.py": {"datasets"},
+    "teacher/weights.py": {"peft"},
+    "memory/shapes.py": {"transformers"},
+}
 # The one file that needs Triton; whoever imports it does so inside a function.
 TRITON = "core/triton_kernels.py"
 
@@ -83,6 +90,20 @@ def rule(module: str) -> str | None:
     return max(covering, key=len, default=None)
 
 
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """{module: modules of ours that it imports} of {file: source}."""
+    modules = {module_name(PurePosixPath(file)) for file in sources}
+    graph: dict[str, set[str]] = {}
+    for file, source in sources.items():
+        path = PurePosixPath(file)
+        found = graph.setdefault(module_name(path), set())
+        for name, _, _ in imports(path, ast.parse(source)):
+            while name and name not in modules:  # from a.b import a name of a.b
+                name = name.rpartition(".")[0]
+            found |= {name} - {"", module_name(path)}
+    return graph
+
+
 def violations(file: str, source: str) -> list[str]:
     """What `source` may not import if it is src/pgpo/`file`; one sentence each."""
     path = PurePosixPath(file)
@@ -99,7 +120,7 @@ def violations(file: str, source: str) -> list[str]:
             reason = _ours(layer, name)
         elif top in HEAVY and not file.startswith(HEAVY_ANYWHERE):
             if top not in HEAVY_INSIDE_FUNCTIONS.get(file, ()):
-                reason = f"{top} belongs to train/, lab/ and evaluate/runners.py"
+                reason = f"{top} belongs to train/, forward/, lab/ and evaluate/runners.py"
             elif not in_function:
                 reason = f"{top} only inside a function here"
         known = {"pgpo", "torch", "triton"} if file == TRITON else {"pgpo", "torch"}
@@ -138,6 +159,15 @@ def _ours(layer: str, name: str) -> str | None:
 @pytest.mark.parametrize("file", sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py")))
 def test_every_file_keeps_to_its_imports(file: str) -> None:
     assert violations(file, (PACKAGE / file).read_text(encoding="utf-8")) == []
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    """Inside functions and for types alone neither: what two modules share belongs in a third."""
+    files = {p.relative_to(PACKAGE).as_posix(): p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py")}
+    TopologicalSorter(import_graph(files)).prepare()
+    circle = {"sde/verify.py": "def f():\n    from .figure import draw", "sde/figure.py": "from .verify import Outcome"}
+    with pytest.raises(CycleError):
+        TopologicalSorter(import_graph(circle)).prepare()
 
 
 def test_the_rules_are_about_files_that_exist() -> None:
@@ -191,6 +221,11 @@ def test_the_rules_are_about_files_that_exist() -> None:
         ("report/figures.py", "from pgpo.evaluate import summarize"),
         ("report/figures.py", "import pgpo"),
         ("report/figures.py", "from pgpo import PGPOTrainer"),
+        ("forward/passes.py", "from pgpo.train.config import PGPOConfig"),
+        ("forward/batching.py", "from ..runlog import lock"),
+        ("memory/shapes.py", "from transformers import AutoConfig"),
+        ("memory/moments.py", "from pgpo.train.trainer import _HELD"),
+        ("memory/command.py", "from pgpo.core.head import fused_distillation_head"),
         ("sde/verify.py", "from pgpo.teacher import Teacher"),
         ("sde/verify.py", "from pgpo.errors import UserError\nimport pgpo.evaluate.run"),
         ("minimal.py", "from pgpo.evaluate.run import evaluate"),
@@ -219,7 +254,7 @@ def test_a_planted_bad_import_is_found(file: str, source: str) -> None:
             "from .information import token_entropy\nfrom pgpo.core import viscosity\nfrom . import stepping",
         ),
         ("core/__init__.py", "from .information import token_entropy"),
-        ("core/triton_kernels.py", "import triton\nfrom . import fused_head"),
+        ("core/triton_kernels.py", "import triton\nfrom . import _head_formulas"),
         ("core/x.py", "def f():\n    from . import triton_kernels"),
         ("teacher/contexts.py", "import re"),
         ("teacher/weights.py", "def f():\n    from peft import LoraConfig"),
@@ -228,6 +263,8 @@ def test_a_planted_bad_import_is_found(file: str, source: str) -> None:
         ("tasks/lab_world.py", "from pgpo.tasks.graders import Grade\nfrom . import Row"),
         ("evaluate/runners.py", "import transformers\nfrom .run import evaluate"),
         ("report/figures.py", "from pgpo import __version__, runlog\nfrom ..runlog import read_run"),
+        ("forward/passes.py", "from transformers.cache_utils import DynamicCache\nfrom pgpo.teacher import Teacher"),
+        ("memory/shapes.py", "def f():\n    from transformers import AutoConfig"),
         ("train/trainer.py", "from trl import GRPOTrainer\nfrom pgpo import core\nimport pgpo.runlog as r"),
         ("lab/study.py", "import transformers\nfrom pgpo.train.trainer import PGPOTrainer"),
         ("cli.py", "def f():\n    from pgpo.lab.study import study\n    import pgpo.sde"),

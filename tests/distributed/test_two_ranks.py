@@ -19,7 +19,9 @@ from conftest import build_model
 from trainer_kit import bitwise_equal, largest_difference
 from two_ranks import CASES, REFUSED
 
-from pgpo.train import plan
+from pgpo.memory.moments import MAX_LIVE, SUB_GROUP, Step
+from pgpo.memory.parameters import REDUCE_BUCKET, gradients, static, trained_parameters
+from pgpo.memory.shapes import TrainingSetting, read_model
 
 DEEPSPEED = Path(sys.prefix, "deepspeed")  # `make test` puts it there, apart from what all other tests see
 SCRIPT = Path(__file__).with_name("two_ranks.py")
@@ -248,16 +250,16 @@ def test_zero_holds_what_the_plan_says(run, zero, tmp_path):
     if stage == 3 and lora:
         pytest.skip("ZeRO-3 refuses it: test_zero_says_what_it_cannot_do")
     build_model().config.save_pretrained(tmp_path)
-    model = plan.read_model(str(tmp_path))
-    setting = plan.Setting(gpus=2, zero=stage, autocast=run != "float32", device="cpu", **lora)
+    model = read_model(str(tmp_path))
+    setting = TrainingSetting(gpus=2, zero=stage, autocast=run != "float32", device="cpu", **lora)
     for results in zero[1]:
         got = dict(results["memory"][run])
-        assert got.pop("constants") == (plan.REDUCE_BUCKET, plan.SUB_GROUP, plan.MAX_LIVE)
-        step = plan.Step(model, dataclasses.replace(setting, max_completion_length=8, max_prompt_length=8), 1)
+        assert got.pop("constants") == (REDUCE_BUCKET, SUB_GROUP, MAX_LIVE)
+        step = Step(model, dataclasses.replace(setting, max_completion_length=8, max_prompt_length=8), 1)
         if stage == 2:  # beside it, slices of what it holds
-            slices = plan.trained_parameters(model, setting) * (6 if setting.autocast else 4)
+            slices = trained_parameters(model, setting) * (6 if setting.autocast else 4)
             assert got.pop("bucket of a backward") + slices == step.moments()["backward"]["reduce bucket (ZeRO)"]
-        expected = plan.static(model, setting) | {"gradients": plan.gradients(model, setting)}
+        expected = static(model, setting) | {"gradients": gradients(model, setting)}
         if stage == 2 and not setting.autocast:  # without an fp32 sum of its own it keeps a cut tensor whole
             assert expected["gradients"] <= got["gradients"] < 1.1 * expected["gradients"]
             expected["gradients"] = got["gradients"]

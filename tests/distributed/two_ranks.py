@@ -171,7 +171,7 @@ def resumed(kind: str, folder: str) -> dict:
 def half_precision(folder: str) -> dict:
     """A teacher that reads what the student reads, weights and activations in bf16."""
     t = make(folder, model=lambda: build_model(dtype=torch.bfloat16), bf16=True, **FSDP2)
-    active_rows, run = t._active_rows, t.passes.run
+    active_rows, run = t._active_rows, t.passes.forward
     t._active_rows = lambda batch: [dataclasses.replace(r, teacher_prompt=r.prompt) for r in active_rows(batch)]
     outputs, autocasts = [], []
 
@@ -180,7 +180,7 @@ def half_precision(folder: str) -> dict:
         outputs.append(run(*args))
         return outputs[-1]
 
-    t.passes.run = watched
+    t.passes.forward = watched
     logs = trainer_kit.train(t)
     student = next(o for o in outputs if hasattr(o, "loss"))
     return {

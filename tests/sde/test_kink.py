@@ -7,7 +7,8 @@ import torch
 
 from pgpo.core import ExponentialLaw
 from pgpo.sde.kink import chain_curve, equation_curve, information, kinked_law
-from pgpo.sde.verify import ETAS, measure
+from pgpo.sde.orders import measure
+from pgpo.sde.verify import ETAS
 
 F64 = torch.float64
 

@@ -13,23 +13,32 @@ import torch
 from pgpo.core import ExponentialLaw
 from pgpo.errors import UserError
 from pgpo.sde import experiments, problem, theorem, verify
-from pgpo.sde.experiments import DEFAULT_LAW, Row, ema_teacher, one_dimensional, remedies, smooth_cap, two_dimensional
+from pgpo.sde.experiments import (
+    DEFAULT_LAW,
+    Claim,
+    ema_teacher,
+    one_dimensional,
+    remedies,
+    smooth_cap,
+    two_dimensional,
+)
+from pgpo.sde.orders import Outcome, expansion, fit_slope, measure, read_order
 from pgpo.sde.theorem import Equation, Fields, milstein_correction
-from pgpo.sde.verify import ETAS, QUICK_ETAS, Outcome, expansion, fit_slope, measure, read_order
+from pgpo.sde.verify import ETAS, QUICK_ETAS
 
 SHARED, SAME = "rho batch-independent", "rho from the same batch"
 PLANE, EMA = "two dimensions, rho batch-independent", "EMA teacher, kappa = 1"
 
 
-def line_rows() -> list[Row]:
+def line_rows() -> list[Claim]:
     return one_dimensional(DEFAULT_LAW)
 
 
-def plane_rows() -> list[Row]:
+def plane_rows() -> list[Claim]:
     return two_dimensional(DEFAULT_LAW, 14)
 
 
-def ema_rows() -> list[Row]:
+def ema_rows() -> list[Claim]:
     return ema_teacher(DEFAULT_LAW, 14)
 
 
@@ -90,7 +99,7 @@ class _Deaf:
         pass
 
 
-def _only(rows: Callable[[], list[Row]], equation: str) -> Row:
+def _only(rows: Callable[[], list[Claim]], equation: str) -> Claim:
     return next(r for r in rows() if r.equation == equation and r.section != "vanilla SGD")
 
 

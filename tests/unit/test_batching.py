@@ -9,13 +9,13 @@ from conftest import build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgpo.train.batching import _WIDEST, Limits, costs, join, run_cost, shared_cost, siblings, split
+from pgpo.forward.batching import _WIDEST, Limits, costs, forward_cost, join, shared_cost, siblings, split
 
 LIMITS = st.builds(
     Limits,
     budget=st.sampled_from([5.0, 40.0, 300.0, math.inf]),
     most=st.sampled_from([1.0, 2.0, 5.0, math.inf]),
-    run_cost=st.sampled_from([0.0, 7.0, 100.0, math.inf]),
+    forward_cost=st.sampled_from([0.0, 7.0, 100.0, math.inf]),
     pair_cost=st.sampled_from([0.0, 0.01, 1.0]),
 )
 ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 60)), max_size=24)
@@ -29,7 +29,7 @@ def prompts_of(rows):
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 60)), max_size=24), LIMITS, st.booleans())
 def test_parts_hold_every_row_once_and_keep_to_the_limits(sizes, limits, packed):
-    limits = Limits(limits.budget, limits.most, limits.run_cost, packed=packed)
+    limits = Limits(limits.budget, limits.most, limits.forward_cost, packed=packed)
     parts = split(sizes, limits)
     assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
     flat = [sum(sizes[i]) for part in parts for i in part]
@@ -38,7 +38,7 @@ def test_parts_hold_every_row_once_and_keep_to_the_limits(sizes, limits, packed)
         own = [sum(sizes[i]) for i in part]
         needed = sum(own) if packed else len(own) * max(own)
         assert len(part) == 1 or (needed <= limits.budget and len(part) <= limits.most)
-        assert needed - sum(own) <= limits.run_cost
+        assert needed - sum(own) <= limits.forward_cost
 
 
 @settings(deadline=None, max_examples=150)
@@ -58,7 +58,7 @@ def test_bundles_hold_every_completion_once_behind_its_own_prompt(rows, limits):
     for part in parts:
         widths = [width(bundle) for bundle in part]
         masked = any(len(bundle) > 1 for bundle in part)
-        recomputed += run_cost(len(part), max(widths), limits, share=1.0 if masked else 0.5)
+        recomputed += forward_cost(len(part), max(widths), limits, share=1.0 if masked else 0.5)
         assert len(part) == 1 or len(part) * max(widths) <= limits.budget
         assert sum(map(len, part)) <= limits.most or sum(map(len, part)) == 1
         for bundle, own in zip(part, widths):
@@ -66,17 +66,17 @@ def test_bundles_hold_every_completion_once_behind_its_own_prompt(rows, limits):
     assert cost == pytest.approx(recomputed)
     apart = split([(len(p), n) for p, n in zip(prompts, lengths)], limits)
     alone = sum(
-        run_cost(len(part), max(len(prompts[i]) + lengths[i] for i in part), limits, share=0.5) for part in apart
+        forward_cost(len(part), max(len(prompts[i]) + lengths[i] for i in part), limits, share=0.5) for part in apart
     )
     assert cost <= alone
 
 
 def test_siblings_are_joined_unless_attention_costs_more_than_it_saves():
     prompts, lengths = [[1] * 20] * 4 + [[2] * 20] * 4, [10] * 8
-    assert join(prompts, lengths, Limits(run_cost=5.0)) == ([[[0, 1, 2, 3], [4, 5, 6, 7]]], 5 + 2 * 60)
-    apart, cost = join(prompts, lengths, Limits(run_cost=5.0, pair_cost=1.0))
+    assert join(prompts, lengths, Limits(forward_cost=5.0)) == ([[[0, 1, 2, 3], [4, 5, 6, 7]]], 5 + 2 * 60)
+    apart, cost = join(prompts, lengths, Limits(forward_cost=5.0, pair_cost=1.0))
     assert apart == [[[i] for i in range(8)]] and cost == 5 + 8 * 30 * (1 + 15)
-    few = join(prompts, lengths, Limits(run_cost=5.0, budget=45))[0]
+    few = join(prompts, lengths, Limits(forward_cost=5.0, budget=45))[0]
     assert few == [[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]]]  # a row of three would take 50 tokens
 
 
@@ -90,7 +90,7 @@ def test_siblings_longest_first():
 
 def test_what_shared_keys_and_values_cost_by_hand():
     prompts, lengths = [[1] * 10] * 3 + [[2] * 4], [5, 3, 1, 2]
-    limits = Limits(run_cost=7.0, pair_cost=0.1)
+    limits = Limits(forward_cost=7.0, pair_cost=0.1)
     # Two carriers, 9 tokens of padding: apart. Of the followers one has a token left after its first.
     first = 7 + 15 * (1 + 0.1 * 7.5) + 7 + 6 * (1 + 0.1 * 3)
     assert shared_cost(prompts, lengths, limits, {0: [1, 2], 3: []}) == pytest.approx(first + 7 + 2 * (1 + 0.1 * 12))

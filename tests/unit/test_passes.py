@@ -12,21 +12,12 @@ from torch import nn
 from trainer_kit import Spy, largest_difference, train, trainer, weights
 
 from pgpo import UserError
+from pgpo.forward import passes as passes_module
+from pgpo.forward.batching import Limits
+from pgpo.forward.layout import joined, packed, padded
+from pgpo.forward.open_model import head_error, head_problem, joins, open_forward
+from pgpo.forward.passes import Passes, States, combined
 from pgpo.teacher import Teacher
-from pgpo.train import passes as passes_module
-from pgpo.train.batching import Limits
-from pgpo.train.passes import (
-    Passes,
-    States,
-    combined,
-    head_error,
-    head_problem,
-    joined,
-    joins,
-    open_forward,
-    packed,
-    padded,
-)
 
 CPU = torch.device("cpu")
 PROMPTS = [[2, 10, 11, 3], [2, 12, 3], [2, 10, 11, 3], [2, 13, 14, 15, 16, 17, 3], [2, 10, 11, 3], [2, 12, 3]]
@@ -75,7 +66,7 @@ def small(kind: str, **options):
 def test_hidden_states_predict_what_each_row_alone_predicts(kind, pack):
     model = build_model(kind=kind).eval()
     expected = row_by_row(model).detach()
-    got = passes(model, pack=pack).run(model, PROMPTS, COMPLETIONS, lambda hidden, head: head.logits(hidden))
+    got = passes(model, pack=pack).forward(model, PROMPTS, COMPLETIONS, lambda hidden, head: head.logits(hidden))
     torch.testing.assert_close(got.detach(), expected, atol=2e-5, rtol=0)
 
 
@@ -86,7 +77,7 @@ def test_flex_attention_keeps_packed_rows_apart(pack):
     expected = row_by_row(model).detach()
     model.set_attn_implementation("flex_attention")
     with torch.no_grad():
-        got = passes(model, pack=pack).run(model, PROMPTS, COMPLETIONS, lambda hidden, head: head.logits(hidden))
+        got = passes(model, pack=pack).forward(model, PROMPTS, COMPLETIONS, lambda hidden, head: head.logits(hidden))
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
 
 
@@ -96,10 +87,10 @@ def test_the_head_is_used_inside_its_own_modules_forward_and_left_as_it_was():
     calls = []
     model.lm_head.register_forward_pre_hook(lambda module, args: calls.append("before"))
     model.lm_head.register_forward_hook(lambda module, args, output: calls.append("after"))
-    passes(model).run(model, PROMPTS, COMPLETIONS, lambda hidden, head: calls.append("finish"))
+    passes(model).forward(model, PROMPTS, COMPLETIONS, lambda hidden, head: calls.append("finish"))
     assert calls == ["before", "finish", "after"]
     with pytest.raises(ZeroDivisionError):
-        passes(model).run(model, PROMPTS, COMPLETIONS, lambda hidden, head: 1 / 0)
+        passes(model).forward(model, PROMPTS, COMPLETIONS, lambda hidden, head: 1 / 0)
     assert "forward" not in vars(model.lm_head)
 
 
@@ -107,7 +98,7 @@ def test_whole_logits_are_handed_over_without_a_head():
     model = build_model().eval()
     own = Passes(model, 0, CPU, whole_logits=True)
     seen = []
-    got = own.run(model, PROMPTS, COMPLETIONS, lambda logits, head: seen.append(head) or logits)
+    got = own.forward(model, PROMPTS, COMPLETIONS, lambda logits, head: seen.append(head) or logits)
     torch.testing.assert_close(got, row_by_row(model), atol=2e-5, rtol=0)
     assert seen == [None]
 
@@ -158,7 +149,7 @@ def test_joined_siblings_have_the_states_and_gradients_of_rows_alone(kind, atten
     model.train()
     own = passes(model)
     assert joins(model)
-    got = own.run(model, prompts, completions, lambda hidden, head: head.logits(hidden), COUNTS)
+    got = own.forward(model, prompts, completions, lambda hidden, head: head.logits(hidden), COUNTS)
     torch.testing.assert_close(got.detach(), expected.detach(), atol=2e-5, rtol=0)
     got.square().sum().backward()
     for name, p in model.named_parameters():
@@ -243,7 +234,7 @@ def test_a_head_with_lora_is_refused():
 
 
 AT_ONCE, IN_TWOS = Limits(), Limits(most=2)
-JOINING = Limits(run_cost=1.0)  # where attention is for nothing, the shortest rows are those that share a prompt
+JOINING = Limits(forward_cost=1.0)  # where attention is for nothing, the shortest rows are those that share a prompt
 
 
 @pytest.mark.parametrize("limits", [None, AT_ONCE, IN_TWOS, JOINING, replace(JOINING, most=2)], ids=str)
@@ -258,7 +249,7 @@ def test_shared_prompts_give_the_logits_of_each_row_alone(kind, limits):
         for p in student.parameters():  # so that teacher and student differ
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     expected = teacher.logits(row_by_row)
-    states = own.teacher(teacher, PROMPTS, COMPLETIONS, limits, join=limits is not None and limits.run_cost == 1.0)
+    states = own.teacher(teacher, PROMPTS, COMPLETIONS, limits, join=limits is not None and limits.forward_cost == 1.0)
     torch.testing.assert_close(states.head.logits(states.hidden), expected, atol=2e-5, rtol=0)
     assert not states.hidden.requires_grad
 
@@ -292,10 +283,10 @@ def test_siblings_are_joined_where_that_is_cheaper_than_a_cache():
     tokens = counted(teacher.module)
     rows = [list(range(2, 10))] * 3, [[7, 8, 9], [7, 9], [8, 7]]
     for pair_cost, expected in ((0.0, [12]), (10.0, [10, 2])):
-        own.teacher(teacher, *rows, Limits(run_cost=4.0, pair_cost=pair_cost), join=True)
+        own.teacher(teacher, *rows, Limits(forward_cost=4.0, pair_cost=pair_cost), join=True)
         assert tokens == expected
         tokens.clear()
-    own.teacher(teacher, *rows, Limits(run_cost=4.0))
+    own.teacher(teacher, *rows, Limits(forward_cost=4.0))
     assert tokens == [10, 2]
 
 
@@ -349,7 +340,7 @@ def test_other_families_share_or_fall_back(kind, options):
 def test_mixed_logits_are_one_head_of_both_states():
     generator = torch.Generator().manual_seed(0)
     a, b = build_model(1), build_model(2)
-    own, other = (passes(m).run(m, PROMPTS, COMPLETIONS, States) for m in (a, b))
+    own, other = (passes(m).forward(m, PROMPTS, COMPLETIONS, States) for m in (a, b))
     mixed = combined([(0.7, own), (0.3, other)])
     expected = 0.7 * own.head.logits(own.hidden) + 0.3 * other.head.logits(other.hidden)
     torch.testing.assert_close(mixed.head.logits(mixed.hidden), expected, atol=1e-5, rtol=0)

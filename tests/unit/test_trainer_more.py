@@ -25,9 +25,9 @@ from trainer_kit import (
 )
 
 from pgpo import PGPOTrainer, UserError
+from pgpo.forward.batching import split
+from pgpo.forward.passes import _CACHED
 from pgpo.tasks.graders import Grade
-from pgpo.train.batching import split
-from pgpo.train.passes import _CACHED
 from pgpo.train.trainer import Row
 
 
@@ -121,7 +121,7 @@ def test_lora_student_and_teacher_adapter(tmp_path, kind):
     t = trainer(tmp_path, peft_config=lora(), teacher=kind, teacher_rate=0.25, max_steps=3, learning_rate=5e-2)
     ids = [[2, 10, 11, 3]], [[12, 13]]
     states = t.passes.teacher(t.teacher, *ids)
-    own = t.passes.run(t.model, *ids, lambda hidden, head: head.logits(hidden)).detach()
+    own = t.passes.forward(t.model, *ids, lambda hidden, head: head.logits(hidden)).detach()
     assert torch.allclose(own, states.head.logits(states.hidden), atol=1e-6)
     before = weights(t.model)
     logs = train(t)

@@ -33,7 +33,7 @@ CLIP = 0.3
 
 def logits(t, model, ids):
     """Of the completion tokens [N, V], from prompts and completions."""
-    return t.passes.run(model, *ids, lambda hidden, head: head.logits(hidden))
+    return t.passes.forward(model, *ids, lambda hidden, head: head.logits(hidden))
 
 
 class Bare(nn.Module):
@@ -189,7 +189,7 @@ def test_samples_without_a_teacher_cost_no_forward_and_do_not_shrink_the_step(tm
 
         return run
 
-    t.passes.run, t.passes.teacher = watch(t.passes.run), watch(t.passes.teacher)
+    t.passes.forward, t.passes.teacher = watch(t.passes.forward), watch(t.passes.teacher)
     spy = Spy(t)
     (log,) = train(t)
     hinted = sum(p is not None for p in spy.batches[0]["teacher_prompt_ids"])

@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 import torch
 import triton_cases as cases
-from test_fused_head import build, check, gradients
+from test_head import build, check, gradients
 
+from pgpo.core import _head_formulas as formulas
+from pgpo.core import _head_kernels as kernels
 from pgpo.core import dense_distillation_head, fused_distillation_head
-from pgpo.core import fused_head as module
 from tests.oracles import head as oracle
 
 ROOT = Path(__file__).parents[2]
@@ -84,12 +85,11 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    monkeypatch.setattr(module, "_has_triton", lambda device: True)
-    monkeypatch.setattr(module, "_COMPILE_FROM_VOCABULARY", 1)
-    monkeypatch.setattr(module, "_triton_failed", False)
-    monkeypatch.setattr(module, "_compiler_failed", False)
-    monkeypatch.setattr(module, "_in_triton", lambda function: through("triton", function))
-    monkeypatch.setattr(module, "_compile", lambda function: through("compile", function))
+    monkeypatch.setattr(kernels, "_has_triton", lambda device: True)
+    monkeypatch.setattr(kernels, "_COMPILE_FROM_VOCABULARY", 1)
+    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(kernels, "_in_triton", lambda function: through("triton", function))
+    monkeypatch.setattr(kernels, "_compile", lambda function: through("compile", function))
     return taken
 
 
@@ -119,9 +119,9 @@ def test_a_row_alone_goes_to_triton_too(ways: list[str]) -> None:
 def test_kernels_that_fail_are_given_up_with_one_warning(
     compiler: bool, ways: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_in_triton", fails("triton", ways, RuntimeError("no such GPU\nmore")))
+    monkeypatch.setattr(kernels, "_in_triton", fails("triton", ways, RuntimeError("no such GPU\nmore")))
     if not compiler:
-        monkeypatch.setattr(module, "_compile", fails("compile", ways, RuntimeError("no C++ compiler")))
+        monkeypatch.setattr(kernels, "_compile", fails("compile", ways, RuntimeError("no C++ compiler")))
     case = build()
     expected = oracle.head(**case.arguments())
     with pytest.warns(UserWarning, match="the fused head runs without") as caught:
@@ -136,7 +136,7 @@ def test_kernels_that_fail_are_given_up_with_one_warning(
 def test_kernels_that_fail_at_the_gradient(ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The table is Triton's, the gradient another way's."""
     broken = fails("triton", ways, RuntimeError("no"))
-    monkeypatch.setattr(module, "_in_triton", lambda f: f if f is module._statistics else broken(f))
+    monkeypatch.setattr(kernels, "_in_triton", lambda f: f if f is formulas.statistics else broken(f))
     case = build()
     expected = oracle.head(**case.arguments())
     with pytest.warns(UserWarning, match="without its Triton kernels"):
@@ -144,11 +144,11 @@ def test_kernels_that_fail_at_the_gradient(ways: list[str], monkeypatch: pytest.
 
 
 def test_no_memory_is_no_fault_of_the_kernels(ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_in_triton", fails("triton", ways, torch.OutOfMemoryError("full")))
+    monkeypatch.setattr(kernels, "_in_triton", fails("triton", ways, torch.OutOfMemoryError("full")))
     with warnings.catch_warnings(), pytest.raises(torch.OutOfMemoryError, match="full"):
         warnings.simplefilter("error")
         fused_distillation_head(**build().arguments())
-    assert ways == ["triton"] and not module._triton_failed
+    assert ways == ["triton"] and not kernels._failed
 
 
 def test_a_triton_that_cannot_be_imported(ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_a_triton_that_cannot_be_imported(ways: list[str], monkeypatch: pytest.M
     def broken(function: Any) -> Any:
         raise ImportError("libcuda.so.1 not found")
 
-    monkeypatch.setattr(module, "_in_triton", broken)
+    monkeypatch.setattr(kernels, "_in_triton", broken)
     with pytest.warns(UserWarning, match="without its Triton kernels, which failed: libcuda.so.1 not found"):
         fused_distillation_head(**build().arguments())
     assert ways == ["compile"]
@@ -165,17 +165,17 @@ def test_a_triton_that_cannot_be_imported(ways: list[str], monkeypatch: pytest.M
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_triton_is_for_cuda_where_it_is_installed(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    module._triton_installed.cache_clear()
+    kernels._triton_installed.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     monkeypatch.delenv("PGPO_TRITON", raising=False)
-    assert not module._has_triton(torch.device("cuda", 1))
+    assert not kernels._has_triton(torch.device("cuda", 1))
     monkeypatch.setenv("PGPO_TRITON", "1")
     try:
-        assert module._has_triton(torch.device("cuda", 1)) == installed
-        assert not module._has_triton(torch.device("cpu"))
-        assert not module._has_triton(torch.device("mps"))
+        assert kernels._has_triton(torch.device("cuda", 1)) == installed
+        assert not kernels._has_triton(torch.device("cpu"))
+        assert not kernels._has_triton(torch.device("mps"))
     finally:
-        module._triton_installed.cache_clear()
+        kernels._triton_installed.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU
@@ -198,14 +198,14 @@ def test_the_kernels_on_a_gpu(head: str, dtype: torch.dtype) -> None:
         spec = cases.spec_of(kind, beta, **cases.HEADS[head])
         student, teacher = (cases.random(rows, vocabulary, seed=i).to(dtype) for i in (1, 2))
         student[-1, 1:2] = teacher[-1, 1:2] = -torch.inf
-        table = module._statistics(spec, torch.float64, student, teacher)
+        table = formulas.statistics(spec, torch.float64, student, teacher)
         ours = triton_kernels.statistics(spec, wide, student.cuda(), teacher.cuda())
         for i in range(8):
             cases.close(ours[:, i].cpu(), table[:, i], tolerance, f"column {i}")
         weights = [cases.random(rows, 1, scale=1.0, seed=10 + i) for i in range(3)]
         labels = torch.randint(vocabulary, (rows, 1))
         expected = torch.empty(rows, vocabulary, dtype=torch.float64)
-        module._logit_gradient(spec, torch.float64, student, teacher, table, *weights, labels, expected)
+        formulas.logit_gradient(spec, torch.float64, student, teacher, table, *weights, labels, expected)
         on_gpu = [w.to("cuda", wide) for w in weights]
         for in_place in (False, True):
             given = student.cuda()
@@ -228,10 +228,10 @@ def test_nan_on_a_gpu(side: int, kind: str, beta: float) -> None:
     weight, out = torch.ones(2, 1, device="cuda"), torch.empty_like(pair[0])
     triton_kernels.logit_gradient(spec, torch.float32, *pair, table, weight, None, None, None, out)
     expected = torch.empty_like(out)
-    theirs = module._statistics(spec, torch.float32, *pair)
-    module._logit_gradient(spec, torch.float32, *pair, theirs, weight, None, None, None, expected)
+    theirs = formulas.statistics(spec, torch.float32, *pair)
+    formulas.logit_gradient(spec, torch.float32, *pair, theirs, weight, None, None, None, expected)
     assert torch.equal(out.isnan(), expected.isnan())
-    used = [module._D, module._K, *([module._H_S] if side == 0 else [module._H_T])]
+    used = [formulas.D, formulas.K, *([formulas.H_S] if side == 0 else [formulas.H_T])]
     assert torch.equal(table[:, used].isnan(), theirs[:, used].isnan())
 
 
@@ -240,7 +240,7 @@ def test_nan_on_a_gpu(side: int, kind: str, beta: float) -> None:
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_the_whole_head_on_a_gpu(top_k: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the kernels, none of which fails, as by eager code."""
-    monkeypatch.setattr(module, "_triton_failed", False)
+    monkeypatch.setattr(kernels, "_failed", set())
     monkeypatch.setenv("PGPO_TRITON", "1")
     sides = []
     for compiled in (None, False):

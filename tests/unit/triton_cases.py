@@ -26,9 +26,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from pgpo.core import _head_formulas as formulas
+from pgpo.core import _head_kernels as head_kernels
 from pgpo.core import dense_distillation_head, fused_distillation_head
-from pgpo.core import fused_head as module
-from pgpo.core.fused_head import _Spec
+from pgpo.core._head_formulas import Spec
 
 INF, NAN = math.inf, math.nan
 KINDS = [("jsd", 0.5), ("jsd", 0.2), ("jsd", 0.0), ("jsd", 1.0), ("forward_kl", 0.5), ("reverse_kl", 0.5)]
@@ -69,8 +70,8 @@ def named(values: Any) -> dict[str, Any]:
     return {"_".join(map(str, v)) if isinstance(v, tuple) else str(v): v for v in values}
 
 
-def spec_of(kind: str, beta: float, top_k: int | None = None, **head: Any) -> _Spec:
-    return _Spec(kind, beta, top_k, True, **NEUTRAL | head)
+def spec_of(kind: str, beta: float, top_k: int | None = None, **head: Any) -> Spec:
+    return Spec(kind, beta, top_k, True, **NEUTRAL | head)
 
 
 def kernels(block: int | None = None) -> Any:
@@ -99,18 +100,18 @@ def close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") ->
         assert error <= tolerance * largest, f"{name}: {error} of {largest}"
 
 
-def check_statistics(spec: _Spec, student: Tensor, teacher: Tensor, tolerance: float | None = None) -> Tensor:
-    """The table by what it is for: log-probabilities, entropies, D and K. Returns fused_head's own, in fp64."""
+def check_statistics(spec: Spec, student: Tensor, teacher: Tensor, tolerance: float | None = None) -> Tensor:
+    """The table by what it is for: log-probabilities, entropies, D and K. Returns the formulas' own, in fp64."""
     from pgpo.core import triton_kernels
 
     dtype = torch.promote_types(student.dtype, torch.float32)
     tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
     actual = triton_kernels.statistics(spec, dtype, student, teacher)
-    expected = module._statistics(spec, torch.float64, student, teacher)
+    expected = formulas.statistics(spec, torch.float64, student, teacher)
     assert actual.dtype == dtype and actual.shape == expected.shape
     for side, raw, logits, top, log in (
-        ("student", student, module._student_logits, module._TOP_S, module._LOG_S),
-        ("teacher", teacher, module._teacher_logits, module._TOP_T, module._LOG_T),
+        ("student", student, formulas.student_logits, formulas.TOP_S, formulas.LOG_S),
+        ("teacher", teacher, formulas.teacher_logits, formulas.TOP_T, formulas.LOG_T),
     ):
         # the two columns apart, as each is used
         z, exact = logits(spec, raw, dtype), logits(spec, raw, torch.float64)
@@ -119,14 +120,14 @@ def check_statistics(spec: _Spec, student: Tensor, teacher: Tensor, tolerance: f
         whole = ~z.isnan().any(-1)
         close(actual[whole, top], z.amax(-1)[whole], tolerance, f"max of the {side}")
     names = ("entropy of the student", "entropy of the teacher", "D", "K")
-    for name, i in zip(names, (module._H_S, module._H_T, module._D, module._K)):
+    for name, i in zip(names, (formulas.H_S, formulas.H_T, formulas.D, formulas.K)):
         if i < expected.shape[1]:
             close(actual[:, i], expected[:, i], tolerance, name)
     return expected
 
 
 def check_gradient(
-    spec: _Spec,
+    spec: Spec,
     student: Tensor,
     teacher: Tensor | None,
     table: Tensor,
@@ -144,7 +145,7 @@ def check_gradient(
     if written.itemsize == 2:
         tolerance = 2.0 ** (-7 if written == torch.bfloat16 else -10)  # the interpreter cuts off where a GPU rounds
     expected = torch.full_like(student, NAN, dtype=torch.float64)
-    module._logit_gradient(spec, torch.float64, student.double(), teacher, table, *weights, labels, expected)
+    formulas.logit_gradient(spec, torch.float64, student.double(), teacher, table, *weights, labels, expected)
     before = student.clone()
     triton_kernels.logit_gradient(spec, dtype, student, teacher, table.to(dtype), *weights, labels, out)
     close(student if out is None else out, expected, tolerance, "gradient")
@@ -152,7 +153,7 @@ def check_gradient(
         assert torch.equal(student.nan_to_num(0.5), before.nan_to_num(0.5)), "written over its input"
 
 
-def everything_of(spec: _Spec, student: Tensor, teacher: Tensor, tolerance: float | None = None) -> None:
+def everything_of(spec: Spec, student: Tensor, teacher: Tensor, tolerance: float | None = None) -> None:
     """The table, and the gradient of all three kinds at once."""
     rows, vocabulary = student.shape
     dtype = torch.promote_types(student.dtype, torch.float32)
@@ -198,7 +199,7 @@ def tanh_keeps_its_digits(dtype: torch.dtype) -> None:
     sizes = torch.logspace(-7, 1.5, 25, dtype=torch.float64)
     logits = torch.cat([sizes, -sizes, torch.tensor([0.0, 0.5, -0.5, INF, -INF])]).to(dtype).unsqueeze(-1)
     spec = spec_of("sampled_token", 0.5, student_softcap=1.0)
-    ours = kernels(16).statistics(spec, dtype, logits, logits)[:, [module._TOP_S]]
+    ours = kernels(16).statistics(spec, dtype, logits, logits)[:, [formulas.TOP_S]]
     torch.testing.assert_close(ours, torch.tanh(logits), rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
@@ -219,7 +220,7 @@ def sides_of_unequal_dtype() -> None:
             a, b = random(1, 40, seed=1).to(student), random(1, 40, seed=2).to(teacher)
             spec = spec_of("jsd", 0.2)
             table = kernels().statistics(spec, dtype, a, b)
-            close(table[:, module._D], module._statistics(spec, torch.float64, a, b)[:, module._D], TOLERANCE[dtype])
+            close(table[:, formulas.D], formulas.statistics(spec, torch.float64, a, b)[:, formulas.D], TOLERANCE[dtype])
 
 
 @case(INTERPRETED, dict(top_k=("jsd", 3), label=("sampled_token", None)))
@@ -236,7 +237,7 @@ def any_of_the_three_weights() -> None:
     labels = torch.tensor([[6], [0], [3]])
     for kind, given, place in itertools.product(DIRECTIONS, itertools.product([True, False], repeat=3), [True, False]):
         spec = spec_of(*kind, **EVERYTHING)
-        table = module._statistics(spec, torch.float64, student, teacher)
+        table = formulas.statistics(spec, torch.float64, student, teacher)
         weights = tuple(random(3, 1, scale=1.0, seed=10 + i) if g else None for i, g in enumerate(given))
         out = torch.full_like(student, NAN) if place else None
         check_gradient(
@@ -291,7 +292,7 @@ def probabilities_near_the_smallest_float(kind: tuple[str, float]) -> None:
     student = torch.cat([torch.zeros(1), low]).expand(2, -1).contiguous()
     teacher = torch.cat([torch.zeros(1), low + 1]).expand(2, -1).contiguous()
     table = kernels().statistics(spec_of(*kind), torch.float32, student, teacher)
-    assert table.isfinite().all() and table[:, module._D :].abs().max() < 1e-30
+    assert table.isfinite().all() and table[:, formulas.D :].abs().max() < 1e-30
     out = torch.full_like(student, NAN)
     one = torch.ones(2, 1)
     kernels().logit_gradient(spec_of(*kind), torch.float32, student, teacher, table, one, None, None, None, out)
@@ -387,8 +388,8 @@ def triton_everywhere() -> Iterator[list[str]]:
         return call
 
     with (
-        mock.patch.object(module, "_has_triton", lambda device: True),
-        mock.patch.object(module, "_COMPILE_FROM_VOCABULARY", 1),
+        mock.patch.object(head_kernels, "_has_triton", lambda device: True),
+        mock.patch.object(head_kernels, "_COMPILE_FROM_VOCABULARY", 1),
         mock.patch.object(tk, "statistics", counted("statistics")),
         mock.patch.object(tk, "logit_gradient", counted("logit_gradient")),
         warnings.catch_warnings(),
@@ -400,7 +401,7 @@ def triton_everywhere() -> Iterator[list[str]]:
 @case(INTERPRETED, named([*DIRECTIONS, ("jsd", 1.0), ("sampled_token", 0.5)]), dict(full=None, top_k=3))
 def whole_head(kind: tuple[str, float], top_k: int | None) -> None:
     """Values and gradients of both forms, fused with Triton against dense on full logits."""
-    from test_fused_head import VALUES, build, gradients
+    from test_head import VALUES, build, gradients
 
     options: dict[str, Any] = dict(kind=kind[0], beta=kind[1], top_k=top_k, **EVERYTHING)
     sides = []
@@ -424,7 +425,7 @@ def whole_head(kind: tuple[str, float], top_k: int | None) -> None:
 @case(INTERPRETED)
 def whole_head_in_bf16_with_fp32_logits() -> None:
     """As on CUDA: fp32 logits, and a buffer of bf16 for their gradient."""
-    from test_fused_head import VALUES, build, gradients
+    from test_head import VALUES, build, gradients
 
     def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a.float() @ b.float())
@@ -437,9 +438,9 @@ def whole_head_in_bf16_with_fp32_logits() -> None:
         made = build(n=9, vocabulary=19, dtype=torch.bfloat16)
         with (
             triton_everywhere() as calls,
-            mock.patch.object(module, "_writes_fp32", lambda device, dtype: True),
-            mock.patch.object(module, "_mm_fp32", mm),
-            mock.patch.object(module, "_addmm_fp32", addmm),
+            mock.patch.object(head_kernels, "_writes_fp32", lambda device, dtype: True),
+            mock.patch.object(head_kernels, "_mm_fp32", mm),
+            mock.patch.object(head_kernels, "_addmm_fp32", addmm),
         ):
             compiled = None if way == "triton" else False
             out = fused_distillation_head(
@@ -505,7 +506,7 @@ class Recorder:
 
 
 def launches(
-    spec: _Spec, dtype: torch.dtype, given: tuple[bool, bool, bool], vocabulary: int = 151_936
+    spec: Spec, dtype: torch.dtype, given: tuple[bool, bool, bool], vocabulary: int = 151_936
 ) -> list[Recorder]:
     """Of both kernels; the vocabulary is Qwen3's."""
     tk = kernels()
@@ -534,7 +535,7 @@ def usage(binary: bytes) -> dict[str, int]:
 
 
 CAPPED = dict(EVERYTHING, student_softcap=30.0, teacher_softcap=30.0)
-FORMULAS: dict[str, tuple[_Spec, tuple[bool, bool, bool]]] = dict(
+FORMULAS: dict[str, tuple[Spec, tuple[bool, bool, bool]]] = dict(
     jsd=(spec_of("jsd", 0.5), (True, False, False)),
     jsd_with_everything=(spec_of("jsd", 0.2, **CAPPED), (True, True, True)),
     forward_kl=(spec_of("forward_kl", 0.5), (True, False, False)),
@@ -546,12 +547,12 @@ GPUS = dict(sm_80=80, sm_90=90, sm_100=100)
 
 
 @case(COMPILED, {name: FORMULAS[name] for name in ("jsd", "jsd_with_everything")}, GPUS)
-def code_for(formula: tuple[_Spec, tuple[bool, bool, bool]], capability: int) -> dict[str, Any]:
+def code_for(formula: tuple[Spec, tuple[bool, bool, bool]], capability: int) -> dict[str, Any]:
     return code(*formula, torch.float32, capability)
 
 
 @case(COMPILED, FORMULAS, {name: DTYPES[name] for name in ("bf16", "fp64")})
-def code_of(formula: tuple[_Spec, tuple[bool, bool, bool]], dtype: torch.dtype) -> dict[str, Any]:
+def code_of(formula: tuple[Spec, tuple[bool, bool, bool]], dtype: torch.dtype) -> dict[str, Any]:
     return code(*formula, dtype, 90)
 
 
@@ -562,7 +563,7 @@ def code_for_a_vocabulary_of(tokens: int) -> dict[str, Any]:
 
 
 def code(
-    spec: _Spec, given: tuple[bool, bool, bool], dtype: torch.dtype, capability: int, vocabulary: int = 151_936
+    spec: Spec, given: tuple[bool, bool, bool], dtype: torch.dtype, capability: int, vocabulary: int = 151_936
 ) -> dict[str, Any]:
     """There is machine code, nothing is spilled, and fp64 is fp64 throughout."""
     found = {}

@@ -5,11 +5,11 @@ I_k         -> multiplier rho_k     viscosity.py
 whose I_k scales which gradient     sources.py
 rho_k       -> optimizer step       stepping.py
 the loss from logits                divergence.py
-all of it from hidden states        fused_head.py
+all of it from hidden states        head.py
 """
 
 from .divergence import divergence, sampled_token_divergence
-from .fused_head import HeadOutput, dense_distillation_head, distillation_of_logits, fused_distillation_head
+from .head import HeadOutput, dense_distillation_head, distillation_of_logits, fused_distillation_head
 from .information import Information, InformationMeter, token_entropy
 from .sources import CrossFit, EarlierInformation
 from .stepping import modulate, modulate_reference

@@ -1,10 +1,11 @@
-"""The elementwise part of the fused head by hand for CUDA: `statistics` and `logit_gradient`.
+"""The fused head's elementwise formulas as hand-written CUDA kernels: `statistics` and `logit_gradient`.
 
-They take what `fused_head._statistics` and `fused_head._logit_gradient` take, which define them, and read the logits
+`_head_formulas.statistics` and `_head_formulas.logit_gradient` define them, arguments included. They read the logits
 twice for the table (once if it has no divergence in it) and once for the gradient. exp is the hardware's, in fp32 good
 to 2^-22.
 
-Imported only where Triton is (`fused_head._run`). With TRITON_INTERPRET=1 they run on CPU tensors, for tests.
+Imported only where Triton is installed (`_head_kernels._in_triton`). With TRITON_INTERPRET=1 they run on CPU tensors,
+for tests.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import fused_head
+from . import _head_formulas as formulas
 
 if TYPE_CHECKING:
-    from .fused_head import _Spec
+    from ._head_formulas import Spec
 
 # Tokens per block, half as many in fp64, and warps per program (ours; no GPU was at hand to tune them on). Compiled for
 # sm_80 to sm_100 nothing spills; 2048 for the table, six numbers per token of which stay in registers, did on sm_80.
@@ -30,13 +31,13 @@ _WARPS = 8
 _DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 # A kernel sees no global that is not a constexpr.
-_TOP_S, _LOG_S, _H_S = (tl.constexpr(i) for i in (fused_head._TOP_S, fused_head._LOG_S, fused_head._H_S))
-_TOP_T, _LOG_T, _H_T = (tl.constexpr(i) for i in (fused_head._TOP_T, fused_head._LOG_T, fused_head._H_T))
-_D, _K = (tl.constexpr(i) for i in (fused_head._D, fused_head._K))
+_TOP_S, _LOG_S, _H_S = (tl.constexpr(i) for i in (formulas.TOP_S, formulas.LOG_S, formulas.H_S))
+_TOP_T, _LOG_T, _H_T = (tl.constexpr(i) for i in (formulas.TOP_T, formulas.LOG_T, formulas.H_T))
+_D, _K = (tl.constexpr(i) for i in (formulas.D, formulas.K))
 
 
-def statistics(spec: _Spec, dtype: torch.dtype, student: Tensor, teacher: Tensor) -> Tensor:
-    """`fused_head._statistics`: the table [rows, 8], or [rows, 6] without the full divergence."""
+def statistics(spec: Spec, dtype: torch.dtype, student: Tensor, teacher: Tensor) -> Tensor:
+    """`_head_formulas.statistics`: the table [rows, 8], or [rows, 6] without the full divergence."""
     _check_layout(student, teacher)
     rows, vocabulary = student.shape
     full = spec.support == "full"
@@ -59,7 +60,7 @@ def statistics(spec: _Spec, dtype: torch.dtype, student: Tensor, teacher: Tensor
 
 
 def logit_gradient(
-    spec: _Spec,
+    spec: Spec,
     dtype: torch.dtype,
     student: Tensor,
     teacher: Tensor | None,
@@ -70,7 +71,7 @@ def logit_gradient(
     labels: Tensor | None,
     out: Tensor | None,
 ) -> None:
-    """`fused_head._logit_gradient`: d loss / d raw logits into out, or over `student` if out is None."""
+    """`_head_formulas.logit_gradient`: d loss / d raw logits into out, or over `student` if out is None."""
     out = student if out is None else out
     used = None if per_divergence is None else teacher
     _check_layout(student, used, out, table)
@@ -119,7 +120,7 @@ def _block(tokens: int, dtype: torch.dtype) -> int:
     return tokens // 2 if dtype == torch.float64 else tokens
 
 
-def _formula(spec: _Spec, dtype: torch.dtype, divergence: bool) -> dict[str, Any]:
+def _formula(spec: Spec, dtype: torch.dtype, divergence: bool) -> dict[str, Any]:
     """The constants of a kernel. DIRECTION is None where no divergence over the full vocabulary is asked for."""
     direction = spec.direction if divergence else None
     return dict(
@@ -163,7 +164,7 @@ def _logits(
     TEMPERATURE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """`fused_head._student_logits` of a block; -inf beyond the vocabulary, where it has no weight."""
+    """`_head_formulas.student_logits` of a block; -inf beyond the vocabulary, where it has no weight."""
     z = tl.load(row + tokens, mask=inside, other=0.0).to(DTYPE)
     if SCALE != 1.0:
         z = z * SCALE
@@ -194,7 +195,7 @@ def _add(z, top, total, moment):
 
 @triton.jit
 def _normalizer(top, total, moment):
-    """All lanes in one: max, log sum exp(z - max) and entropy, apart as in `fused_head._normalizer`."""
+    """All lanes in one: max, log sum exp(z - max) and entropy, apart as in `_head_formulas._normalizer`."""
     new = tl.max(top, 0)
     base = tl.where(new == float("-inf"), 0.0, new)
     fall = top - base

@@ -6,7 +6,9 @@
     experiments.py  the rows: chain, equation, claimed and true order
     kink.py         the counterexample for a law with a kink
     facts.py        numbers with closed forms: engine, noise floor, batch size, weight decay
-    verify.py       slopes, verdicts, `pgpo sde`
+    orders.py       the order measured: slopes, expansion, verdict
+    figure.py       error against eta
+    verify.py       `pgpo sde`: all rows
 
 The theorem and its proof are in docs/THEOREM.md.
 """

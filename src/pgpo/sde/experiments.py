@@ -40,8 +40,8 @@ BETA = 0.5  # momentum
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison.
+class Claim:
+    """That an equation approximates a chain, and to which order: a row of the table.
 
     Attributes:
         section: heading of the table.
@@ -134,7 +134,9 @@ def shared_fields(bandit: Bandit, law: Law, theta: Tensor, theta_bar: Tensor) ->
     return Fields(sample, rho.unsqueeze(1).expand_as(sample.information), rho)
 
 
-def one_dimensional(law: Law, degree: int = 40, radius: float = 4.0, wild: tuple[int, float] = (20, 3.0)) -> list[Row]:
+def one_dimensional(
+    law: Law, degree: int = 40, radius: float = 4.0, wild: tuple[int, float] = (20, 3.0)
+) -> list[Claim]:
     """Vanilla SGD and PGPO with batch-independent and same-batch rho. `wild` is the grid of O(1) noise."""
     bandit = Bandit(PHI_1, FEEDBACK, DECAY)
     return [
@@ -145,7 +147,7 @@ def one_dimensional(law: Law, degree: int = 40, radius: float = 4.0, wild: tuple
     ]
 
 
-def _vanilla(bandit: Bandit, bench: Bench, wild: Bench) -> list[Row]:
+def _vanilla(bandit: Bandit, bench: Bench, wild: Bench) -> list[Claim]:
     name = "vanilla SGD"
 
     def parts(bench: Bench) -> tuple[Curve, Tensor, Tensor]:
@@ -160,16 +162,16 @@ def _vanilla(bandit: Bandit, bench: Bench, wild: Bench) -> list[Row]:
     literal = Equation(wild_b, wild_sigma).without_sqrt_eta()
     first = Equation(b, sigma)
     return [
-        Row(name, name, "paper (i) literal: Sigma^1/2, no sqrt(eta)", 1, 0, wild_chain, wild.equation(literal)),
-        Row(name, name, "paper (i) with sqrt(eta)", 1, 1, chain, bench.equation(first)),
-        Row(name, name, "noise-free ODE", 1, 1, chain, bench.equation(first.without_noise())),
-        Row(
+        Claim(name, name, "paper (i) literal: Sigma^1/2, no sqrt(eta)", 1, 0, wild_chain, wild.equation(literal)),
+        Claim(name, name, "paper (i) with sqrt(eta)", 1, 1, chain, bench.equation(first)),
+        Claim(name, name, "noise-free ODE", 1, 1, chain, bench.equation(first.without_noise())),
+        Claim(
             name, name, "order 2: b - (eta/2)(Db)b, Sigma", 2, 2, chain, bench.equation(order_two(bench.grid, b, sigma))
         ),
     ]
 
 
-def _shared(bandit: Bandit, law: Law, bench: Bench, wild: Bench) -> list[Row]:
+def _shared(bandit: Bandit, law: Law, bench: Bench, wild: Bench) -> list[Claim]:
     name = "rho batch-independent"
 
     def parts(bench: Bench) -> tuple[Tensor, Tensor, Fields]:
@@ -200,22 +202,22 @@ def _shared(bandit: Bandit, law: Law, bench: Bench, wild: Bench) -> list[Row]:
     unchanged = bench.equation(Equation(b, sigma))
     exact = bench.equation(Equation(b, s))
     return [
-        Row(name, name, "paper (ii) literal: no sqrt(eta)", 1, 0, wild_chain, literal),
-        Row(name, name, "paper (ii) with sqrt(eta), Sigma unchanged", 1, 1, chain, unchanged),
-        Row(name, name, "rho^2 Sigma", 1, 1, chain, exact),
-        Row(name, name, "rho dropped", None, 0, chain, bench.equation(Equation(-f.grad_loss, sigma))),
-        Row(name, name, "order 2, rho^2 Sigma", 2, 2, chain, bench.equation(order_two(grid, b, s))),
-        Row(name, name, "order-2 drift, Sigma unchanged", 2, 1, chain, bench.equation(order_two(grid, b, sigma))),
-        Row(name, name, "variance, Sigma unchanged", 2, 1, chain, unchanged, "variance"),
-        Row(name, name, "variance, rho^2 Sigma", 2, 2, chain, exact, "variance"),
-        Row(name, "noise of size eta^-1/2", "paper (ii) literal", 1, 0, skewed, literal),
-        Row(name, "noise of size eta^-1/2", "rho^2 Sigma", 1, 0.5, skewed, modulated),
-        Row(name, "the same, symmetric noise", "paper (ii) literal", 1, 0, even, literal),
-        Row(name, "the same, symmetric noise", "rho^2 Sigma", 1, 1, even, modulated),
+        Claim(name, name, "paper (ii) literal: no sqrt(eta)", 1, 0, wild_chain, literal),
+        Claim(name, name, "paper (ii) with sqrt(eta), Sigma unchanged", 1, 1, chain, unchanged),
+        Claim(name, name, "rho^2 Sigma", 1, 1, chain, exact),
+        Claim(name, name, "rho dropped", None, 0, chain, bench.equation(Equation(-f.grad_loss, sigma))),
+        Claim(name, name, "order 2, rho^2 Sigma", 2, 2, chain, bench.equation(order_two(grid, b, s))),
+        Claim(name, name, "order-2 drift, Sigma unchanged", 2, 1, chain, bench.equation(order_two(grid, b, sigma))),
+        Claim(name, name, "variance, Sigma unchanged", 2, 1, chain, unchanged, "variance"),
+        Claim(name, name, "variance, rho^2 Sigma", 2, 2, chain, exact, "variance"),
+        Claim(name, "noise of size eta^-1/2", "paper (ii) literal", 1, 0, skewed, literal),
+        Claim(name, "noise of size eta^-1/2", "rho^2 Sigma", 1, 0.5, skewed, modulated),
+        Claim(name, "the same, symmetric noise", "paper (ii) literal", 1, 0, even, literal),
+        Claim(name, "the same, symmetric noise", "rho^2 Sigma", 1, 1, even, modulated),
     ]
 
 
-def _same_batch(bandit: Bandit, law: Law, bench: Bench, wild: Bench) -> list[Row]:
+def _same_batch(bandit: Bandit, law: Law, bench: Bench, wild: Bench) -> list[Claim]:
     name = "rho from the same batch"
 
     def parts(bench: Bench) -> tuple[Curve, Fields]:
@@ -230,8 +232,8 @@ def _same_batch(bandit: Bandit, law: Law, bench: Bench, wild: Bench) -> list[Row
     b, sigma, s, grid = f.exact_drift, f.unchanged_diffusion, f.exact_diffusion, bench.grid
     unchanged, exact = bench.equation(Equation(b, sigma)), bench.equation(Equation(b, s))
     return [
-        Row(name, name, "paper (ii) literal: no sqrt(eta)", 1, 0, wild_chain, wild.equation(literal)),
-        Row(
+        Claim(name, name, "paper (ii) literal: no sqrt(eta)", 1, 0, wild_chain, wild.equation(literal)),
+        Claim(
             name,
             name,
             "paper (ii) with sqrt(eta): -rho(EI) grad L",
@@ -240,11 +242,11 @@ def _same_batch(bandit: Bandit, law: Law, bench: Bench, wild: Bench) -> list[Row
             chain,
             bench.equation(Equation(f.naive_drift, sigma)),
         ),
-        Row(name, name, "-E[rho] E[g]", 1, 0, chain, bench.equation(Equation(f.product_drift, s))),
-        Row(name, name, "-E[rho g], Sigma unchanged", 1, 1, chain, unchanged),
-        Row(name, name, "-E[rho g], noise-free", 1, 1, chain, bench.equation(Equation(b, s).without_noise())),
-        Row(name, name, "THEOREM order 1: -E[rho g], Cov(rho g)", 1, 1, chain, exact),
-        Row(
+        Claim(name, name, "-E[rho] E[g]", 1, 0, chain, bench.equation(Equation(f.product_drift, s))),
+        Claim(name, name, "-E[rho g], Sigma unchanged", 1, 1, chain, unchanged),
+        Claim(name, name, "-E[rho g], noise-free", 1, 1, chain, bench.equation(Equation(b, s).without_noise())),
+        Claim(name, name, "THEOREM order 1: -E[rho g], Cov(rho g)", 1, 1, chain, exact),
+        Claim(
             name,
             name,
             "THEOREM order 2: b - (eta/2)(Db)b, Cov(rho g)",
@@ -253,13 +255,13 @@ def _same_batch(bandit: Bandit, law: Law, bench: Bench, wild: Bench) -> list[Row
             chain,
             bench.equation(order_two(grid, b, s)),
         ),
-        Row(name, name, "order-2 drift, Sigma unchanged", 2, 1, chain, bench.equation(order_two(grid, b, sigma))),
-        Row(name, name, "variance, Sigma unchanged", 2, 1, chain, unchanged, "variance"),
-        Row(name, name, "variance, Cov(rho g)", 2, 2, chain, exact, "variance"),
+        Claim(name, name, "order-2 drift, Sigma unchanged", 2, 1, chain, bench.equation(order_two(grid, b, sigma))),
+        Claim(name, name, "variance, Sigma unchanged", 2, 1, chain, unchanged, "variance"),
+        Claim(name, name, "variance, Cov(rho g)", 2, 2, chain, exact, "variance"),
     ]
 
 
-def _self_teacher(bandit: Bandit, law: Law, bench: Bench) -> list[Row]:
+def _self_teacher(bandit: Bandit, law: Law, bench: Bench) -> list[Claim]:
     name = "self-teacher theta_bar = theta"
     theta = bench.grid.nodes
     f = batch_fields(bandit, law, theta, theta)
@@ -267,13 +269,13 @@ def _self_teacher(bandit: Bandit, law: Law, bench: Bench) -> list[Row]:
     b, s = f.exact_drift, f.exact_diffusion
     naive = Equation(f.naive_drift, f.unchanged_diffusion)
     return [
-        Row(name, name, "-rho(EI) grad L", 1, 0, chain, bench.equation(naive)),
-        Row(name, name, "-E[rho g], Cov(rho g)", 1, 1, chain, bench.equation(Equation(b, s))),
-        Row(name, name, "order 2", 2, 2, chain, bench.equation(order_two(bench.grid, b, s))),
+        Claim(name, name, "-rho(EI) grad L", 1, 0, chain, bench.equation(naive)),
+        Claim(name, name, "-E[rho g], Cov(rho g)", 1, 1, chain, bench.equation(Equation(b, s))),
+        Claim(name, name, "order 2", 2, 2, chain, bench.equation(order_two(bench.grid, b, s))),
     ]
 
 
-def two_dimensional(law: Law, degree: int = 18, radius: float = 2.0) -> list[Row]:
+def two_dimensional(law: Law, degree: int = 18, radius: float = 2.0) -> list[Claim]:
     """theta in R^2: rho grad L has curl, so (eta/4) grad |b|^2 is not (eta/2)(Db)b."""
     name = "two dimensions, rho batch-independent"
     bandit = Bandit(PHI_2, FEEDBACK, DECAY)
@@ -285,14 +287,14 @@ def two_dimensional(law: Law, degree: int = 18, radius: float = 2.0) -> list[Row
     )
     b, s, grid = f.exact_drift, f.exact_diffusion, bench.grid
     return [
-        Row(name, name, "order 1, rho^2 Sigma", 1, 1, chain, bench.equation(Equation(b, s))),
-        Row(name, name, "order 2 with (eta/2)(Db)b", 2, 2, chain, bench.equation(order_two(grid, b, s))),
-        Row(name, name, "'order 2' with (eta/4) grad|b|^2", 2, 1, chain,
+        Claim(name, name, "order 1, rho^2 Sigma", 1, 1, chain, bench.equation(Equation(b, s))),
+        Claim(name, name, "order 2 with (eta/2)(Db)b", 2, 2, chain, bench.equation(order_two(grid, b, s))),
+        Claim(name, name, "'order 2' with (eta/4) grad|b|^2", 2, 1, chain,
             bench.equation(Equation(b, s, gradient_correction(grid, b)))),
     ]  # fmt: skip
 
 
-def ema_teacher(law: Law, degree: int = 18, radius: float = 2.0) -> list[Row]:
+def ema_teacher(law: Law, degree: int = 18, radius: float = 2.0) -> list[Claim]:
     """State (theta, theta_bar), theta_bar' = (1 - kappa eta) theta_bar + kappa eta theta'."""
     name = "EMA teacher, kappa = 1"
     bandit = Bandit(PHI_1, FEEDBACK, DECAY)
@@ -312,17 +314,17 @@ def ema_teacher(law: Law, degree: int = 18, radius: float = 2.0) -> list[Row]:
     instant = with_ema_teacher(live.exact_drift, live.exact_diffusion, theta, theta_bar, KAPPA)
     ema, plain = ema_correction(bench.grid, first.b0, KAPPA), milstein_correction(bench.grid, first.b0)
     return [
-        Row(name, name, "teacher frozen", None, 0, chain, bench.equation(frozen)),
-        Row(name, name, "teacher = student at once", None, 0, chain, bench.equation(instant)),
-        Row(name, name, "order 1 on (theta, theta_bar)", 1, 1, chain, bench.equation(first)),
-        Row(name, name, "order 2 on (theta, theta_bar)", 2, 2, chain,
+        Claim(name, name, "teacher frozen", None, 0, chain, bench.equation(frozen)),
+        Claim(name, name, "teacher = student at once", None, 0, chain, bench.equation(instant)),
+        Claim(name, name, "order 1 on (theta, theta_bar)", 1, 1, chain, bench.equation(first)),
+        Claim(name, name, "order 2 on (theta, theta_bar)", 2, 2, chain,
             bench.equation(Equation(first.b0, first.diffusion, ema))),
-        Row(name, name, "order 2 without kappa b", 2, 1, chain,
+        Claim(name, name, "order 2 without kappa b", 2, 1, chain,
             bench.equation(Equation(first.b0, first.diffusion, plain))),
     ]  # fmt: skip
 
 
-def remedies(law: Law, degree: int = 28, radius: float = 3.0, fast_degree: int = 16) -> list[Row]:
+def remedies(law: Law, degree: int = 28, radius: float = 3.0, fast_degree: int = 16) -> list[Claim]:
     """What the theory suggests: lagged information, cross-fitting, a smooth cap; and what momentum does."""
     bandit = Bandit(PHI_1, FEEDBACK, DECAY)
     bench = line(degree, radius)
@@ -345,7 +347,7 @@ def cross_fit_displacement(law: SampleLaw, rho: Tensor) -> tuple[Tensor, Tensor]
     return probability, -0.5 * (crossed + crossed.transpose(1, 2)).flatten(1, 2)
 
 
-def _cross_fit(bandit: Bandit, law: Law, bench: Bench, f: Fields) -> list[Row]:
+def _cross_fit(bandit: Bandit, law: Law, bench: Bench, f: Fields) -> list[Claim]:
     name = "remedy: cross-fitting"
     theta = bench.grid.nodes
     probability, h = cross_fit_displacement(f.law, f.rho)
@@ -353,16 +355,16 @@ def _cross_fit(bandit: Bandit, law: Law, bench: Bench, f: Fields) -> list[Row]:
     chain = bench.chain(probability, real)
     pairs = SampleLaw(probability, h, torch.zeros_like(probability))
     b, s = f.product_drift, pairs.covariance(h)
+    crossed = "rho of one half-batch on the other"
     return [
-        Row(name, "rho of one half-batch on the other", "-E[rho] grad L", 1, 1, chain, bench.equation(Equation(b, s))),
-        Row(name, "rho of one half-batch on the other", "order 2", 2, 2, chain,
-            bench.equation(order_two(bench.grid, b, s))),
-        Row(name, "rho of one half-batch on the other", "-E[rho g]", None, 0, chain,
+        Claim(name, crossed, "-E[rho] grad L", 1, 1, chain, bench.equation(Equation(b, s))),
+        Claim(name, crossed, "order 2", 2, 2, chain, bench.equation(order_two(bench.grid, b, s))),
+        Claim(name, "rho of one half-batch on the other", "-E[rho g]", None, 0, chain,
             bench.equation(Equation(f.exact_drift, s))),
     ]  # fmt: skip
 
 
-def _lagged(bandit: Bandit, law: Law, bench: Bench, f: Fields, degree: tuple[int, int], radius: float) -> list[Row]:
+def _lagged(bandit: Bandit, law: Law, bench: Bench, f: Fields, degree: tuple[int, int], radius: float) -> list[Claim]:
     """State (theta, r), r = information of the last batch: theta' = theta - eta rho(r) g_B, r' = I_B(theta)."""
     name = "remedy: lagged information"
     low, high = float(f.law.information.min()), float(f.law.information.max())
@@ -377,14 +379,14 @@ def _lagged(bandit: Bandit, law: Law, bench: Bench, f: Fields, degree: tuple[int
     chain = wide.moving(sample.probability, target)
     s = f.exact_diffusion
     return [
-        Row(name, "rho of the previous batch", "-E[rho] grad L", 1, 1, chain,
+        Claim(name, "rho of the previous batch", "-E[rho] grad L", 1, 1, chain,
             bench.equation(Equation(f.product_drift, s))),
-        Row(name, "rho of the previous batch", "-E[rho g]", None, 0, chain,
+        Claim(name, "rho of the previous batch", "-E[rho g]", None, 0, chain,
             bench.equation(Equation(f.exact_drift, s))),
     ]  # fmt: skip
 
 
-def _momentum(bandit: Bandit, law: Law, bench: Bench, f: Fields, degree: tuple[int, int], radius: float) -> list[Row]:
+def _momentum(bandit: Bandit, law: Law, bench: Bench, f: Fields, degree: tuple[int, int], radius: float) -> list[Claim]:
     """State (theta, m): m' = beta m + (1 - beta) g_B, theta' = theta - eta rho_B m' (rho on the final update)."""
     name = "momentum 0.5, rho on the final update"
     low, high = float(f.law.gradient.min()), float(f.law.gradient.max())
@@ -401,13 +403,13 @@ def _momentum(bandit: Bandit, law: Law, bench: Bench, f: Fields, degree: tuple[i
     s = f.exact_diffusion
     shrunk = f.product_drift - (1 - BETA) * f.rho_gradient_covariance
     return [
-        Row(name, name, "-rho(EI) grad L", 1, 0, chain, bench.equation(Equation(f.naive_drift, s))),
-        Row(name, name, "-E[rho g]", None, 0, chain, bench.equation(Equation(f.exact_drift, s))),
-        Row(name, name, "-(E[rho] grad L + (1-beta) Cov(rho,g))", 1, 1, chain, bench.equation(Equation(shrunk, s))),
+        Claim(name, name, "-rho(EI) grad L", 1, 0, chain, bench.equation(Equation(f.naive_drift, s))),
+        Claim(name, name, "-E[rho g]", None, 0, chain, bench.equation(Equation(f.exact_drift, s))),
+        Claim(name, name, "-(E[rho] grad L + (1-beta) Cov(rho,g))", 1, 1, chain, bench.equation(Equation(shrunk, s))),
     ]
 
 
-def smooth_cap(degree: int = 56, radius: float = 3.0) -> list[Row]:
+def smooth_cap(degree: int = 56, radius: float = 3.0) -> list[Claim]:
     """SmoothExponentialLaw with a cap that acts inside the box: the theorem's smoothness without giving up the cap."""
     name = "remedy: smooth cap"
     law = SmoothExponentialLaw(alpha=1.0, rho_max=1.5)
@@ -418,6 +420,6 @@ def smooth_cap(degree: int = 56, radius: float = 3.0) -> list[Row]:
     chain = bench.chain(f.law.probability, TorchStep(bandit, law).displacement(theta, fixed_teacher(theta)))
     b, s = f.exact_drift, f.exact_diffusion
     return [
-        Row(name, "smooth cap at 1.5", "-E[rho g], Cov(rho g)", 1, 1, chain, bench.equation(Equation(b, s))),
-        Row(name, "smooth cap at 1.5", "order 2", 2, 2, chain, bench.equation(order_two(bench.grid, b, s))),
+        Claim(name, "smooth cap at 1.5", "-E[rho g], Cov(rho g)", 1, 1, chain, bench.equation(Equation(b, s))),
+        Claim(name, "smooth cap at 1.5", "order 2", 2, 2, chain, bench.equation(order_two(bench.grid, b, s))),
     ]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .verify import Outcome
+from .orders import Outcome
 
 # Okabe-Ito, readable without color vision.
 COLORS = {0.0: "#D55E00", 0.5: "#E69F00", 1.0: "#0072B2", 1.5: "#56B4E9", 2.0: "#009E73"}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pgpo.core import ExponentialLaw, SmoothExponentialLaw
 
-from .experiments import HORIZON, Curve, Row
+from .experiments import HORIZON, Claim, Curve
 from .problem import Law, apply_law
 from .transfer import chebyshev_nodes, differentiation_matrix, evolve
 
@@ -95,7 +95,7 @@ def equation_curve(law: Law, factor: str, degree: int = 64, half: float = 2.0) -
     return values
 
 
-def kinked_law(points: int = 1200, degree: int = 64) -> list[Row]:
+def kinked_law(points: int = 1200, degree: int = 64) -> list[Claim]:
     """K1 with the cap, and the same with the smooth cap."""
     rows = []
     for section, law, orders in (
@@ -109,7 +109,9 @@ def kinked_law(points: int = 1200, degree: int = 64) -> list[Row]:
             orders,
             strict=True,
         ):
-            rows.append(Row(section, type(law).__name__, equation, 1, true, chain, equation_curve(law, factor, degree)))
+            rows.append(
+                Claim(section, type(law).__name__, equation, 1, true, chain, equation_curve(law, factor, degree))
+            )
     return rows
 
 

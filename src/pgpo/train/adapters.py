@@ -19,7 +19,7 @@ _NOT_DISTILLED = ("alora_invocation_tokens", "monteclora_config", "kasa_config")
 def adapter_problem(model: Any, distills: bool) -> str | None:
     """Why this model's adapter cannot be trained or saved, as a sentence; None if it can, or if it has none.
 
-    distills: student and teacher run to their hidden states, prompt and completions apart (passes.py).
+    distills: student and teacher run to their hidden states, prompt and completions apart (forward/passes.py).
     """
     for config in getattr(model, "peft_config", {}).values():
         if problem := _problem(model, config, distills):

@@ -5,7 +5,7 @@ One optimizer step, top-down:
     rollouts, rewards                        TRL (seam/step.py)
     annotate    teacher contexts             demonstration = a right sibling, and/or feedback on the own attempt
     optimize    micro-batches                active samples only, sorted by length, within the token budget
-                student and teacher hidden states on the same completion tokens (passes.py)
+                student and teacher hidden states on the same completion tokens (forward/)
                 divergence / GLOBAL number of active tokens -> backward;   entropies -> InformationMeter
                 I_k over all micro-batches and ranks -> rho_k -> armed for the optimizer's step
     on_optimizer_step                        the teacher follows
@@ -45,16 +45,18 @@ from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import Record, summarize
 from pgpo.evaluate.run import evaluate
 from pgpo.evaluate.runners import TransformersRunner
+from pgpo.forward import batching
+from pgpo.forward.batching import Bundle, Limits
+from pgpo.forward.open_model import causal_lm, head_error, head_problem, joins, open_forward
+from pgpo.forward.passes import Passes, States
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
 from pgpo.teacher.weights import reshard
-from pgpo.train import batching, zero
+from pgpo.train import zero
 from pgpo.train.adapters import adapter_problem
-from pgpo.train.batching import Bundle, Limits
 from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
 from pgpo.train.field_types import file_name
 from pgpo.train.guard import CollapseGuard, GuardActions
 from pgpo.train.multiplier import StepMultiplier
-from pgpo.train.passes import Passes, States, causal_lm, head_error, head_problem, joins, open_forward
 from pgpo.train.seam import Batch, Prompt, Rollout, SeamTrainer, sampling_explained
 from pgpo.train.sharding import keep_precision, shard, sharding_problem
 
@@ -434,16 +436,16 @@ class PGPOTrainer(SeamTrainer):
                 yield [block[i] for i in mine], [len(b) for b in part], states[index.to(states.hidden.device)]
 
     def _limits(self, teacher: bool = False) -> Limits:
-        """What a run may hold and costs. teacher: its runs have no backward and no loss, and are packed by themselves.
+        """What a forward may hold and costs. teacher: its forwards have no loss, and are packed by `Passes.teacher`.
 
-        Except for GRPO, whose batch is TRL's, and under FSDP, where every run gathers the parameters, a run ends before
-        its padding costs more than another.
+        A forward ends before its padding costs more than another one, except for GRPO, whose batch is TRL's, and under
+        FSDP, where every forward gathers the parameters.
         """
-        run_cost, pair_cost = self._costs
+        forward_cost, pair_cost = self._costs
         return Limits(
             budget=self.args.max_tokens_per_microbatch or math.inf,
             most=self.args.micro_batch_size or math.inf,
-            run_cost=math.inf if self.gathers_layers or not self.distills else run_cost,
+            forward_cost=math.inf if self.gathers_layers or not self.distills else forward_cost,
             pair_cost=pair_cost,
             packed=self.distills and self.passes.pack and not teacher,
             apart=not self.distills,
@@ -468,10 +470,10 @@ class PGPOTrainer(SeamTrainer):
     def _distill(
         self, model: nn.Module, rows: list[Row], counts: list[int], teacher: States, tokens: float, idle: bool
     ) -> tuple[Tensor, Tensor]:
-        """Loss of a micro-batch (its share of the global mean), and its `Sums` as a tensor; counts as in Passes.run."""
+        """Loss of a micro-batch (its share of the global mean), its `Sums` as a tensor; counts as in Passes.forward."""
         labels = self._labels(rows)
         weights = self._token_weights(rows, 0.0 if idle else 1 / tokens)
-        output: HeadOutput = self.passes.run(
+        output: HeadOutput = self.passes.forward(
             model,
             [r.prompt for r in rows],
             [r.completion for r in rows],

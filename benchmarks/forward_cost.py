@@ -1,10 +1,10 @@
-"""What a run through the model costs beside its tokens: the constants of `pgpo.train.batching`.
+"""Fixed cost of a forward, in token equivalents: the constants of `pgpo.forward.batching`.
 
-CPU time of a run of B rows of W tokens, for B W from 16 to 2048, and the line a + b B W through it (least squares of
-the relative errors); a / b is what a run costs in tokens. The two models of update_step.py; the median of 9 runs each.
+CPU time of a forward of B rows of W tokens, for B W from 16 to 2048, and the line a + b B W through it (least squares
+of the relative errors); a / b is the fixed cost in tokens. The two models of update_step.py; the median of 9 each.
 
-    forward    with keys and values kept, as the teacher's prompts are run
-    behind     the second half of the rows behind keys and values of the first
+    forward    with a KV cache, as for the teacher's prompts
+    behind     the second half of the rows with the KV cache of the first
     update     the student's forward, fused head, and backward
 """
 
@@ -27,8 +27,9 @@ from transformers.cache_utils import DynamicCache
 from update_step import SCALES, build
 
 from pgpo.core import HeadOutput, fused_distillation_head
-from pgpo.train import batching
-from pgpo.train.passes import Head, Passes, States, open_forward
+from pgpo.forward import batching
+from pgpo.forward.open_model import Head, open_forward
+from pgpo.forward.passes import Passes, States
 
 SHAPES = [(1, 16), (4, 32), (8, 32), (16, 32), (32, 32), (64, 32), (8, 64), (16, 64), (32, 64), (8, 128), (16, 128)]
 
@@ -45,8 +46,8 @@ def milliseconds(function: Callable[[], object]) -> float:
 
 def line(tokens: list[int], times: list[float]) -> dict[str, float]:
     columns = np.stack([np.ones(len(tokens)), np.array(tokens)], 1) / np.array(times)[:, None]
-    (run, token), *_ = np.linalg.lstsq(columns, np.ones(len(times)), rcond=None)
-    return {"run_ms": float(run), "token_us": float(1e3 * token), "run_cost_tokens": float(run / token)}
+    (fixed, token), *_ = np.linalg.lstsq(columns, np.ones(len(times)), rcond=None)
+    return {"forward_ms": float(fixed), "token_us": float(1e3 * token), "forward_cost_tokens": float(fixed / token)}
 
 
 def measure(name: str) -> dict[str, object]:
@@ -69,7 +70,7 @@ def measure(name: str) -> dict[str, object]:
         kept = DynamicCache(config=teacher.config)
         with torch.no_grad():
             teacher(input_ids=first, past_key_values=kept, use_cache=True, finish=lambda h, head: h)
-            states = passes.run(teacher, prompts, completions, States)
+            states = passes.forward(teacher, prompts, completions, States)
         assert states.head is not None
         hidden, weight = states.hidden, states.head.weight
 
@@ -99,7 +100,7 @@ def measure(name: str) -> dict[str, object]:
                 assert head is not None
                 return fused_distillation_head(h, head.weight, *teachers, *targets)
 
-            loss = passes.run(student, *given, finish).loss
+            loss = passes.forward(student, *given, finish).loss
             assert loss is not None
             loss.backward()
             student.zero_grad()
@@ -126,7 +127,9 @@ def main() -> None:
     for name, values in found.items():
         for what, fit in values.items():
             print(name, what, fit)
-    (RESULTS / "run_cost.json").write_text(json.dumps({"models": found, "torch": torch.__version__}, indent=2) + "\n")
+    (RESULTS / "forward_cost.json").write_text(
+        json.dumps({"models": found, "torch": torch.__version__}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

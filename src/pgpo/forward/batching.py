@@ -1,9 +1,9 @@
-"""Which rows go through a model together: micro-batches within a token budget, and siblings joined behind one prompt.
+"""Which rows share a forward: micro-batches within a token budget, and siblings joined behind one prompt.
 
-A run of B rows padded to W tokens costs about run_cost + B W (1 + pair_cost W) tokens: what a run takes beside its
-tokens, and what attention does beside the matrices. From that follows where padding costs more than another run, and
-whether completions of one prompt are cheaper behind one another (the prompt is run once, less is padded, but every
-token is held against all others of its row, allowed or not) than each in a row of its own.
+The cost model, in token equivalents: a forward of B rows padded to W tokens costs forward_cost + B W (1 + pair_cost W),
+a fixed cost, the matrices, and attention. It decides where padding costs more than another forward, and whether
+completions of one prompt are cheaper joined in a row (the prompt is computed once and less is padded, but attention
+computes the masked pairs too) than each in a row of its own.
 """
 
 from __future__ import annotations
@@ -13,39 +13,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Bundle = list[int]  # completions of one prompt that lie in one row behind it
+Bundle = list[int]  # completions of one prompt that share a row
 
-# What a run costs beside its tokens, in tokens: 1 / (first + second * parameters per layer). CPU: fitted to 49 thousand
-# and 0.79 million per layer, which take 190 and 44 (docs/PERFORMANCE.md). Elsewhere estimated from kernel launches.
-_RUN_COST = {"cpu": (0.0041, 2.4e-8)}
-_RUN_COST_ELSEWHERE = (1 / 1024, 0.0)
-# Ours: joined rows are at most so long, or as the longest prompt with completion, since their mask is [B, W, W].
+# Fixed cost of a forward, in token equivalents: 1 / (first + second * parameters per layer). CPU: fitted to 190 for 49
+# thousand and 44 for 0.79 million per layer (docs/PERFORMANCE.md). Elsewhere estimated from kernel launches.
+_FORWARD_COST = {"cpu": (0.0041, 2.4e-8)}
+_FORWARD_COST_ELSEWHERE = (1 / 1024, 0.0)
+# Ours: the longest joined row, unless a prompt with one completion is longer; a bound because the mask is [B, W, W].
 _WIDEST = 2048
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may hold and what it costs, in tokens of one forward (and backward).
+    """What a forward may hold, and what it costs in token equivalents.
 
     Attributes:
-        budget: tokens per run, padding included; a single row may exceed it.
-        most: completions per run.
-        run_cost: of a run beside its tokens.
-        pair_cost: of a query and a key, allowed or not.
-        packed: rows lie behind one another, without padding.
-        apart: prompts are padded left and completions right (TRL's GRPO).
+        budget: tokens per forward, padding included; a single row may exceed it.
+        most: completions per forward.
+        forward_cost: fixed cost of a forward.
+        pair_cost: of a query and a key, masked or not.
+        packed: the rows are packed, without padding.
+        apart: prompts are padded on the left and completions on the right (TRL's GRPO).
     """
 
     budget: float = math.inf
     most: float = math.inf
-    run_cost: float = math.inf
+    forward_cost: float = math.inf
     pair_cost: float = 0.0
     packed: bool = False
     apart: bool = False
 
 
 def costs(model: Any, device: str) -> tuple[float, float]:
-    """(run_cost, pair_cost) of a transformers model on a device of this type.
+    """(forward_cost, pair_cost) of a transformers model on a device of this type.
 
     A pair takes 4 heads * head_dim operations per layer, a token 2 per parameter.
     """
@@ -55,16 +55,16 @@ def costs(model: Any, device: str) -> tuple[float, float]:
     per_layer = max(count, 1) / getattr(config, "num_hidden_layers", 1)
     heads = getattr(config, "num_attention_heads", 0)  # none: a model without attention
     head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    first, second = _RUN_COST.get(device, _RUN_COST_ELSEWHERE)
+    first, second = _FORWARD_COST.get(device, _FORWARD_COST_ELSEWHERE)
     return 1 / (first + second * per_layer), 2 * heads * head_dim / per_layer
 
 
 def split(
     sizes: Sequence[tuple[int, int]], limits: Limits, completions: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Indices of rows that go through the model together, longest first.
+    """Indices of rows that share a forward, longest first.
 
-    A part ends before it exceeds a limit, and before its padding costs more than another run.
+    A part ends before it exceeds a limit, and before its padding costs more than another forward.
 
     Args:
         sizes: (prompt, completion) tokens per row.
@@ -80,7 +80,7 @@ def split(
         filled = total + size
         needed = filled if limits.packed else (len(parts[-1]) + 1 if parts else 1) * longest
         full = held + count > limits.most or needed > limits.budget
-        if not parts or full or needed - filled > limits.run_cost:
+        if not parts or full or needed - filled > limits.forward_cost:
             parts.append([])
             prompt = completion = width = total = held = 0
         parts[-1].append(i)
@@ -91,10 +91,10 @@ def split(
     return parts
 
 
-def run_cost(rows: int, width: int, limits: Limits, seen: float = 0.0, share: float = 1.0) -> float:
-    """Tokens that a run of `rows` rows of `width` tokens costs; each is held against `share` of its row, and `seen`
-    more."""
-    return limits.run_cost + rows * width * (1 + limits.pair_cost * (seen + share * width))
+def forward_cost(rows: int, width: int, limits: Limits, seen: float = 0.0, share: float = 1.0) -> float:
+    """Cost of a forward of `rows` rows of `width` tokens, in token equivalents; a token attends to `share` of its row,
+    and to `seen` tokens more."""
+    return limits.forward_cost + rows * width * (1 + limits.pair_cost * (seen + share * width))
 
 
 def siblings(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
@@ -106,9 +106,9 @@ def siblings(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[l
 
 
 def join(prompts: Sequence[Sequence[int]], lengths: Sequence[int], limits: Limits) -> tuple[list[list[Bundle]], float]:
-    """Micro-batches of bundles, and their cost in tokens; the cheapest of a few widths.
+    """Micro-batches of bundles, and their cost in token equivalents; the cheapest of a few widths.
 
-    A width that is too small for two completions of a prompt joins none: so rows are apart where that is cheaper.
+    A width too small for two completions joins none, so that rows stay apart where that is cheaper.
 
     Args:
         prompts: token ids per completion; equal ones are joined.
@@ -146,9 +146,10 @@ def _bundled(
                 bundles.append([i])
                 filled.append(len(prompts[i]) + lengths[i])
     parts = split([(0, n) for n in filled], limits, [len(b) for b in bundles])
-    # Without a mask, attention leaves out what lies behind a token: half of the row.
+    # Without a mask, causal attention skips what is behind a token: half of the row.
     cost = sum(
-        run_cost(len(p), filled[p[0]], limits, share=1.0 if any(len(bundles[k]) > 1 for k in p) else 0.5) for p in parts
+        forward_cost(len(p), filled[p[0]], limits, share=1.0 if any(len(bundles[k]) > 1 for k in p) else 0.5)
+        for p in parts
     )
     return [[bundles[k] for k in part] for part in parts], cost
 
@@ -156,15 +157,15 @@ def _bundled(
 def shared_cost(
     prompts: Sequence[Sequence[int]], lengths: Sequence[int], limits: Limits, carriers: Mapping[int, Sequence[int]]
 ) -> float:
-    """Tokens that it costs to run each carrier with its prompt and the others behind the carrier's keys and values."""
+    """Cost in token equivalents of prefix sharing: each carrier with its prompt, then its followers by its KV cache."""
     cost = 0.0
     first = list(carriers)
     sizes = [(len(prompts[i]), lengths[i]) for i in first]
     for part in split(sizes, limits):
-        cost += run_cost(len(part), sum(sizes[part[0]]), limits, share=0.5)
+        cost += forward_cost(len(part), sum(sizes[part[0]]), limits, share=0.5)
     rest = [j for followers in carriers.values() for j in followers if lengths[j] > 1]
     for part in split([(0, lengths[j] - 1) for j in rest], limits):
         mine = [rest[k] for k in part]
         seen = max(len(prompts[j]) for j in mine)
-        cost += run_cost(len(mine), lengths[mine[0]] - 1, limits, seen)
+        cost += forward_cost(len(mine), lengths[mine[0]] - 1, limits, seen)
     return cost
