@@ -65,7 +65,7 @@ def _demo(argv: list[str]) -> int:
         number += 1
     runs = []
     for objective in ("pgpo", "sdpo"):
-        from pgpo.train.run import main as train
+        from pgpo.command.train import main as train
 
         print(f"\n{objective.upper()} on the lab world, seed 42", file=sys.stderr)
         status, run = train(["--objective", objective, "--output_dir", str(folder / objective)])
@@ -78,7 +78,7 @@ def _demo(argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    from pgpo.train.run import main as train
+    from pgpo.command.train import main as train
 
     status, run = train(argv)
     _draw([run], run)
@@ -109,7 +109,7 @@ def _parser(command: str, description: str) -> ArgumentParser:
 
 
 def _eval(argv: list[str]) -> int:
-    from pgpo.train.evaluation import main as evaluate
+    from pgpo.command.eval import main as evaluate
 
     return evaluate(argv)
 

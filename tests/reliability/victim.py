@@ -23,10 +23,10 @@ from accelerate import Accelerator
 
 from pgpo import cli, runlog
 from pgpo.cli import main
+from pgpo.command import train as train_run
 from pgpo.tasks import lab_world
 from pgpo.teacher import Teacher
 from pgpo.train import checkpoint, trl_seam
-from pgpo.train import run as train_run
 from pgpo.train.trainer import PGPOTrainer
 
 torch.set_num_threads(1)

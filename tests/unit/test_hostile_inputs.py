@@ -29,11 +29,12 @@ from conftest import CHAT_TEMPLATE, build_model, build_tokenizer
 
 from pgpo import PGPOConfig
 from pgpo.cli import main
+from pgpo.command import train as run
 from pgpo.errors import UserError
 from pgpo.lab.plan import read_study
 from pgpo.runlog import RunLog
 from pgpo.teacher import ContextTemplates
-from pgpo.train import arguments, run
+from pgpo.train import arguments
 from pgpo.train.arguments import parse
 from pgpo.train.user_functions import call, check_rewards, time_limit
 

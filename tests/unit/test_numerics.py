@@ -26,9 +26,9 @@ from conftest import build_model
 from torch import nn
 from transformers import TrainerCallback
 
+from pgpo.command.train import load_model
 from pgpo.core import modulate, modulate_reference
 from pgpo.errors import UserError
-from pgpo.train.run import load_model
 from pgpo.train.trl_seam import MOST_SKIPS, nonfinite_parameter, torch_optimizer
 
 STEPS = 4

@@ -180,7 +180,7 @@ def execute(job: Job) -> Result:
 
 def _train_and_test(parsed: Any, directory: Path, test_k: int) -> Result:
     """Train with `pgpo train`; test the last step and the one that validation selects (the first best)."""
-    from pgpo.train.run import BASE_FOLDER, TEST_RECORDS_FILE, model_source, train
+    from pgpo.command.train import BASE_FOLDER, TEST_RECORDS_FILE, model_source, train
 
     task = parsed.run.load()
     train(parsed, directory)
@@ -218,8 +218,8 @@ def _train_and_test(parsed: Any, directory: Path, test_k: int) -> Result:
 
 def _test_initial(parsed: Any, directory: Path, test_k: int) -> Result:
     """The model before training."""
+    from pgpo.command.train import model_source
     from pgpo.evaluate import summarize
-    from pgpo.train.run import model_source
 
     task = parsed.run.load()
     with tempfile.TemporaryDirectory() as scratch:
@@ -247,9 +247,9 @@ def _test_scores(parsed: Any, task: Any, source: Path | str, k: int) -> dict[str
 
 def _sample(parsed: Any, task: Any, source: Path | str, rows: Any, k: int) -> Any:
     """Graded completions of a saved model, sampled as the trainer samples held-out questions."""
+    from pgpo.command.train import load_model, quiet
     from pgpo.evaluate import evaluate
     from pgpo.evaluate.runners import TransformersRunner
-    from pgpo.train.run import load_model, quiet
 
     quiet()
     args = parsed.config

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pgpo import runlog
+from pgpo.command.train import check_prompts, last_checkpoint, load_model, quiet, say
 from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import Record, summarize
 from pgpo.evaluate.run import Generate, evaluate, write_records
@@ -17,7 +18,6 @@ from pgpo.evaluate.runners import TEMPERATURE, TOP_P, TransformersRunner, VLLMRu
 from pgpo.tasks import Row
 from pgpo.teacher import build_contexts
 from pgpo.train.arguments import PRESETS, Parser, TaskArguments, make
-from pgpo.train.run import check_prompts, last_checkpoint, load_model, quiet, say
 
 _OF_THE_RUN = ("task", "domain", "variant", "data_path", "data_revision", "prompt_style", "data_check")
 
