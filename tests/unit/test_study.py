@@ -23,21 +23,19 @@ import yaml
 from pgpo.cli import main as cli
 from pgpo.errors import UserError
 from pgpo.lab import study as study_module
-from pgpo.lab.plan import Arm, Run, Study, read_study
+from pgpo.lab.plan import Arm, Study, StudyRun, read_study
 from pgpo.lab.study import (
-    RECORDS_FILE,
     check_unchanged,
     duration,
     plan,
-    read_records,
     rounded,
     run_study,
     seconds_for,
     selected_runs,
-    write_records,
     write_tables,
 )
 from pgpo.runlog import lock
+from pgpo.study_files import RECORDS_FILE, read_records, write_records
 
 STEPS = 20
 
@@ -114,7 +112,7 @@ def calls(out: Path) -> list[str]:
 
 
 def study_of(*arms: Arm, seeds: tuple[int, ...] = (1,), compare: dict[str, list[str]] | None = None) -> Study:
-    queue = [Run(arm, seed) for seed in seeds for arm in arms]
+    queue = [StudyRun(arm, seed) for seed in seeds for arm in arms]
     return Study("test", list(seeds), 4, queue, compare or {}, {"name": "test"})
 
 

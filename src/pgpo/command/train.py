@@ -28,6 +28,7 @@ from pgpo import runlog
 from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import summarize
 from pgpo.evaluate.run import write_records
+from pgpo.provenance import SECRET_SUFFIXES
 from pgpo.runlog import RunLog
 from pgpo.tasks import Row, Task, lab_world
 from pgpo.train import checkpoint as checkpoints
@@ -561,7 +562,7 @@ def _config(parsed: Parsed, run_id: str) -> dict[str, Any]:
         "arguments": {
             k: v
             for k, v in parsed.given.items()
-            if k not in ("output_dir", "overwrite") and not k.endswith(runlog.SECRET_SUFFIXES)
+            if k not in ("output_dir", "overwrite") and not k.endswith(SECRET_SUFFIXES)
         },
     }
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import Record
-from pgpo.runlog import json_line, read_lines, write_atomically
+from pgpo.files import json_line, read_lines, write_atomically
 
 if TYPE_CHECKING:
     from pgpo.tasks.graders import Grade

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from pgpo import runlog
 from pgpo.errors import UserError
+from pgpo.study_files import accuracy_curve, run_name
 from pgpo.train.guard import SIGNALS, WARMUP, CollapseGuard, Signal, calibrate, excesses
 
 FALL = 0.05
@@ -57,15 +58,13 @@ class Course:
         steps = record["steps"]
         for name, values in record["metrics"].items():
             if len(values) != len(steps):
+                run = run_name(record["setting"], record["method"], record["seed"])
                 raise UserError(
-                    f"the record {record['setting']}/{record['method']}/seed-{record['seed']} has {len(values)} values "
-                    f"of {name} for {len(steps)} steps; write null for a step without one."
+                    f"the record {run} has {len(values)} values of {name} for {len(steps)} steps; write null for "
+                    "a step without one."
                 )
         lines = [{runlog.STEP: step} | {n: v[i] for n, v in record["metrics"].items()} for i, step in enumerate(steps)]
-        curve = sorted(
-            (e[runlog.STEP], e[runlog.AVG_AT_K]) for e in record["evaluations"] if e[runlog.SPLIT] == "validation"
-        )
-        evaluated, accuracy = [step for step, _ in curve], [value for _, value in curve]
+        evaluated, accuracy = accuracy_curve(record["evaluations"])
         return cls(record["seed"], lines, evaluated, accuracy, decline_step(evaluated, accuracy))
 
     def label(self, step: int) -> bool | None:

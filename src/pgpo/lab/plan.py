@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pgpo.errors import UserError
+from pgpo.study_files import run_name
 from pgpo.train.yaml_file import read_yaml
 
 _STUDY_KEYS = {"name", "seeds", "test_k", "common", "settings", "methods", "groups", "compare", "reference", "alarms"}
@@ -61,7 +62,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One training run of the queue."""
 
     arm: Arm
@@ -69,13 +70,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.arm.name}/seed-{self.seed}"
+        return run_name(self.arm.setting, self.arm.method, self.seed)
 
     @property
     def needs(self) -> str | None:
         """Name of the run that must be finished first."""
         method = self.arm.lr_times_mean_rho_of or self.arm.rho_shuffled_from
-        return f"{self.arm.setting}/{method}/seed-{self.seed}" if method else None
+        return run_name(self.arm.setting, method, self.seed) if method else None
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Study:
     name: str
     seeds: list[int]
     test_k: int
-    queue: list[Run]
+    queue: list[StudyRun]
     compare: dict[str, list[str]]  # reference method -> methods compared with it
     document: dict[str, Any] = field(repr=False)
     # method whose signals are studied -> healthy method that gives the limits
@@ -122,7 +123,7 @@ def _study(document: Any) -> Study:
     if not isinstance(groups, list) or not groups:
         raise UserError("groups must be a list of {settings, methods, seeds}.")
     arms: dict[str, Arm] = {}
-    queue: dict[str, Run] = {}
+    queue: dict[str, StudyRun] = {}
     for number, group in enumerate(groups, 1):
         place = f"group {number}"
         if not isinstance(group, dict):
@@ -136,7 +137,7 @@ def _study(document: Any) -> Study:
                     key = f"{setting}/{method}"
                     if key not in arms:
                         arms[key] = _arm(setting, method, common, settings[setting], methods[method], test_k)
-                    run = Run(arms[key], seed)
+                    run = StudyRun(arms[key], seed)
                     queue.setdefault(run.name, run)
     for run in queue.values():
         _check_needs(run, queue)
@@ -220,7 +221,7 @@ def _arm(
     )
 
 
-def _check_needs(run: Run, queue: Mapping[str, Run]) -> None:
+def _check_needs(run: StudyRun, queue: Mapping[str, StudyRun]) -> None:
     if run.needs is None:
         return
     if run.needs not in queue:

@@ -9,7 +9,6 @@ that stands in it is done, even if its directory is gone. Each worker process tr
 from __future__ import annotations
 
 import fnmatch
-import gzip
 import json
 import math
 import os
@@ -27,14 +26,25 @@ from typing import Any
 
 from pgpo import runlog
 from pgpo.errors import UserError
+from pgpo.files import write_atomically
 from pgpo.lab.alarms import alarm_study, alarm_table
-from pgpo.lab.analysis import summarize_study, tables_markdown, validation_curve
-from pgpo.lab.plan import Arm, Run, Study, argv, read_study
+from pgpo.lab.analysis import summarize_study, tables_markdown
+from pgpo.lab.plan import Arm, Study, StudyRun, argv, read_study
 from pgpo.lab.workers import Job, Pool, Result
+from pgpo.provenance import environment
 from pgpo.runlog import lock
+from pgpo.study_files import (
+    BASES_FOLDER,
+    RECORDS_FILE,
+    RUNS_FOLDER,
+    SUMMARY_FILE,
+    TABLES_FILE,
+    accuracy_curve,
+    read_records,
+    selected_step,
+    write_records,
+)
 
-RECORDS_FILE = "records.jsonl.gz"
-SUMMARY_FILE = "summary.json"
 ALARMS_HEADING = """
 ## Alarms
 
@@ -42,9 +52,6 @@ Signals of the guard, smoothed, against the accuracy that falls. *In time* = the
 lead = steps between; limits = the worst of the healthy runs of the other seeds, times 1.05. Read the ROC area against
 that of the step number alone, in the first row.
 """
-TABLES_FILE = "tables.md"
-RUNS_FOLDER = "runs"
-BASES_FOLDER = "bases"
 DIGITS = 5  # significant digits of the floats in a record
 
 # Of the metrics of a step, what a record keeps: what differs between runs and does not follow from the rest.
@@ -67,31 +74,6 @@ METRICS_KEPT = (
 )
 
 # ---------------------------------------------------------------- records
-
-
-def read_records(path: Path) -> dict[str, dict[str, Any]]:
-    """Run name -> record. Raises UserError for a file that is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
-        return {f"{r['setting']}/{r['method']}/seed-{r['seed']}": r for r in records}
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the records {path} cannot be read ({_one_line(error)}); restore the file, or move it away."
-        ) from error
-
-
-def write_records(path: Path, records: Mapping[str, dict[str, Any]]) -> None:
-    """All records, in one step: a reader or a crash sees the old file or the new one."""
-    text = "".join(json.dumps(r, separators=(",", ":"), allow_nan=False) + "\n" for r in records.values())
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_unchanged(study: Study, records: Mapping[str, dict[str, Any]]) -> None:
@@ -136,7 +118,7 @@ def rounded(value: Any) -> Any:
 # ---------------------------------------------------------------- one run, in a worker
 
 
-def arguments_of(run: Run, records: Mapping[str, dict[str, Any]], out: Path) -> dict[str, Any]:
+def arguments_of(run: StudyRun, records: Mapping[str, dict[str, Any]], out: Path) -> dict[str, Any]:
     """The flags that `pgpo train` gets for this run; those derived from an earlier run are computed here."""
     arm = run.arm
     flags = arm.flags | {"seed": run.seed}
@@ -150,7 +132,7 @@ def arguments_of(run: Run, records: Mapping[str, dict[str, Any]], out: Path) -> 
     return flags
 
 
-def shuffled_rho(run: Run, records: Mapping[str, dict[str, Any]]) -> list[float]:
+def shuffled_rho(run: StudyRun, records: Mapping[str, dict[str, Any]]) -> list[float]:
     """The multipliers of the run it needs, in an order drawn from this run's seed."""
     rho = list(records[str(run.needs)]["metrics"][runlog.RHO])
     random.Random(f"shuffled rho {run.seed}").shuffle(rho)
@@ -180,18 +162,18 @@ def execute(job: Job) -> Result:
 
 def _train_and_test(parsed: Any, directory: Path, test_k: int) -> Result:
     """Train with `pgpo train`; test the last step and the one that validation selects (the first best)."""
-    from pgpo.command.train import BASE_FOLDER, TEST_RECORDS_FILE, model_source, train
+    from pgpo.command.train import model_source, train
 
     task = parsed.run.load()
     train(parsed, directory)
     run = runlog.read_run(directory)
-    steps, values = validation_curve(run.evaluations)
-    last, selected = steps[-1], steps[values.index(max(values))]
+    curve = accuracy_curve(run.evaluations)
+    last, selected = curve[0][-1], selected_step(*curve)
 
     def scores(step: int) -> dict[str, float]:
         if step:
             return _test_scores(parsed, task, directory / runlog.CHECKPOINTS_FOLDER / f"checkpoint-{step}", test_k)
-        made = directory / BASE_FOLDER
+        made = directory / runlog.BASE_FOLDER
         return _test_scores(
             parsed, task, made if made.exists() else model_source(parsed, task, directory, None), test_k
         )
@@ -203,7 +185,7 @@ def _train_and_test(parsed: Any, directory: Path, test_k: int) -> Result:
         if not all(value is None or math.isfinite(value) for value in metrics[name]):
             raise ArithmeticError(f"{name} is not finite")
     shutil.rmtree(directory / runlog.CHECKPOINTS_FOLDER, ignore_errors=True)
-    (directory / TEST_RECORDS_FILE).unlink(missing_ok=True)  # a megabyte of completions at the trainer's own k
+    (directory / runlog.TEST_RECORDS_FILE).unlink(missing_ok=True)  # a megabyte of completions at the trainer's own k
     return {
         "environment": run.environment,
         "steps": [line[runlog.STEP] for line in run.metrics],
@@ -228,10 +210,10 @@ def _test_initial(parsed: Any, directory: Path, test_k: int) -> Result:
         validation = summarize(_sample(parsed, task, source, task.validation[: parsed.run.eval_rows], k), k)
         scores = _test_scores(parsed, task, source, test_k)
     return {
-        "environment": runlog.environment({"device": parsed.config.device.type}),
+        "environment": environment({"device": parsed.config.device.type}),
         "steps": [],
         "metrics": {},
-        "evaluations": [{runlog.STEP: 0, runlog.SPLIT: "validation", **validation.as_dict()}],
+        "evaluations": [{runlog.STEP: 0, runlog.SPLIT: runlog.VALIDATION, **validation.as_dict()}],
         "test_scores": scores,
         "selected_step": 0,
         "selected_test_scores": scores,
@@ -284,7 +266,7 @@ def _build_base(variant: str, seed: int, out: str) -> Result:
 def run_study(
     study: Study,
     out: Path,
-    runs: Sequence[Run],
+    runs: Sequence[StudyRun],
     *,
     jobs: int,
     niceness: int = 0,
@@ -324,12 +306,12 @@ def run_study(
 class _Queue:
     """What is still to be done, and what of it can be done now; puts finished runs into the records."""
 
-    def __init__(self, study: Study, out: Path, runs: Sequence[Run], records: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, study: Study, out: Path, runs: Sequence[StudyRun], records: dict[str, dict[str, Any]]) -> None:
         self.study, self.out, self.runs, self.records = study, out, runs, records
         self.waiting = [run for run in runs if run.name not in records]
-        self._started: dict[str, tuple[Run, dict[str, Any]]] = {}  # with the flags it got
+        self._started: dict[str, tuple[StudyRun, dict[str, Any]]] = {}  # with the flags it got
         self._bases: dict[str, str | None] = {}  # base models asked for -> what went wrong
-        self._finished: list[Run] = []
+        self._finished: list[StudyRun] = []
 
     def next_job(self) -> Job | None:
         """The first job that can be started; a run whose need has failed is finished as failed on the way."""
@@ -359,7 +341,7 @@ class _Queue:
         run, arguments = self._started.pop(name)
         self._record(run, arguments, result, error)
 
-    def take_finished(self) -> list[tuple[Run, dict[str, Any]]]:
+    def take_finished(self) -> list[tuple[StudyRun, dict[str, Any]]]:
         """Runs recorded since the last call."""
         runs, self._finished = self._finished, []
         return [(run, self.records[run.name]) for run in runs]
@@ -369,11 +351,11 @@ class _Queue:
         running = [run for run, _ in self._started.values()]
         return seconds_for([*running, *self.waiting], self.runs, self.records) / jobs
 
-    def _fail(self, run: Run, error: str) -> None:
+    def _fail(self, run: StudyRun, error: str) -> None:
         self.waiting.remove(run)
         self._record(run, {}, None, error)
 
-    def _record(self, run: Run, arguments: dict[str, Any], result: Result | None, error: str | None) -> None:
+    def _record(self, run: StudyRun, arguments: dict[str, Any], result: Result | None, error: str | None) -> None:
         """One line of the records; `arguments` without the place of the study, so that it can move."""
         self.records[run.name] = {
             "setting": run.arm.setting,
@@ -391,13 +373,13 @@ class _Queue:
         }
         self._finished.append(run)
 
-    def _job(self, run: Run) -> Job:
+    def _job(self, run: StudyRun) -> Job:
         arguments = arguments_of(run, self.records, self.out)
         self._started[run.name] = run, arguments
         if run.arm.rho_shuffled_from:
             path = Path(arguments["rho_file"])
             path.parent.mkdir(parents=True, exist_ok=True)
-            runlog.write_atomically(path, json.dumps(shuffled_rho(run, self.records)))
+            write_atomically(path, json.dumps(shuffled_rho(run, self.records)))
         directory = self.out / RUNS_FOLDER / run.name
         # A checkpoint at every evaluation (.05 s in the lab), so that the selected step can be tested.
         saving = {"save_strategy": "steps", "save_steps": run.arm.eval_steps, "save_total_limit": 1_000_000}
@@ -410,7 +392,7 @@ class _Queue:
         }
 
 
-def seconds_for(todo: Sequence[Run], runs: Sequence[Run], records: Mapping[str, dict[str, Any]]) -> float:
+def seconds_for(todo: Sequence[StudyRun], runs: Sequence[StudyRun], records: Mapping[str, dict[str, Any]]) -> float:
     """Worker seconds that `todo` will take: the estimates, times the measured over the estimated of finished runs."""
     done = [run for run in runs if records.get(run.name, {}).get("seconds")]
     measured = sum(records[run.name]["seconds"] for run in done)
@@ -445,7 +427,7 @@ class _Progress:
         left = duration(self.queue.seconds_left(self.jobs))
         self.bar.update(self.line, completed=self.done, description=f"{left} left  {'  '.join(names)}")
 
-    def finished(self, run: Run, record: Mapping[str, Any]) -> None:
+    def finished(self, run: StudyRun, record: Mapping[str, Any]) -> None:
         self.done += 1
         if record["status"] == "ok":
             scores = record["test_scores"].values()
@@ -519,8 +501,8 @@ def write_tables(study: Study, out: Path, records: Mapping[str, dict[str, Any]])
     tables = [tables_markdown(summary)]
     if summary["alarms"]:
         tables += [ALARMS_HEADING, *map(alarm_table, summary["alarms"])]
-    runlog.write_atomically(out / SUMMARY_FILE, _json(summary) + "\n")
-    runlog.write_atomically(out / TABLES_FILE, "\n".join(tables))
+    write_atomically(out / SUMMARY_FILE, _json(summary) + "\n")
+    write_atomically(out / TABLES_FILE, "\n".join(tables))
 
 
 def _alarm_studies(study: Study, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -544,7 +526,7 @@ def _json(value: Any, indent: str = "") -> str:
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
-def selected_runs(study: Study, only: Sequence[str]) -> list[Run]:
+def selected_runs(study: Study, only: Sequence[str]) -> list[StudyRun]:
     """The runs whose setting/method fits one of the patterns (all without one), and what they need, in queue order."""
     if not only:
         return study.queue
@@ -558,7 +540,7 @@ def selected_runs(study: Study, only: Sequence[str]) -> list[Run]:
     return [run for run in study.queue if run.name in chosen]
 
 
-def plan(study: Study, runs: Sequence[Run], records: Mapping[str, dict[str, Any]], jobs: int) -> str:
+def plan(study: Study, runs: Sequence[StudyRun], records: Mapping[str, dict[str, Any]], jobs: int) -> str:
     """One line per arm in the order of the queue, and the estimated time of what is not done."""
     lines = []
     for name in dict.fromkeys(run.arm.name for run in runs):
@@ -595,7 +577,3 @@ def default_jobs() -> int:
 def _quiet_warnings() -> None:
     """transformers 5 on fields that TRL sets by their old names: once per run, and nothing a user could change."""
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

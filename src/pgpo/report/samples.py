@@ -10,7 +10,8 @@ from typing import Any
 from pgpo import runlog
 from pgpo.report.charts import fixed, significant
 from pgpo.report.markup import Html, el, join
-from pgpo.report.sources import RunSource, number
+from pgpo.report.sources import number
+from pgpo.runlog import Run
 
 # nats; ours: below the first a token says nothing, and a Jensen-Shannon divergence cannot exceed ln 2 = .69
 LEVELS = (0.01, 0.05, 0.2, 0.5)
@@ -18,17 +19,17 @@ STEPS_SHOWN, PER_STEP = 4, 4
 MOST_CHARACTERS, MOST_TOKENS, MOST_LISTED, LONG = 4000, 600, 10, 800
 
 
-def sample_section(runs: Sequence[RunSource], labels: Sequence[str]) -> Html | None:
+def sample_section(runs: Sequence[Run], labels: Sequence[str]) -> Html | None:
     """Of the first run of each method that has samples: a few steps, evenly spread, the first and the last open."""
     parts = []
     done: set[str] = set()
     coloured = False
-    for source, label in zip(runs, labels):
-        logged = [line for line in source.run.samples if isinstance(line.get("samples"), list) and line["samples"]]
+    for run, label in zip(runs, labels):
+        logged = [line for line in run.samples if isinstance(line.get("samples"), list) and line["samples"]]
         if label in done or not logged:
             continue
         done.add(label)
-        parts.append(el("h3", label if labels.count(label) == 1 else f"{label}, run {source.name}"))
+        parts.append(el("h3", label if labels.count(label) == 1 else f"{label}, run {run.name}"))
         chosen = _spread(logged, STEPS_SHOWN)
         for line in chosen:
             samples = [sample for sample in line["samples"][:PER_STEP] if isinstance(sample, dict)]
