@@ -26,7 +26,7 @@ from conftest import build_model
 from torch import nn
 from transformers import TrainerCallback
 
-from pgpo.command.train import load_model
+from pgpo.command.models import load_model
 from pgpo.core import modulate, modulate_reference
 from pgpo.errors import UserError
 from pgpo.train.trl_seam import MOST_SKIPS, nonfinite_parameter, torch_optimizer
@@ -148,7 +148,7 @@ def make(tmp_path, fault: str, steps, value: float, **options):
     elif fault == "information":
         spoil_information(t, steps, value)
     said: list[str] = []
-    t.say = said.append
+    t.host.say = said.append
     return t, said
 
 

@@ -551,7 +551,7 @@ def test_the_command_tells_what_it_cannot_do(tmp_path: Path, capsys) -> None:
 
 
 def test_the_base_model_is_whole_or_not_there(tmp_path: Path, monkeypatch) -> None:
-    from pgpo.command.train import load_model
+    from pgpo.command.models import load_model
     from pgpo.lab import base_model
 
     real = base_model.main

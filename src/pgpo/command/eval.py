@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from pgpo import runlog
-from pgpo.command.train import check_prompts, last_checkpoint, load_model, quiet, say
+from pgpo.command.directory import last_checkpoint
+from pgpo.command.models import check_prompts, load_model
+from pgpo.command.terminal import quiet, say
 from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import Record, summarize
 from pgpo.evaluate.run import Generate, evaluate, write_records

@@ -8,7 +8,7 @@ Definitions (fall 5 points and horizon 15 steps are those of the prototype study
     score     how much worse than its own running best the smoothed signal is at t ("rise"), or that minus the same of
               the reference run (frozen teacher) with the same seed at the same step ("excess"): early and late steps
               differ in healthy runs too, so the step number alone is the first row of every table
-    alarm     as online (guard.CollapseGuard); the limit is the worst of the healthy reference runs of the OTHER seeds
+    alarm     as online (signals.CollapseGuard); the limit is the worst of the healthy reference runs of the OTHER seeds
               times 1.05
     lead      decline minus alarm, steps: negative if the decline was seen first
     false     an alarm anywhere in a run without decline, reference or watched
@@ -28,7 +28,7 @@ import numpy.typing as npt
 from pgpo import runlog
 from pgpo.errors import UserError
 from pgpo.study_files import accuracy_curve, run_name
-from pgpo.train.guard import SIGNALS, WARMUP, CollapseGuard, Signal, calibrate, excesses
+from pgpo.train.signals import SIGNALS, WARMUP, CollapseGuard, Signal, calibrate, excesses
 
 FALL = 0.05
 HORIZON = 15

@@ -162,7 +162,8 @@ def execute(job: Job) -> Result:
 
 def _train_and_test(parsed: Any, directory: Path, test_k: int) -> Result:
     """Train with `pgpo train`; test the last step and the one that validation selects (the first best)."""
-    from pgpo.command.train import model_source, train
+    from pgpo.command.models import model_source
+    from pgpo.command.train import train
 
     task = parsed.run.load()
     train(parsed, directory)
@@ -200,7 +201,7 @@ def _train_and_test(parsed: Any, directory: Path, test_k: int) -> Result:
 
 def _test_initial(parsed: Any, directory: Path, test_k: int) -> Result:
     """The model before training."""
-    from pgpo.command.train import model_source
+    from pgpo.command.models import model_source
     from pgpo.evaluate import summarize
 
     task = parsed.run.load()
@@ -229,7 +230,8 @@ def _test_scores(parsed: Any, task: Any, source: Path | str, k: int) -> dict[str
 
 def _sample(parsed: Any, task: Any, source: Path | str, rows: Any, k: int) -> Any:
     """Graded completions of a saved model, sampled as the trainer samples held-out questions."""
-    from pgpo.command.train import load_model, quiet
+    from pgpo.command.models import load_model
+    from pgpo.command.terminal import quiet
     from pgpo.evaluate import evaluate
     from pgpo.evaluate.runners import TransformersRunner
 

@@ -19,7 +19,6 @@ import functools
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from pgpo.errors import UserError
 from pgpo.teacher.weights import TEACHER_ADAPTER
 from pgpo.train import checkpoint as checkpoints
 from pgpo.train import zero
+from pgpo.train.host import Host
 from pgpo.train.ranks import watch_ranks
 from pgpo.train.user_functions import call, call_async, check_rewards, check_texts, is_async
 
@@ -74,8 +74,9 @@ class SeamTrainer(GRPOTrainer):
     _name = "PGPO"
     _paper: ClassVar = {"title": "Physics-Guided Policy Optimization with Self-Distillation", "id": "2606.03620"}
 
-    def __init__(self, *args: Any, feedback_funcs: list[Callable[..., Any]], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, feedback_funcs: list[Callable[..., Any]], host: Host, **kwargs: Any) -> None:
         self.feedback_funcs = feedback_funcs
+        self.host = host
         reward_funcs = kwargs.get("reward_funcs") or []
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         kwargs["reward_funcs"] = [self._guarded(f) for f in reward_funcs]
@@ -93,13 +94,8 @@ class SeamTrainer(GRPOTrainer):
         self.finite_here = True  # whether what this rank put into the step is finite
         self.skips_in_a_row = 0
         self.last_rollout: Rollout | None = None
-        self.run_id: str | None = None  # written into checkpoints
-        self.trusted: Path | None = None  # a checkpoint that was verified already
         self.failed_save: str | None = None  # why the newest checkpoint could not be written
-        self.say: Callable[[str], Any] = warnings.warn
-        self.advice: Callable[[], str] = lambda: f"after step {self.state.global_step}."  # when a rank is lost
         self._watching = False
-        self.before_seal: Callable[[], Any] = lambda: None
         super().__init__(*args, **kwargs)
 
     # Hooks ----------------------------------------------------------------------------------------------------
@@ -292,7 +288,7 @@ class SeamTrainer(GRPOTrainer):
             return
         self._watching = True
         try:
-            with watch_ranks(self.args.rank_timeout, self.advice, self.say):
+            with watch_ranks(self.args.rank_timeout, lambda: self.host.advice(self.state.global_step), self.host.say):
                 yield
         finally:
             self._watching = False
@@ -513,7 +509,7 @@ class SeamTrainer(GRPOTrainer):
         if self.skips_in_a_row >= MOST_SKIPS:
             raise UserError(f"{text}; the {MOST_SKIPS} last steps were skipped, so training stops. Look for the cause.")
         if self.accelerator.is_main_process:
-            self.say(text)
+            self.host.say(text)
 
     def _leave_out_step(self) -> None:
         """Let the optimizer's next step do nothing, told as accelerate tells of what a gradient scaler skips: neither
@@ -551,8 +547,8 @@ class SeamTrainer(GRPOTrainer):
 
         def seal() -> None:
             if self.args.should_save:
-                self.before_seal()
-                checkpoints.commit(folder, step, self.run_id)
+                self.host.before_seal()
+                checkpoints.commit(folder, step, self.host.run_id)
 
         push, self.args.push_to_hub = self.args.push_to_hub, False  # not before it has its name
         self._scratch = str(folder / checkpoints.WRITING)
@@ -569,7 +565,7 @@ class SeamTrainer(GRPOTrainer):
             if self.args.should_save:
                 checkpoints.remove_leftovers(folder)
             if self.accelerator.is_main_process:
-                self.say(
+                self.host.say(
                     f"{name} could not be written in {folder} ({self.failed_save}); training goes on and the next save "
                     "tries again: free some space there."
                 )
@@ -638,7 +634,7 @@ class SeamTrainer(GRPOTrainer):
         file = directory / self._own_file("progress", "json")
         progress: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if progress.get("ranks") != self.accelerator.num_processes:
-            self.say(
+            self.host.say(
                 f"{directory.name} was written by another number of processes: the run goes on, but not bit for bit "
                 "as one that was never stopped."
             )
@@ -699,14 +695,14 @@ class SeamTrainer(GRPOTrainer):
     def _whole_checkpoint(self, resume: Any) -> str:
         if resume is True:
             folder = Path(self.args.output_dir)
-            path = checkpoints.newest_whole(folder, self.run_id, say=self.say)
+            path = checkpoints.newest_whole(folder, self.host.run_id, say=self.host.say)
             if path is None:
                 raise UserError(f"{folder} has no whole checkpoint; give the path of one, or start from the beginning.")
             return str(path)
         path = Path(resume).resolve()
         if not path.is_dir():
             raise UserError(f"there is no checkpoint {resume}; give its folder, or True for the newest one.")
-        if path == self.trusted or (problem := checkpoints.problem(path, self.run_id)) is None:
+        if path == self.host.trusted or (problem := checkpoints.problem(path, self.host.run_id)) is None:
             return str(resume)
         if not (path / checkpoints.MANIFEST_FILE).exists():
             if not any(path.glob(f"{_OWN}*")):
@@ -714,9 +710,9 @@ class SeamTrainer(GRPOTrainer):
                     f"{resume} is no checkpoint of pgpo (it has no {checkpoints.MANIFEST_FILE}), so teacher and "
                     "schedule cannot be continued; give it to the trainer as the model, to train on from its weights."
                 )
-            self.say(f"{path.name} has no {checkpoints.MANIFEST_FILE}: whether it is whole cannot be verified.")
+            self.host.say(f"{path.name} has no {checkpoints.MANIFEST_FILE}: whether it is whole cannot be verified.")
             return str(resume)
-        older = checkpoints.newest_whole(path.parent, self.run_id, before=checkpoints.named_step(path))
+        older = checkpoints.newest_whole(path.parent, self.host.run_id, before=checkpoints.named_step(path))
         go_on = "no older one is whole, so restore it from a copy" if older is None else f"continue from {older}"
         raise UserError(f"the checkpoint {resume} is not as it was written ({problem}); {go_on}.")
 

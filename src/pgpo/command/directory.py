@@ -1,0 +1,165 @@
+"""The run directory of `pgpo train`: its name, who may use it, what a new or a resumed run finds in it."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgpo import runlog
+from pgpo.command.terminal import say
+from pgpo.errors import UserError
+from pgpo.provenance import SECRET_SUFFIXES
+from pgpo.runlog import BASE_FOLDER, RUN_ID, RunLog
+from pgpo.train import checkpoint as checkpoints
+from pgpo.train.arguments import Parsed
+from pgpo.train.field_types import file_name
+
+
+def new_name(parsed: Parsed) -> Path:
+    """runs/<task>-<domain>-<objective>-<n>, the first n that is free."""
+    parts = [parsed.run.task, parsed.run.domain, parsed.config.objective]
+    stem = "-".join(file_name(p) for p in parts if p)
+    number = 1
+    while (Path("runs") / f"{stem}-{number}").exists():
+        number += 1
+    return Path("runs") / f"{stem}-{number}"
+
+
+def existing(directory: Path) -> Path:
+    """The directory or the nearest of its parents that is there."""
+    try:
+        return next(p for p in (directory, *directory.parents) if p.exists())
+    except OSError as error:  # such as a name that is too long
+        raise UserError(
+            f"the run directory {str(directory)[:60]!r} cannot be made ({error.strerror}); choose another --output_dir."
+        ) from error
+
+
+def require_free(directory: Path, existing: Path, overwrite: bool) -> None:
+    """Refuse an existing run, or a place that cannot hold one, before minutes are spent."""
+    if not existing.is_dir():
+        raise UserError(
+            f"the run directory {directory} cannot be made: {existing} is a file; choose another --output_dir."
+        )
+    if runlog.occupied(directory) and not overwrite:
+        raise UserError(
+            f"the run directory {directory} already exists; continue it with `pgpo train --resume {directory}`, or "
+            "choose another --output_dir, or replace it with --overwrite."
+        )
+
+
+@contextmanager
+def alone(directory: Path, existing: Path) -> Iterator[None]:
+    """No other process trains in this directory meanwhile. The folders made for it go if they stay empty."""
+    try:
+        with runlog.lock(
+            directory, f"another process is training in {directory}; wait until it ends, or stop it first."
+        ):
+            yield
+    finally:
+        for folder in (directory, *directory.parents):
+            if folder == existing or not folder.is_dir() or any(folder.iterdir()):
+                break
+            with suppress(OSError):  # somebody has just put something there
+                folder.rmdir()
+
+
+def create(parsed: Parsed, directory: Path, base: Path, run_id: str) -> RunLog:
+    """The run directory of a new run, with the model that was made on the spot, if any."""
+    config, device = resolved_config(parsed, run_id), {"device": _device(parsed.config)}
+    log = RunLog.create(directory, config, device, overwrite=parsed.run.overwrite)
+    _remove_parts(directory, (BASE_FOLDER, runlog.TEST_RECORDS_FILE, runlog.RESULT_FILE))  # of a run that is replaced
+    if base.exists():
+        shutil.copytree(base, directory / BASE_FOLDER)
+    return log
+
+
+def resolved_config(parsed: Parsed, run_id: str) -> dict[str, Any]:
+    """Everything that shaped the run; `arguments` alone repeats it."""
+    resolved = {k: v for k, v in parsed.config.to_dict().items() if not k.startswith("_")}
+    return {
+        **resolved,
+        **vars(parsed.run),
+        "model_name_or_path": parsed.model.model_name_or_path,
+        RUN_ID: run_id,
+        "arguments": {
+            k: v
+            for k, v in parsed.given.items()
+            if k not in ("output_dir", "overwrite") and not k.endswith(SECRET_SUFFIXES)
+        },
+    }
+
+
+def _device(args: Any) -> str:
+    return torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else str(args.device.type)
+
+
+def discard(directory: Path) -> None:
+    """Remove what a run without a finished step wrote; nothing else that lies there."""
+    files = (runlog.CONFIG_FILE, runlog.ENVIRONMENT_FILE, runlog.EVALUATIONS_FILE, runlog.SAMPLES_FILE)
+    _remove_parts(directory, (*files, runlog.CHECKPOINTS_FOLDER, BASE_FOLDER))
+
+
+def _remove_parts(directory: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if (directory / name).is_dir():
+            shutil.rmtree(directory / name)
+        else:
+            (directory / name).unlink(missing_ok=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Temporary files and folders of a process that died."""
+    checkpoints.remove_leftovers(directory / runlog.CHECKPOINTS_FOLDER)
+    for file in directory.glob("*.tmp"):
+        if re.fullmatch(r"[\w.]+\.(json|jsonl)\.\d+\.tmp", file.name):  # as files.write_atomically names them
+            file.unlink(missing_ok=True)
+
+
+def last_checkpoint(directory: Path) -> tuple[int, Path]:
+    """Step and path of the newest checkpoint that is whole and of this run; others are named and skipped."""
+    folder = directory / runlog.CHECKPOINTS_FOLDER
+    run_id = runlog.read_run(directory).config.get(RUN_ID)
+    path = checkpoints.newest_whole(folder, run_id, say=say)
+    if path is not None:
+        return int(path.name.removeprefix("checkpoint-")), path
+    if not checkpoints.steps(folder):
+        raise UserError(
+            f"{directory} has no readable checkpoint, for it was stopped before its first one was written: there is "
+            'nothing to continue, so start it again with the "command" in its config.json, --overwrite and a smaller '
+            "--save_steps."
+        )
+    raise UserError(f"{directory} has no readable checkpoint in {runlog.CHECKPOINTS_FOLDER}/; start a new run.")
+
+
+def after_a_lost_rank(directory: Path, step: int, main: bool) -> str:
+    """What a user can do when a rank is lost after a step; `main`: told by the process that writes the checkpoints."""
+    saved = checkpoints.steps(directory / runlog.CHECKPOINTS_FOLDER)
+    if saved:
+        go_on = f"continue from step {saved[-1]}, with the same launcher, by: pgpo train --resume {directory}"
+    elif main:
+        go_on = "nothing is saved yet."
+    else:
+        go_on = f"what is saved lies in {directory} on rank 0's machine."
+    return f"after step {step}; {go_on}"
+
+
+@contextmanager
+def full_disk_explained(directory: Path) -> Iterator[None]:
+    """A log that cannot be written ends the run: it goes on from its last checkpoint, and no line is missing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            raise
+        raise UserError(
+            f"the log in {directory} could not be written ({error.strerror}); free some space, then continue with "
+            f"`pgpo train --resume {directory}`."
+        ) from error
