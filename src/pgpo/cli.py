@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pgpo import __version__
-from pgpo.errors import LostRankError, UserError
+from pgpo.errors import LostRankError, SentenceParser, UserError
 
 HELP = f"""pgpo {__version__}: Physics-Guided Policy Optimization with Self-Distillation
 
@@ -98,14 +98,8 @@ def _draw(runs: Sequence[Path], folder: Path) -> None:
         print(f"no figure: {error}", file=sys.stderr)
 
 
-def _parser(command: str, description: str) -> ArgumentParser:
-    """Argparse that tells a mistake in one sentence and guesses no abbreviated flag."""
-
-    class Parser(ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(f"{message}; see `{self.prog} --help`.")
-
-    return Parser(prog=f"pgpo {command}", description=description, allow_abbrev=False)
+def _parser(command: str, description: str) -> SentenceParser:
+    return SentenceParser(prog=f"pgpo {command}", description=description)
 
 
 def _eval(argv: list[str]) -> int:

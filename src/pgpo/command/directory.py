@@ -1,4 +1,4 @@
-"""The run directory of `pgpo train`: its name, who may use it, what a new or a resumed run finds in it."""
+"""The run directory of `pgpo train`: its name, its lock, how it is created, resumed and removed again."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def new_name(parsed: Parsed) -> Path:
     return Path("runs") / f"{stem}-{number}"
 
 
-def existing(directory: Path) -> Path:
-    """The directory or the nearest of its parents that is there."""
+def nearest_existing(directory: Path) -> Path:
+    """The directory, or the nearest of its parents that exists."""
     try:
         return next(p for p in (directory, *directory.parents) if p.exists())
     except OSError as error:  # such as a name that is too long
@@ -43,7 +43,7 @@ def existing(directory: Path) -> Path:
 
 
 def require_free(directory: Path, existing: Path, overwrite: bool) -> None:
-    """Refuse an existing run, or a place that cannot hold one, before minutes are spent."""
+    """Raise UserError if the directory holds a run, or cannot be created, before the model is loaded."""
     if not existing.is_dir():
         raise UserError(
             f"the run directory {directory} cannot be made: {existing} is a file; choose another --output_dir."
@@ -56,8 +56,11 @@ def require_free(directory: Path, existing: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def alone(directory: Path, existing: Path) -> Iterator[None]:
-    """No other process trains in this directory meanwhile. The folders made for it go if they stay empty."""
+def locked(directory: Path, existing: Path) -> Iterator[None]:
+    """Keep other processes from training in this directory; folders created for it are removed if they stay empty.
+
+    `existing`: its nearest existing parent before.
+    """
     try:
         with runlog.lock(
             directory, f"another process is training in {directory}; wait until it ends, or stop it first."
@@ -71,9 +74,17 @@ def alone(directory: Path, existing: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def create(parsed: Parsed, directory: Path, base: Path, run_id: str) -> RunLog:
-    """The run directory of a new run, with the model that was made on the spot, if any."""
-    config, device = resolved_config(parsed, run_id), {"device": _device(parsed.config)}
+def open_log(parsed: Parsed, directory: Path, base: Path, run_id: str, resumed: int | None) -> RunLog:
+    """The log of a run that goes on after step `resumed`, or of a new one (None).
+
+    A new one gets a copy of `base`, the initial model, where `pgpo train` made it.
+    """
+    config = resolved_config(parsed, run_id)
+    if resumed is not None:
+        log = RunLog.resume(directory, resumed)
+        runlog.update_config(directory, config)  # a later --resume must know what this one changed
+        return log
+    device = {"device": _device(parsed.config)}
     log = RunLog.create(directory, config, device, overwrite=parsed.run.overwrite)
     _remove_parts(directory, (BASE_FOLDER, runlog.TEST_RECORDS_FILE, runlog.RESULT_FILE))  # of a run that is replaced
     if base.exists():
@@ -82,7 +93,7 @@ def create(parsed: Parsed, directory: Path, base: Path, run_id: str) -> RunLog:
 
 
 def resolved_config(parsed: Parsed, run_id: str) -> dict[str, Any]:
-    """Everything that shaped the run; `arguments` alone repeats it."""
+    """The configuration for config.json; `arguments` alone is enough to repeat the run."""
     resolved = {k: v for k, v in parsed.config.to_dict().items() if not k.startswith("_")}
     return {
         **resolved,
@@ -102,7 +113,7 @@ def _device(args: Any) -> str:
 
 
 def discard(directory: Path) -> None:
-    """Remove what a run without a finished step wrote; nothing else that lies there."""
+    """Remove the files of a run that has finished no step, and no others."""
     files = (runlog.CONFIG_FILE, runlog.ENVIRONMENT_FILE, runlog.EVALUATIONS_FILE, runlog.SAMPLES_FILE)
     _remove_parts(directory, (*files, runlog.CHECKPOINTS_FOLDER, BASE_FOLDER))
 
@@ -116,7 +127,7 @@ def _remove_parts(directory: Path, names: Sequence[str]) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Temporary files and folders of a process that died."""
+    """Remove the temporary files and folders of a process that died."""
     checkpoints.remove_leftovers(directory / runlog.CHECKPOINTS_FOLDER)
     for file in directory.glob("*.tmp"):
         if re.fullmatch(r"[\w.]+\.(json|jsonl)\.\d+\.tmp", file.name):  # as files.write_atomically names them
@@ -124,7 +135,10 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def last_checkpoint(directory: Path) -> tuple[int, Path]:
-    """Step and path of the newest checkpoint that is whole and of this run; others are named and skipped."""
+    """Step and path of the newest checkpoint that is complete and belongs to this run; says which ones it skips.
+
+    Raises UserError if there is none.
+    """
     folder = directory / runlog.CHECKPOINTS_FOLDER
     run_id = runlog.read_run(directory).config.get(RUN_ID)
     path = checkpoints.newest_whole(folder, run_id, say=say)
@@ -140,7 +154,7 @@ def last_checkpoint(directory: Path) -> tuple[int, Path]:
 
 
 def after_a_lost_rank(directory: Path, step: int, main: bool) -> str:
-    """What a user can do when a rank is lost after a step; `main`: told by the process that writes the checkpoints."""
+    """What to do after a rank was lost. `main`: this process writes the checkpoints, hence sees them all."""
     saved = checkpoints.steps(directory / runlog.CHECKPOINTS_FOLDER)
     if saved:
         go_on = f"continue from step {saved[-1]}, with the same launcher, by: pgpo train --resume {directory}"
@@ -153,7 +167,7 @@ def after_a_lost_rank(directory: Path, step: int, main: bool) -> str:
 
 @contextmanager
 def full_disk_explained(directory: Path) -> Iterator[None]:
-    """A log that cannot be written ends the run: it goes on from its last checkpoint, and no line is missing."""
+    """Turn an OSError of the log into a UserError; after a resume from the last checkpoint no line is missing."""
     try:
         yield
     except OSError as error:

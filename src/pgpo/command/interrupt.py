@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: end the command at once, or training after the step at work."""
+"""Ctrl-C and SIGTERM: they end training after the current step, and everything else at once."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ TERMINATED = 143  # and for SIGTERM
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM where there is no step to finish."""
+    """SIGTERM outside a training step."""
 
     status = TERMINATED
 
 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does, with what is half-made removed."""
+    """Make SIGTERM end the command as Ctrl-C does, so that unfinished files are removed."""
     if not _in_main_thread():
         yield
         return
@@ -34,11 +34,13 @@ def stopped_by_sigterm() -> Iterator[None]:
 
 
 class Interruption:
-    """Ctrl-C, and SIGTERM inside `stopped_by_sigterm`, during training: the first is noted, the second ends at once.
+    """Ctrl-C, and SIGTERM inside `stopped_by_sigterm`, during training.
+
+    The first one ends training after the current step, the second one at once.
 
     Attributes:
-        asked: training is to end after the step at work.
-        status: the exit status that says why.
+        asked: training ends after the current step.
+        status: exit status of the command, by the signal.
     """
 
     def __init__(self) -> None:

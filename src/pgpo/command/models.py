@@ -1,8 +1,7 @@
-"""Model and tokenizer of a command: where they lie, loaded, and checked against the questions."""
+"""The model and the tokenizer of a command: found, loaded, and checked against the questions."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,15 @@ from pgpo.errors import UserError
 from pgpo.runlog import BASE_FOLDER
 from pgpo.tasks import Row, Task, lab_world
 from pgpo.train.arguments import Parsed
+from pgpo.train.field_types import is_hub_id
 from pgpo.train.trl_seam import nonfinite_parameter
-
-_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 def model_source(parsed: Parsed, task: Task, scratch: Path, resumed: Path | None) -> Path | str:
-    """Where the model lies: as named, the lab's base, or one made on the spot."""
+    """Folder or hub id of the model: the one named, the lab's base model, or a small one that is trained here first.
+
+    `resumed`: the run directory of a run that goes on, which has that small model already.
+    """
     if parsed.model.model_name_or_path:
         return parsed.model.model_name_or_path
     if parsed.run.task == "lab_world":
@@ -44,8 +45,8 @@ def model_source(parsed: Parsed, task: Task, scratch: Path, resumed: Path | None
 
 
 def load_model(source: Path | str, dtype: str | None = None, **options: Any) -> tuple[Any, Any]:
-    """Model (fp32 unless dtype says otherwise) and tokenizer; UserError with the reason if they cannot be read."""
-    if not Path(source).exists() and not _HUB_ID.fullmatch(str(source)):
+    """Model (float32 by default) and tokenizer. Raises UserError with the reason if they cannot be loaded."""
+    if not Path(source).exists() and not is_hub_id(str(source)):
         raise UserError(f"there is no model folder {source}; give one with config, weights and tokenizer, or a hub id.")
     shared = {k: options[k] for k in ("revision", "trust_remote_code") if k in options}
     try:
@@ -64,7 +65,7 @@ def load_model(source: Path | str, dtype: str | None = None, **options: Any) -> 
 
 
 def check_prompts(tokenizer: Any, rows: Sequence[Row], limit: int | None, template: dict[str, Any]) -> None:
-    """Before anything is written: a chat template, a pad token, and every prompt within the limit (tokens)."""
+    """Raise UserError without a chat template or a pad token, or if a prompt has more than `limit` tokens."""
     if not tokenizer.chat_template:
         raise UserError("the model's tokenizer has no chat template; use an instruction-tuned model or set one.")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:

@@ -41,6 +41,7 @@ class Session(TrainerCallback):
         trainer.add_callback(self)
 
     def go(self, checkpoint: tuple[int, Path] | None) -> int:
+        """Evaluate, train from the checkpoint (step, path) if there is one, evaluate again; the exit status."""
         test, records = self.task.test[: self.run.test_rows], self.log.directory / runlog.TEST_RECORDS_FILE
         self.untouched = checkpoint is None
         if not self.trainer.is_fsdp_enabled:  # FSDP places the model when training begins
@@ -69,15 +70,14 @@ class Session(TrainerCallback):
         return 0
 
     def _select(self, test: list[Row], last: int) -> None:
-        """The step that the curve selects (the first of equals, the start included), and its test accuracy."""
+        """Test the step that the curve selects (0 included), unless it is tested already, and write result.json."""
         step, tested = self.trainer.gather_objects([self._selection()])[0]  # the main process has read what it wrote
         if not tested:
             self.trainer.load_weights(self.log.directory / runlog.CHECKPOINTS_FOLDER / f"checkpoint-{step}")
             self._evaluate(test, runlog.TEST_SELECTED, step)
         if not self.main:
             return
-        lines = runlog.read_run(self.log.directory).evaluations
-        found = {line[runlog.STEP]: line for line in lines if line[runlog.SPLIT] in (runlog.TEST, runlog.TEST_SELECTED)}
+        found = {line[runlog.STEP]: line for line in self._evaluations(runlog.TEST, runlog.TEST_SELECTED)}
         result = {
             "protocol": self.run.protocol,
             "selected_by": self.curve,
@@ -92,12 +92,9 @@ class Session(TrainerCallback):
         )
 
     def _selection(self) -> tuple[int, bool]:
-        """Selected step, and whether the test questions were asked there."""
-        lines = runlog.read_run(self.log.directory).evaluations
-        step = selected_step(*accuracy_curve(lines, self.curve))
-        return step, any(
-            line[runlog.STEP] == step for line in lines if line[runlog.SPLIT] in (runlog.TEST, runlog.TEST_SELECTED)
-        )
+        """The selected step, and whether it has a test accuracy."""
+        step = selected_step(*accuracy_curve(self._evaluations(self.curve), self.curve))
+        return step, any(line[runlog.STEP] == step for line in self._evaluations(runlog.TEST, runlog.TEST_SELECTED))
 
     def _evaluate_untouched(self) -> None:
         if not self.untouched:
@@ -108,9 +105,12 @@ class Session(TrainerCallback):
             self._evaluate(self.trainer.eval_dataset, runlog.VALIDATION, 0)
 
     def _evaluated(self, split: str, step: int) -> bool:
-        """Whether a run that is resumed has this evaluation already."""
-        lines = runlog.read_run(self.log.directory).evaluations
-        return any(line[runlog.SPLIT] == split and line[runlog.STEP] == step for line in lines)
+        """Whether the log has this evaluation already, as after a resume."""
+        return any(line[runlog.STEP] == step for line in self._evaluations(split))
+
+    def _evaluations(self, *splits: str) -> list[dict[str, Any]]:
+        """Those that the log has on these splits."""
+        return [line for line in runlog.read_run(self.log.directory).evaluations if line[runlog.SPLIT] in splits]
 
     def _evaluate(self, rows: list[Row], split: str, step: int, file: str | None = None) -> None:
         records = self.trainer.held_out_records(rows)
@@ -151,7 +151,7 @@ class Session(TrainerCallback):
             self.bar.update(self.line, total=state.max_steps, completed=state.global_step, shown=shown)
 
     def _sampled_rows(self, count: int) -> list[int]:
-        """Which rows of a rollout are kept, evenly spread."""
+        """Indices of the completions of a rollout that are logged, evenly spaced."""
         kept = self.run.samples_per_step
         return list(range(0, count, max(1, count // max(kept, 1))))[:kept]
 

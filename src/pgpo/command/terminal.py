@@ -1,4 +1,4 @@
-"""What a command shows: whole lines on stderr, a progress bar on a terminal."""
+"""The output of a command: lines on stderr, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ console = Console(stderr=True)
 
 
 def say(text: str) -> None:
-    """One line to stderr, whole (rich would wrap and colour it when piped)."""
+    """One line to stderr. Outside a terminal rich would wrap it, so it is printed plainly."""
     if console.is_terminal:
         console.print(text, highlight=False, markup=False)
     else:
@@ -21,7 +21,7 @@ def say(text: str) -> None:
 
 
 def quiet() -> None:
-    """Only our own lines: no warnings and no loading bars of transformers."""
+    """Silence the warnings and the progress bars of transformers."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

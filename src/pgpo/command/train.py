@@ -29,7 +29,7 @@ from pgpo.train.arguments import Parsed, parse
 from pgpo.train.host import Host
 from pgpo.train.trainer import PGPOTrainer
 
-# What a continued run may do differently: how long it goes on, and what it tells on the way.
+# What --resume may change: how long the run goes on, and what it logs.
 RESUMABLE = {
     "max_steps",
     "num_train_epochs",
@@ -81,14 +81,14 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
     """Train, evaluate and log in `directory`; see `main`.
 
     Raises:
-        UserError: anything a user can mend. A new directory without a finished step is removed again.
+        UserError: a mistake of the user. A new directory without a finished step is removed again.
     """
     if parsed.config.process_index != 0:  # the other ranks write no run log
         return _train(parsed, directory, resume)
-    existing = run_directory.existing(directory)
+    existing = run_directory.nearest_existing(directory)
     if not resume:
         run_directory.require_free(directory, existing, parsed.run.overwrite)
-    with run_directory.alone(directory, existing):
+    with run_directory.locked(directory, existing):
         return _train(parsed, directory, resume)
 
 
@@ -113,17 +113,7 @@ def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
     checkpoint = run_directory.last_checkpoint(directory) if resume else None
     with tempfile.TemporaryDirectory() as scratch:
         source = model_source(parsed, task, Path(scratch), directory if resume else None)
-        m = parsed.model
-        model, tokenizer = load_model(
-            source,
-            m.dtype,
-            revision=m.model_revision,
-            trust_remote_code=args.trust_remote_code,
-            attn_implementation=m.attn_implementation,
-            quantization_config=get_quantization_config(m),
-        )
-        rows = [*task.train, *task.validation, *task.test]
-        check_prompts(tokenizer, rows, args.max_prompt_length, args.chat_template_kwargs)
+        model, tokenizer = _load(parsed, task, source)
         if source == Path(scratch) / BASE_FOLDER:
             model.name_or_path = str(directory / BASE_FOLDER)  # where it will lie; adapters note it as their base
         args.disable_tqdm = True
@@ -132,15 +122,10 @@ def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
         trainer = _trainer(parsed, task, model, tokenizer, host)
         args.output_dir = str(directory / runlog.CHECKPOINTS_FOLDER)
         host.run_id = run_id = trainer.gather_objects([run_id])[0]
-        if not main:
-            log = RunLog(directory)
-        elif checkpoint is None:
-            log = run_directory.create(parsed, directory, Path(scratch) / BASE_FOLDER, run_id)
-        else:
-            log = RunLog.resume(directory, checkpoint[0])
-            runlog.update_config(
-                directory, run_directory.resolved_config(parsed, run_id)
-            )  # a later --resume must know what this one changed
+        log = RunLog(directory)
+        if main:
+            base = Path(scratch) / BASE_FOLDER
+            log = run_directory.open_log(parsed, directory, base, run_id, None if checkpoint is None else checkpoint[0])
         try:
             with trainer.rank_watch(), run_directory.full_disk_explained(directory), log:
                 status = Session(trainer, log, run, task).go(checkpoint)
@@ -148,24 +133,43 @@ def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
             if main and checkpoint is None and trainer.state.global_step == 0:
                 run_directory.discard(directory)
             raise
-    if not main:
-        return status, directory
+    return _conclude(trainer, directory, status) if main else status, directory
+
+
+def _load(parsed: Parsed, task: Task, source: Path | str) -> tuple[Any, Any]:
+    """Model and tokenizer, checked against all questions of the task."""
+    m, args = parsed.model, parsed.config
+    model, tokenizer = load_model(
+        source,
+        m.dtype,
+        revision=m.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        attn_implementation=m.attn_implementation,
+        quantization_config=get_quantization_config(m),
+    )
+    rows = [*task.train, *task.validation, *task.test]
+    check_prompts(tokenizer, rows, args.max_prompt_length, args.chat_template_kwargs)
+    return model, tokenizer
+
+
+def _conclude(trainer: PGPOTrainer, directory: Path, status: int) -> int:
+    """Say where the run is and how to go on; the exit status."""
     if trainer.failed_save is not None:
         saved = checkpoints.steps(directory / runlog.CHECKPOINTS_FOLDER)
         say(
             f"step {trainer.state.global_step} is not saved ({trainer.failed_save}), the newest checkpoint is of step "
             f"{saved[-1] if saved else 0}; the log is complete. Free some space, then: pgpo train --resume {directory}"
         )
-        status = NOT_SAVED
-    elif status in (INTERRUPTED, TERMINATED):
+        return NOT_SAVED
+    if status in (INTERRUPTED, TERMINATED):
         say(f"stopped after step {trainer.state.global_step}; continue with: pgpo train --resume {directory}")
     else:
         say(f"run directory: {directory}")
-    return status, directory
+    return status
 
 
 def _prepare_selection(parsed: Parsed, task: Task) -> None:
-    """What `--protocol` asks of the trainer: a checkpoint at every evaluation, the best one kept."""
+    """Set up the trainer for `--protocol`: a checkpoint at every evaluation, of which the best one is kept."""
     run, args = parsed.run, parsed.config
     if run.protocol == "last":
         return
