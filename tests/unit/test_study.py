@@ -486,7 +486,7 @@ def test_groups_are_done_one_after_the_other_each_run_once(tmp_path: Path) -> No
             {"methods": {"p": {}, "a": {"rho_shuffled_from": "p", "lr_times_mean_rho_of": "p"}}, "compare": {}},
             "make two methods of it",
         ),
-        ({"settings": {"s": {"train": False}}}, "train is said of a setting"),
+        ({"settings": {"s": {"train": False}}}, "train is set in a setting or in common; set it in a method"),
         ({"settings": {"s": {"base_seed": "x"}}}, "base_seed is 'x'"),
         ({"settings": {"s": {"base_seed": 1, "model_name_or_path": "m"}}}, "base_seed rebuilds the lab's own"),
         ({"common": {"max_steps": 25, "eval_steps": 10}}, "does not divide max_steps = 25"),
