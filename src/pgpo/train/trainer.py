@@ -949,7 +949,7 @@ class _GuardWatches(TrainerCallback):
 def _check_inputs(args: PGPOConfig, train_dataset: Any, reward_funcs: Any, kwargs: Mapping[str, Any]) -> None:
     if not reward_funcs:
         raise UserError("reward_funcs is empty; pass a function that grades completions (1.0 = right).")
-    if args.objective != "grpo":
+    if args.distills:
         for name in ("tools", "environment_factory"):
             if kwargs.get(name):
                 raise UserError(f"{name} is not supported with self-distillation; use objective='grpo'.")
