@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import transformers
@@ -18,6 +19,11 @@ def say(text: str) -> None:
         console.print(text, highlight=False, markup=False)
     else:
         print(text, file=sys.stderr, flush=True)
+
+
+def ignore_renamed_fields() -> None:
+    """Hide transformers 5's warning on a field that TRL still sets by its old name; a user cannot change that."""
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 
 def quiet() -> None:

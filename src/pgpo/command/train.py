@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import uuid
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from pgpo.command import directory as run_directory
 from pgpo.command.interrupt import INTERRUPTED, TERMINATED, stopped_by_sigterm
 from pgpo.command.models import check_prompts, load_model, model_source
 from pgpo.command.session import Session
-from pgpo.command.terminal import quiet, say
+from pgpo.command.terminal import ignore_renamed_fields, quiet, say
 from pgpo.errors import UserError
 from pgpo.runlog import BASE_FOLDER, RUN_ID, RunLog
 from pgpo.tasks import Task
@@ -55,8 +54,7 @@ def main(argv: Sequence[str]) -> tuple[int, Path]:
 
 
 def _main(argv: Sequence[str]) -> tuple[int, Path]:
-    # TRL sets this field of transformers 5 by its old name; nothing a user could change.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    ignore_renamed_fields()
     argv, resume = _take_resume(list(argv))
     if resume is None:
         parsed = parse(argv)

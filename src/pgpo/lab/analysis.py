@@ -1,8 +1,7 @@
 """From the records of a study to its summary and tables: pure functions.
 
-Two curves are kept apart. The validation curve (validation questions, every `eval_steps`) gives peak, area, collapse,
-and selects a step. The test questions give `final` (the last step) and `selected` (the step with the best validation
-value, the first of equals), so that no number that is reported was used to choose it.
+The validation curve gives peak, area and collapse, and selects a step (the first maximum). Test questions give `final`
+(at the last step) and `selected` (at the selected one), so that no reported number was used to choose a step.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def negative_share(information: Sequence[float]) -> float | None:
 def summarize_study(
     records: Sequence[Record], name: str, document: Mapping[str, Any], compare: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
-    """The summary of a study; lists run over `seeds`, the finished runs in the order of their seeds.
+    """The summary of a study; its lists have one entry per finished run, in the order of `seeds`.
 
     `compare`: reference method -> methods compared with it, on final and selected test accuracy, paired by seed and
     by question: mean difference method - reference with its 95 % interval (runs and questions both drawn).
@@ -87,7 +86,7 @@ def _versus(records: Sequence[Record], references: Mapping[str, Sequence[Record]
 
 
 def paired_difference(a: Sequence[Record], b: Sequence[Record], scores: str = "test_scores") -> dict[str, Any] | None:
-    """a - b over the seeds that both have, paired by seed and question; None if they share no seed."""
+    """Difference a - b, paired by seed and by question; None if they share no seed."""
     of_a, of_b = ({r["seed"]: r[scores] for r in records} for records in (a, b))
     seeds = sorted(of_a.keys() & of_b.keys())
     if not seeds:
@@ -116,7 +115,7 @@ def _mean_score(scores: Mapping[str, float]) -> float:
 
 
 def _environment(records: Sequence[Record]) -> dict[str, Any]:
-    """The most frequent environment of the runs; `commits`: runs per commit, `environments`: how many differ."""
+    """The most frequent environment of the runs, with the number of runs per commit and of different environments."""
     found = [r["environment"] for r in records if r.get("environment")]
     if not found:
         return {}

@@ -1,9 +1,9 @@
-"""`pgpo study`: methods x settings x seeds from one YAML file, trained by `pgpo train`'s own code, resumable.
+"""`pgpo study`: methods x settings x seeds from one YAML file, trained by the code of `pgpo train`; resumable.
 
-    STUDY.yaml -> Study, a queue of Runs -> workers -> records.jsonl.gz -> summary.json, tables.md
+    STUDY.yaml -> Study, a queue of runs -> workers -> records.jsonl.gz -> summary.json, tables.md
 
-`records.jsonl.gz` has one line per finished run with all that tables and figures need, and is the resume point: a run
-that stands in it is done, even if its directory is gone. Each worker process trains one run at a time on one thread.
+A study resumes from `records.jsonl.gz` (study_files.py): a run that is recorded there is done, even if its directory is
+gone. Each worker process trains one run at a time on one thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,7 +53,7 @@ that of the step number alone, in the first row.
 """
 DIGITS = 5  # significant digits of the floats in a record
 
-# Of the metrics of a step, what a record keeps: what differs between runs and does not follow from the rest.
+# Metrics that a record keeps: those that differ between runs and do not follow from the others.
 METRICS_KEPT = (
     runlog.INFORMATION,
     runlog.RHO,
@@ -65,7 +64,7 @@ METRICS_KEPT = (
     runlog.REWARD,
     runlog.COMPLETION_LENGTH,
     runlog.GRAD_NORM,
-    # Those of the collapse guard that are measured (train/guard.py), so that it can be tried on the records.
+    # The signals of the collapse guard (train/signals.py), for the study of its alarms.
     runlog.CLIPPED_SHARE,
     runlog.SAMPLED_KL,
     runlog.SAMPLED_KL_WRONG,
@@ -77,7 +76,7 @@ METRICS_KEPT = (
 
 
 def check_unchanged(study: Study, records: Mapping[str, dict[str, Any]]) -> None:
-    """Raises UserError naming the first finished run that was made with other flags than the study now says."""
+    """Raise UserError for the first finished run whose flags differ from those that the study has now."""
     for run in study.queue:
         record = records.get(run.name)
         if record is None or record["status"] != "ok":
@@ -93,7 +92,7 @@ def check_unchanged(study: Study, records: Mapping[str, dict[str, Any]]) -> None
 
 
 def _comparable(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """YAML reads 1e-3 as text and 0.001 as a number."""
+    """Flags with numbers as floats: YAML reads 1e-3 as text and 0.001 as a number."""
 
     def number(value: Any) -> Any:
         try:
@@ -105,7 +104,7 @@ def _comparable(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to DIGITS significant digits, non-finite ones to None, within lists and mappings."""
+    """Round the floats in lists and mappings to DIGITS significant digits; non-finite ones become None."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -119,7 +118,7 @@ def rounded(value: Any) -> Any:
 
 
 def arguments_of(run: StudyRun, records: Mapping[str, dict[str, Any]], out: Path) -> dict[str, Any]:
-    """The flags that `pgpo train` gets for this run; those derived from an earlier run are computed here."""
+    """Flags of `pgpo train` for this run, with those that depend on an earlier run of the study."""
     arm = run.arm
     flags = arm.flags | {"seed": run.seed}
     if arm.base_seed is not None:
@@ -133,24 +132,25 @@ def arguments_of(run: StudyRun, records: Mapping[str, dict[str, Any]], out: Path
 
 
 def shuffled_rho(run: StudyRun, records: Mapping[str, dict[str, Any]]) -> list[float]:
-    """The multipliers of the run it needs, in an order drawn from this run's seed."""
+    """The multipliers of the run that this one needs, in an order drawn from this run's seed."""
     rho = list(records[str(run.needs)]["metrics"][runlog.RHO])
     random.Random(f"shuffled rho {run.seed}").shuffle(rho)
     return rho
 
 
 def base_folder(arm: Arm, out: Path) -> Path:
-    """Where the rebuilt base model of an arm lies."""
+    """Folder of the rebuilt base model of an arm."""
     return out / BASES_FOLDER / f"{arm.flags.get('variant', 'plain')}-seed-{arm.base_seed}"
 
 
 def execute(job: Job) -> Result:
-    """Do one job of the queue: {"base": ...} builds a base model, any other trains and tests one run."""
+    """Do one job: {"base": ...} builds a base model, any other job trains and tests one run."""
     if "base" in job:
         return _build_base(**job["base"])
+    from pgpo.command.terminal import ignore_renamed_fields
     from pgpo.train.arguments import parse
 
-    _quiet_warnings()
+    ignore_renamed_fields()
     started = time.monotonic()
     directory = Path(job["directory"])
     shutil.rmtree(directory, ignore_errors=True)  # what a killed run left
@@ -251,7 +251,7 @@ def _sample(parsed: Any, task: Any, source: Path | str, rows: Any, k: int) -> An
 
 
 def _build_base(variant: str, seed: int, out: str) -> Result:
-    """The lab's base model from a seed, whole or not at all."""
+    """Build the lab's base model from a seed; an interruption leaves no unfinished folder under its name."""
     from pgpo.lab.base_model import main as build
 
     temporary = Path(f"{out}.tmp")
@@ -306,7 +306,7 @@ def run_study(
 
 
 class _Queue:
-    """What is still to be done, and what of it can be done now; puts finished runs into the records."""
+    """The runs to do, in order, and which of them can start now; adds finished runs to the records."""
 
     def __init__(self, study: Study, out: Path, runs: Sequence[StudyRun], records: dict[str, dict[str, Any]]) -> None:
         self.study, self.out, self.runs, self.records = study, out, runs, records
@@ -316,7 +316,7 @@ class _Queue:
         self._finished: list[StudyRun] = []
 
     def next_job(self) -> Job | None:
-        """The first job that can be started; a run whose need has failed is finished as failed on the way."""
+        """The next job that can start, None if there is none; a run that needs a failed one is recorded as failed."""
         for run in list(self.waiting):
             folder = base_folder(run.arm, self.out)
             base = f"{BASES_FOLDER}/{folder.name}"
@@ -336,7 +336,7 @@ class _Queue:
         return None
 
     def finish(self, name: str, result: Result | None, error: str | None) -> None:
-        """Note how a job of `next_job` ended."""
+        """Record how a job of `next_job` ended."""
         if name in self._bases:
             self._bases[name] = error
             return
@@ -344,12 +344,12 @@ class _Queue:
         self._record(run, arguments, result, error)
 
     def take_finished(self) -> list[tuple[StudyRun, dict[str, Any]]]:
-        """Runs recorded since the last call."""
+        """Runs that were recorded since the last call."""
         runs, self._finished = self._finished, []
         return [(run, self.records[run.name]) for run in runs]
 
     def seconds_left(self, jobs: int) -> float:
-        """Wall time of what is not finished, on `jobs` workers: the estimate, scaled by what the finished took."""
+        """Estimated wall time of the unfinished runs on `jobs` workers."""
         running = [run for run, _ in self._started.values()]
         return seconds_for([*running, *self.waiting], self.runs, self.records) / jobs
 
@@ -358,7 +358,7 @@ class _Queue:
         self._record(run, {}, None, error)
 
     def _record(self, run: StudyRun, arguments: dict[str, Any], result: Result | None, error: str | None) -> None:
-        """One line of the records; `arguments` without the place of the study, so that it can move."""
+        """Add a record; paths in `arguments` are relative to the study folder, so that it can be moved."""
         self.records[run.name] = {
             "setting": run.arm.setting,
             "method": run.arm.method,
@@ -395,7 +395,7 @@ class _Queue:
 
 
 def seconds_for(todo: Sequence[StudyRun], runs: Sequence[StudyRun], records: Mapping[str, dict[str, Any]]) -> float:
-    """Worker seconds that `todo` will take: the estimates, times the measured over the estimated of finished runs."""
+    """Estimated worker seconds of `todo`, scaled by the ratio of measured to estimated time of the finished runs."""
     done = [run for run in runs if records.get(run.name, {}).get("seconds")]
     measured = sum(records[run.name]["seconds"] for run in done)
     factor = measured / sum(run.arm.seconds for run in done) if done else 1.0
@@ -403,7 +403,7 @@ def seconds_for(todo: Sequence[StudyRun], runs: Sequence[StudyRun], records: Map
 
 
 class _Progress:
-    """A bar on a terminal, one line per finished run elsewhere; failures are named on both."""
+    """A bar on a terminal, elsewhere one line per finished run; both report failures."""
 
     def __init__(self, queue: _Queue, jobs: int) -> None:
         from rich.console import Console
@@ -445,7 +445,7 @@ class _Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """The duration for people: '75 s', '12 min', '3 h 05 min'."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -466,10 +466,12 @@ def main(
     tables_only: bool = False,
     retry_failed: bool = False,
 ) -> int:
-    """`pgpo study`: run or go on with a study, then write its summary and tables. Exit status 1 if a run failed."""
+    """Run or continue a study, then write its summary and tables. Exit status 1 if a run failed."""
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}; it must be at least 1.")
-    _quiet_warnings()
+    from pgpo.command.terminal import ignore_renamed_fields
+
+    ignore_renamed_fields()
     study = read_study(path)
     out = out or Path("runs") / f"study-{study.name}"
     if out.exists() and not out.is_dir():
@@ -508,7 +510,7 @@ def write_tables(study: Study, out: Path, records: Mapping[str, dict[str, Any]])
 
 
 def _alarm_studies(study: Study, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The alarm study of every setting in which a watched method and its reference have enough runs."""
+    """The alarm study of every setting where the watched method has a finished run."""
     found = []
     for setting in dict.fromkeys(run.arm.setting for run in study.queue):
         for watched, reference in study.alarms.items():
@@ -529,7 +531,7 @@ def _json(value: Any, indent: str = "") -> str:
 
 
 def selected_runs(study: Study, only: Sequence[str]) -> list[StudyRun]:
-    """The runs whose setting/method fits one of the patterns (all without one), and what they need, in queue order."""
+    """Runs whose setting/method matches a pattern (all without patterns), and those that they need, in queue order."""
     if not only:
         return study.queue
     chosen: set[str] = set()
@@ -574,8 +576,3 @@ def default_jobs() -> int:
     import psutil  # a part of accelerate's installation
 
     return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
-
-
-def _quiet_warnings() -> None:
-    """transformers 5 on fields that TRL sets by their old names: once per run, and nothing a user could change."""
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)

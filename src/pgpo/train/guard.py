@@ -27,7 +27,7 @@ SNAPSHOT_INTERVAL = 5  # ours: copies the weights at most every fifth step; the 
 
 @dataclass
 class Snapshot:
-    """Run state after `step`, on the CPU. Parts that the action never restores are None."""
+    """State of the run after `step`, on the CPU; None for parts that the action does not restore."""
 
     step: int
     tracks: dict[str, dict[str, Any]]
@@ -37,28 +37,29 @@ class Snapshot:
 
 
 class GuardActions:
-    """Carries out what the guard asks for, on a trainer, at the end of a step.
+    """Carries out the action of an alarm on a trainer, at the end of a step.
 
     warn              nothing
-    freeze_teacher    the EMA teacher stays as it is from now on
-    rollback_teacher  it returns to its best snapshot, then stays (the prototype's guard: 8 runs, none collapsed)
+    freeze_teacher    the EMA teacher does not follow the student any more
+    rollback_teacher  the teacher returns to its best snapshot and is frozen (the prototype's guard: 8 runs, none
+                      collapsed)
     halve_step        all later steps * .5, down to 1/8
-    rollback          student, optimizer and teacher return to the best snapshot; so that the run does not only repeat
-                      itself, the teacher is frozen from then on, or the steps are halved where it is or does not move
+    rollback          student, optimizer and teacher return to the best snapshot. So that the run does not repeat
+                      itself, the teacher is frozen too, or the steps are halved if it is frozen already or never moved
 
     "Best" is the best smoothed value of the guard's first signal; a snapshot is taken at a new best, at most every
     fifth step. It lives in CPU memory (weights that train, fp32 teacher, optimizer state) and in checkpoints. A
-    rollback keeps the data order, the random numbers, the schedule of the learning rate and what the step multiplier
-    remembers: the run goes on with other questions. All ranks see the same metrics, hence do the same.
+    rollback does not touch the data order, the random numbers, the learning-rate schedule and the state of the step
+    multiplier: the run continues with new questions. All ranks see the same metrics, hence act alike.
 
     Args:
         trainer: a PGPOTrainer; an action uses its model, teacher and torch optimizer, an alarm tells its host.
         kind: one of GUARDS but "off".
-        max_actions: after so many actions, alarms only warn.
+        max_actions: after this many actions, alarms only warn.
 
     Attributes:
         step_factor: multiplies every step, 1, 1/2, 1/4 or 1/8.
-        teacher_frozen: the teacher follows no more.
+        teacher_frozen: the teacher does not follow the student any more.
     """
 
     def __init__(self, trainer: Any, kind: str, guard: CollapseGuard, max_actions: int) -> None:
@@ -69,7 +70,7 @@ class GuardActions:
         self.snapshot: Snapshot | None = None
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Judge the step that has just ended; act once, whichever and how many signals alarm."""
+        """Check the metrics of the step that has just ended; several alarms cause one action."""
         alarms = self.guard.update(step, metrics)
         if not alarms:
             self._keep_best(step)
@@ -80,7 +81,7 @@ class GuardActions:
                 self.trainer.host.alarm(asdict(alarm) | {"action": action, "reason": text}, f"step {step}: {text}")
 
     def _act(self) -> tuple[str, str]:
-        """Action taken ("warn" for none), and what was done or why nothing."""
+        """The action taken ("warn" for none), and a phrase for what was done or why nothing was."""
         if self.kind == "warn":
             return "warn", "no action asked for"
         obstacle = self._obstacle()
@@ -102,6 +103,7 @@ class GuardActions:
         return self.kind, f"{what} {back}, {change}"
 
     def _obstacle(self) -> str | None:
+        """Why the action cannot be taken."""
         if self.taken >= self.max_actions:
             return f"guard_max_actions = {self.max_actions} were taken"
         if self.kind.endswith("teacher") and self.teacher_frozen:
@@ -147,7 +149,7 @@ class GuardActions:
 
     @property
     def _obstacle_for_good(self) -> bool:
-        """No snapshot will ever be used again."""
+        """No later alarm can use a snapshot."""
         return self.taken >= self.max_actions or (self.kind == "rollback_teacher" and self.teacher_frozen)
 
     def _restore(self, snapshot: Snapshot) -> None:
@@ -189,7 +191,7 @@ class GuardActions:
             torch.save(vars(self.snapshot), directory / SNAPSHOT_FILE)
 
     def load(self, state: Mapping[str, Any], directory: Path) -> None:
-        """Go on from a checkpoint. Raises ValueError or OSError when it does not fit or lacks its snapshot."""
+        """Restore from a checkpoint. Raises ValueError or OSError if it does not fit or lacks its snapshot."""
         if state["kind"] != self.kind:
             raise ValueError(f"the saved guard is {state['kind']!r}, this one {self.kind!r}")
         snapshot = None
@@ -207,7 +209,7 @@ def _student_tensors(model: Any) -> dict[str, Any]:
 
 
 def _on_cpu(value: Any) -> Any:
-    """A copy with its own memory, tensors on the CPU."""
+    """A deep copy with its tensors on the CPU."""
     if isinstance(value, Mapping):
         return {key: _on_cpu(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Alarms of a training run: a metric that leaves its healthy course. Pure: numbers in, alarms out.
+"""Alarms of a training run: a metric has become worse than in healthy runs. Pure: numbers in, alarms out.
 
     Signal, SIGNALS   a metric, the direction in which it goes when training collapses, and a limit
     CollapseGuard     smoothed value against its own running best -> alarms
@@ -34,15 +34,15 @@ MARGIN = 1.05  # its limits: the worst of the healthy runs times 1.05
 
 @dataclass(frozen=True)
 class Signal:
-    """One thing to watch.
+    """A metric to watch.
 
     Attributes:
         metric: its name in runlog.METRICS.
-        falls: collapse makes it fall; otherwise rise.
+        falls: it falls in a collapse; otherwise it rises.
         unit: of the metric, "" for a share or a number without unit.
         relative: the limit is a share of the best value; otherwise it is in the metric's unit.
         limit: default from the prototype study, or None where it gives no number: calibrate.
-        distills: only steps with a teacher measure it.
+        distills: measured only in steps with a teacher.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Signal:
         return worse / best if self.relative else worse
 
     def read(self, metrics: Mapping[str, Any]) -> float | None:
-        """Its value in the metrics of a step, or None where the step does not measure it.
+        """Its value in the metrics of a step; None if the step does not measure it.
 
-        That is: missing, None or not finite (no wrong sample; a gradient that overflowed in fp16), taken over tokens of
-        which there are none, or a gradient of 0 (a batch with nothing to learn), which would make any other look large.
+        That is: missing, None or not finite (no wrong sample; a gradient that overflowed in fp16), a mean over no
+        tokens, or a relative signal of 0 (the gradient of a batch without a loss), beside which any value is large.
         """
         x = metrics.get(self.metric)
         if x is None or not math.isfinite(x) or (self.relative and x <= 0):
@@ -115,7 +115,7 @@ class Alarm:
 
 @dataclass
 class SignalState:
-    """The course of one signal so far; everything that decides about its next alarm."""
+    """What one signal has done so far: all that its next alarm depends on."""
 
     seen: int = 0  # finite values so far
     value: float | None = None  # smoothed
@@ -125,7 +125,7 @@ class SignalState:
     alarms: int = 0  # since the value was last within its limit
 
     def follow(self, signal: Signal, step: int, x: float, warmup: int) -> float | None:
-        """Take in one value; how much worse than its best the smoothed value is now, None in the warm-up."""
+        """Add a value. Returns how much worse than its best the smoothed value is; None during the warm-up."""
         self.seen += 1
         self.value = x if self.value is None else SMOOTHING * self.value + (1 - SMOOTHING) * x
         if self.seen <= warmup:
@@ -136,15 +136,15 @@ class SignalState:
 
 
 class CollapseGuard:
-    """Says when a signal has left its healthy course. Pure: numbers in, alarms out.
+    """Raises alarms from the metrics of each step.
 
-    One alarm per excursion, and a further one each time that the excess has grown by another limit (2 limits, 3, ...);
-    back within its limit, a signal starts anew. The best value stays as it is while a signal is worse than it.
+    A signal raises one alarm when its excess crosses the limit, and a further one at 2, 3, ... times the limit. Once it
+    is back within its limit, the count starts again; its best value is kept.
 
     Args:
-        limits: {signal: limit}, in order of importance; the first one's best step is the run's best step.
-        warmup: first values of a signal that only feed its smoothing.
-        patience: steps in a row beyond the limit that make an alarm.
+        limits: {signal: limit}, most important first; the best step of the first is the best step of the run.
+        warmup: number of first values of a signal that only feed its smoothing.
+        patience: number of consecutive steps beyond the limit that make an alarm.
 
     Raises:
         ValueError: an unknown signal, no signal, or a number out of range.
@@ -165,9 +165,9 @@ class CollapseGuard:
         self.tracks = {name: SignalState() for name in limits}
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> list[Alarm]:
-        """Take in the metrics of one step (runlog.METRICS) and return its alarms, in the order of the limits.
+        """Add the metrics of one step (runlog.METRICS) and return its alarms, in the order of the limits.
 
-        A step that does not measure a signal leaves it as it is.
+        A step that does not measure a signal does not change it.
         """
         alarms = []
         for name, limit in self.limits.items():
@@ -192,7 +192,7 @@ class CollapseGuard:
         return next(iter(self.tracks.values())).best_step
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on, in plain JSON; floats survive it exactly."""
+        """The whole state, as JSON can hold it exactly."""
         return {
             "limits": self.limits,
             "warmup": self.warmup,
@@ -201,7 +201,7 @@ class CollapseGuard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`. Raises ValueError when it belongs to other signals, limits or settings."""
+        """Restore `state_dict()`. Raises ValueError if it belongs to other signals, limits or settings."""
         for name in ("limits", "warmup", "patience"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"the saved guard has {name} {state[name]}, this one {getattr(self, name)}")
@@ -222,14 +222,14 @@ def excesses(signal: Signal, lines: Iterable[Mapping[str, Any]], warmup: int = W
 
 
 def calibrate(runs: Iterable[Sequence[Mapping[str, Any]]], warmup: int = WARMUP) -> dict[str, float]:
-    """Limits from healthy runs, best with a frozen teacher: the largest excess that any of them shows, times 1.05.
+    """Limits from healthy runs, best with a frozen teacher: their largest excess times 1.05.
 
     Args:
         runs: the lines of each run's metrics.jsonl ({"step": ..., metric: ...}).
 
     Returns:
-        {signal: limit} for every signal that got worse than its own best at some time; one that never did (or never
-        was measured) has no scale, and is left out.
+        {signal: limit}, without the signals that were never worse than their own best, or never measured: these have
+        no scale.
 
     Raises:
         ValueError: there is no run.
