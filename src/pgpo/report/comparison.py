@@ -25,12 +25,12 @@ Alarms = list[tuple[float, str]]  # step, text
 
 @dataclass
 class Shared:
-    """What the parts of one page share.
+    """Shared by the sections of a page.
 
     Attributes:
         styles: the look of each method.
-        points: most points of a curve of signals; fewer where there are many curves.
-        readings: the numbers for page.js, which the parts add.
+        points: largest number of points of a signal's curve.
+        readings: numbers for page.js, to which each section adds its own.
     """
 
     styles: dict[str, Style]
@@ -40,7 +40,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class SignalChart:
-    """One chart of signals: metric names with what tells them apart (the second is dashed), and their levels."""
+    """A chart of one or two metrics. `names`: metric and its text, the second one dashed; `levels`: marked values."""
 
     title: str
     unit: str
@@ -76,7 +76,7 @@ SIGNAL_CHARTS = (
 def comparison_section(
     shared: Shared, comparison: Comparison, key: str, title: str, alarms: Alarms, all_open: bool = False
 ) -> Html:
-    """`key` is the section's id and begins those of its charts. `all_open`: no signal is folded away."""
+    """`key`: id of the section, and prefix of those of its charts; `all_open`: no chart is folded away."""
     hero = accuracy_chart(comparison, f"{key}-accuracy", alarms)
     charts = signal_charts(comparison, key, alarms, shared.points)
     last = _last_step(comparison)

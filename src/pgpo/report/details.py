@@ -1,4 +1,4 @@
-"""What stands behind the numbers: alarms, settings, environment and commands of runs; plan and failures of a study."""
+"""Details behind the numbers: alarms, settings, environment and commands of runs; plan and failures of a study."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _number_or_text(value: object) -> str:
 
 
 def configuration_section(runs: Sequence[Run], labels: Sequence[str]) -> Html:
-    """What differs first, then what was given, all of it, the environment, the commands."""
+    """Settings that differ, settings that were given, all settings, environment, commands."""
     configs = [{k: v for k, v in run.config.items() if k != "arguments"} for run in runs]
     given = [mapping(run.config.get("arguments")) for run in runs]
     environments = [flat(run.environment) | {"pgpo": run.version} for run in runs]
@@ -134,7 +134,7 @@ def _failures(study: StudySource) -> Html | None:
 
 
 def _arguments(study: StudySource, comparison: Comparison) -> Html | None:
-    """The arguments that differ between the methods of a setting; one that depends on the seed lists its values."""
+    """The arguments that differ between methods; one that depends on the seed lists its values."""
     values: dict[str, dict[str, list[str]]] = {}
     for record in study.records:
         if str(record["setting"]) == comparison.name and record.get("status") == "ok":

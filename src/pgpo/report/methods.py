@@ -36,7 +36,7 @@ POINTS = 100  # ours: a chart of signals is 300 px wide; a point every 3 px draw
 ACCURACIES = (INITIAL, PEAK, FINAL_VALIDATION, FINAL, SELECTED, AUC)  # shares: their intervals end at 0 and 1
 MEASURES = (*ACCURACIES, MEAN_RHO, NEGATIVE_INFORMATION_SHARE, SECONDS_PER_STEP)
 
-# Settings that two runs of one method may differ in: their seed, and where and how they are written down.
+# Settings that may differ between runs of one method: seed, output and logging.
 _NOT_METHOD = (
     *("seed", "data_seed", "output_dir", "overwrite", "arguments", "run_name", "run_id", "project", "disable_tqdm"),
 )
@@ -59,7 +59,7 @@ class PairedDifference:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One method of a setting in numbers.
+    """One method of a comparison in numbers.
 
     Attributes:
         values: measure -> one value per run; nan where a run has none.
@@ -121,7 +121,7 @@ class Comparison:
 
     @property
     def outcome(self) -> str:
-        """The measure that says how a method ends: on the test split where it is known, else on the curve."""
+        """The measure of the final accuracy: on the test split if a method has it, else the end of the curve."""
         return FINAL if any(len(result.known(FINAL)) for result in self.results) else FINAL_VALIDATION
 
 
@@ -140,7 +140,7 @@ def comparison_of_runs(runs: Sequence[Run], name: str) -> Comparison:
 def method_labels(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """One label per run: the objective, and as many of the settings that differ as tell the methods apart.
 
-    A run that lacks a setting on which all others agree was written by another version of pgpo, not by another method.
+    A run without a setting on which all others agree comes from another version of pgpo, not from another method.
     """
     values: dict[str, set[str]] = {}
     for config in configs:
@@ -167,7 +167,7 @@ def method_labels(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
 
 
 def _telling(configs: Sequence[Mapping[str, Any]], most: int = 3) -> list[str]:
-    """The first settings, at most `most`, that each tell more of the configurations apart."""
+    """The first settings, at most `most`, each of which distinguishes further configurations."""
     chosen: list[str] = []
     apart = 1
     for name in differing(configs):
@@ -178,7 +178,7 @@ def _telling(configs: Sequence[Mapping[str, Any]], most: int = 3) -> list[str]:
 
 
 def _shaping(config: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:
-    """The settings that make a method."""
+    """The settings that distinguish methods."""
     return {
         name: value
         for name, value in config.items()
@@ -198,7 +198,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def short(value: object, limit: int = 40) -> str:
-    """A setting's value as a reader writes it."""
+    """The value of a setting, as text of at most `limit` characters."""
     if isinstance(value, float):
         text = f"{value:g}"
     elif value is None or isinstance(value, (str, int)):
@@ -297,7 +297,7 @@ def _frozen(value: object) -> str:
 
 
 def comparisons_of_study(study: StudySource) -> list[Comparison]:
-    """One per setting of the summary, in its order."""
+    """One comparison per setting of the summary, in its order."""
     document = study.summary.get("study")
     reference = document.get("reference") if isinstance(document, dict) else None
     comparisons = []

@@ -1,6 +1,6 @@
-"""`pgpo report`: one HTML page that holds everything, opens from disk and asks no network.
+"""`pgpo report`: one self-contained HTML page, which opens from disk and needs no network.
 
-    paths --sources--> runs, studies --methods--> settings: rows, curves --setting, tables--> HTML --page--> file
+    paths --sources--> runs, studies --methods--> comparisons of methods --comparison, tables--> HTML --page--> file
 
 The Content-Security-Policy of the page allows its own script and style by their hash and nothing else.
 """
@@ -78,7 +78,7 @@ def main(paths: Sequence[Path], out: Path, figures: Path | None = None) -> int:
 
 @dataclass(frozen=True)
 class Report:
-    """What is reported: `of_runs` is the setting of all runs, None without runs; `of_studies` go with `studies`."""
+    """What is reported. `of_runs`: the comparison of all runs, None without runs; `of_studies`: those of each study."""
 
     runs: list[Run]
     studies: list[StudySource]
@@ -184,7 +184,7 @@ def _hash(text: str) -> str:
 
 
 def _legend_rules(indices: Iterable[int]) -> str:
-    """By these the boxes of a legend hide a method, and pointing at its name fades the others, without a script."""
+    """CSS by which a checkbox of a legend hides a method, and pointing at a name fades the others, without a script."""
     hide = 'section:has(.legend input[value="{0}"]:not(:checked)) svg [data-m="{0}"]{{display:none}}\n'
     asked = '[data-key="{0}"]:hover,[data-key="{0}"] :focus-visible'
     fade = f'section:has({asked}) figure [data-m]:not([data-m="{{0}}"]){{{{opacity:.1}}}}\n'
@@ -274,19 +274,19 @@ def _values(dictionaries: Iterable[Mapping[str, Any]], name: str) -> list[str]:
 
 
 def _commits(environments: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A run has one, a study counts its runs of each."""
+    """Of runs, which have one each, and of studies, which may have several."""
     found = [[values.get("git_commit"), *mapping(values.get("commits"))] for values in environments]
     return list(dict.fromkeys(str(commit) for commits in found for commit in commits if commit not in (None, "None")))
 
 
 def _commit(text: str) -> str:
-    """Ten digits, and whether the source was changed since."""
+    """Ten digits, and whether the source had uncommitted changes."""
     name, _, changed = text.partition("-")
     return f"{name[:10]}{' (changed)' if changed else ''}"
 
 
 def _span(values: Iterable[Any]) -> str:
-    """The one value, or the smallest and the largest."""
+    """The value, or the range from the smallest to the largest."""
     known = sorted({value for value in map(number, values) if math.isfinite(value)})
     return "–".join(f"{value:.10g}" for value in dict.fromkeys((known[0], known[-1]))) if known else "?"
 

@@ -1,4 +1,4 @@
-"""Sample completions, with what teacher and student disagree about, token by token."""
+"""Sample completions, with the disagreement of teacher and student token by token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_CHARACTERS, MOST_TOKENS, MOST_LISTED, LONG = 4000, 600, 10, 800
 
 
 def sample_section(runs: Sequence[Run], labels: Sequence[str]) -> Html | None:
-    """Of the first run of each method that has samples: a few steps, evenly spread, the first and the last open."""
+    """A few steps, evenly spaced, of the first run of each method that has samples; the first and the last are open."""
     parts = []
     done: set[str] = set()
     coloured = False
@@ -150,7 +150,7 @@ def _probability(logprob: float) -> str:
 
 
 def _largest(tokens: Sequence[tuple[str, float, float, float]]) -> Html | None:
-    """The numbers of the tokens that differ most, for who cannot point."""
+    """A table of the tokens that differ most, for readers without a pointer."""
     listed = sorted((token for token in tokens if token[1] >= LEVELS[0]), key=lambda token: -token[1])[:MOST_LISTED]
     if not listed:
         return None

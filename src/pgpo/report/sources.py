@@ -1,4 +1,4 @@
-"""What `pgpo report` is given, read: runs and studies, as arrays. What cannot be read is named and left out.
+"""The runs and studies that `pgpo report` was given, as arrays. What cannot be read is skipped with a message.
 
 run directory    runlog.read_run
 study folder     study_files: summary.json (tables) and records.jsonl.gz (curves)
@@ -31,10 +31,10 @@ LARGEST_STEP = 2**53  # the largest count that a float and a browser hold exactl
 
 @dataclass(frozen=True)
 class RunCurves:
-    """One run as the charts need it.
+    """The curves of one run.
 
     Attributes:
-        name: what a reader calls the run.
+        name: of the run, for readers.
         method: label of its method; runs of one method differ in their seed alone.
         seed: as text.
         steps: [n] optimizer steps, rising.
@@ -52,7 +52,7 @@ class RunCurves:
     @classmethod
     def of_run(cls, run: Run, method: str) -> RunCurves:
         lines = {line[runlog.STEP]: line for line in run.metrics if abs(line[runlog.STEP]) <= LARGEST_STEP}
-        steps = sorted(lines)  # a step that stands twice counts once, as it was written last
+        steps = sorted(lines)  # of a step with two lines the last one counts
         names = dict.fromkeys(name for line in lines.values() for name in line if name != runlog.STEP)
         return cls(
             name=run.name,
@@ -97,10 +97,10 @@ class StudySource:
 
 
 def read_sources(paths: Sequence[Path]) -> tuple[list[Run], list[StudySource]]:
-    """The runs and studies among the paths, in order; the others are told on stderr, one line each, and left out.
+    """The runs and studies at the paths, in order; the others are skipped, with one line on stderr each.
 
-    Left out are folders that cannot be read, runs without metrics, and runs whose task or domain is not that of the
-    first. Raises UserError when nothing is left.
+    Skipped are folders that cannot be read, runs without metrics, and runs whose task or domain differs from that of
+    the first. Raises UserError when nothing is left.
     """
     runs: list[Run] = []
     studies: list[StudySource] = []
@@ -130,7 +130,7 @@ def read_sources(paths: Sequence[Path]) -> tuple[list[Run], list[StudySource]]:
 
 
 def number(value: object) -> float:
-    """A float; nan for what is none, infinity for what no axis can hold. runlog's names of non-finite numbers count."""
+    """The value as a float: nan for what is no number, infinity beyond LARGEST; "NaN" and "Infinity" are numbers."""
     if isinstance(value, str):
         return NON_FINITE.get(value, math.nan)
     if not isinstance(value, (int, float)):
@@ -141,7 +141,7 @@ def number(value: object) -> float:
 
 
 def numbers(values: object) -> Array:
-    """[n] floats, one per item; a single number is a list of one, anything else is empty."""
+    """[n] floats, one per item of a list; a number is a list of one, anything else an empty list."""
     if isinstance(values, (int, float)):
         values = [values]
     items = values if isinstance(values, Iterable) and not isinstance(values, (str, Mapping)) else []
@@ -178,7 +178,7 @@ def _task(run: Run) -> tuple[str, ...]:
 
 
 def _evaluations(lines: Iterable[Any]) -> list[dict[str, Any]]:
-    """The lines that have a whole step and an accuracy."""
+    """The lines with a whole number as step and a finite accuracy."""
     return [
         line
         for line in lines

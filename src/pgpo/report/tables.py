@@ -40,20 +40,20 @@ def points(difference: float) -> str:
 
 
 def breakable(name: str) -> Html:
-    """A name that a narrow column may break after an underscore."""
+    """A name that may be broken after an underscore."""
     return Html(escape(name).replace("_", "_<wbr>"))
 
 
 def scrolling(table: Html, label: str) -> Html:
-    """A table that scrolls by itself, by touch or by the arrow keys, where it is wider than the page."""
+    """A table that scrolls, by touch or by the arrow keys, if it is wider than the page."""
     return el("div", table, class_="table", tabindex="0", role="region", aria_label=label)
 
 
-# Methods of one setting ------------------------------------------------------------------------------------------
+# Methods of one comparison ------------------------------------------------------------------------------------------
 
 
 def method_table(comparison: Comparison, styles: Styles) -> Html:
-    """One row per method; what decides comes first, the table scrolls where it is wide."""
+    """One row per method, the most important columns first."""
     heads = [el("th", "Method", scope="col", class_="left")]
     lines = [[_method_head(result, styles[result.method])] for result in comparison.results]
     foot = [el("th")]
@@ -257,11 +257,11 @@ def _difference(result: MethodResult, found: PairedDifference, domain: tuple[flo
     return el("tr", *cells)
 
 
-# Every method in every setting -----------------------------------------------------------------------------------
+# Every method in every comparison ---------------------------------------------------------------------------------
 
 
 def overview_table(comparisons: Sequence[Comparison], links: Sequence[Html], styles: Styles) -> Html:
-    """Mean final accuracy of each method (rows) in each setting (columns, whose heads are `links`)."""
+    """Mean final accuracy of each method (rows) in each comparison (columns, headed by `links`)."""
     names = list(dict.fromkeys(method for comparison in comparisons for method in comparison.methods))
     heads = [el("th", "Method", scope="col", class_="left"), *(el("th", link, scope="col") for link in links)]
     body = []
@@ -304,7 +304,7 @@ def _overview(result: MethodResult | None, comparison: Comparison) -> Html:
 def settings_table(
     title: str, names: Sequence[str], values: Sequence[Mapping[str, Any]], chosen: Sequence[str], open_: bool = False
 ) -> Html:
-    """A collapsible table, one column per name; what all columns share is written once over all of them."""
+    """A collapsible table, one column per name; a value that all columns share spans them."""
     rows = []
     for key in chosen:
         cells = [m.short(column[key], 300) if key in column else "–" for column in values]
