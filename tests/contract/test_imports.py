@@ -23,7 +23,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "pgpo.cli": EVERYTHING,
     "pgpo.lab": frozenset({"command", "train", "evaluate", "tasks", *RECORDS}),
     "pgpo.command": frozenset({"train", "teacher", "tasks", "evaluate", *RECORDS}),
-    "pgpo.train": frozenset({"core", "teacher", "tasks", "evaluate", "runlog"}),
+    "pgpo.train": frozenset({"core", "teacher", "tasks", "evaluate", "runlog", "files"}),
     "pgpo.train.signals": frozenset(),
     "pgpo.minimal": frozenset({"core", "teacher", "tasks"}),
     "pgpo.sde": frozenset({"core", "intervals"}),
