@@ -26,14 +26,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from pgpo.errors import UserError
-from pgpo.files import write_atomically
-from pgpo.train.field_types import is_hub_id
+from pgpo.runlog import write_atomically
 
 GIB = 2**30
 # Decoder blocks whose saved tensors tests/unit/test_plan.py compares with autograd's, byte by byte.
@@ -50,6 +50,7 @@ FP32, FP64 = 4, 8
 # Ours, not measured: CUDA context, libraries and NCCL's buffers, and the allocator's fragmentation.
 RESERVE = GIB
 RESERVE_SHARE = 0.05
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 MOST_CHANGES = 3  # that are advised together
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -210,7 +211,7 @@ def read_model(source: str) -> ModelShape:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"the folder {source} has no config.json; give a model's folder or a hub id.")
-    elif not is_hub_id(source):
+    elif not _HUB_ID.fullmatch(source):
         raise UserError(f"there is no model folder {source}; give one with a config.json, or a hub id.")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
