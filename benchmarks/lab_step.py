@@ -27,8 +27,8 @@ from paired import measure, pairs_from_command_line, report
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from pgpo import PGPOConfig, PGPOTrainer, minimal
+from pgpo.command.train import rewards_of
 from pgpo.tasks import lab_world, load_task
-from pgpo.train.run import rewards_of
 
 STEPS = 30  # per measurement; a run's set-up (about 25 ms) is shared by these
 SHORT = 10  # where only steps are timed: a busy neighbour comes and goes within a pair of long measurements

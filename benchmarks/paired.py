@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pgpo.runlog import environment
+from pgpo.provenance import environment
 
 RESULTS = Path(__file__).parent / "results"
 

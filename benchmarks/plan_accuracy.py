@@ -408,7 +408,7 @@ def keep(lines: list[dict[str, Any]]) -> None:
     """Write the results file."""
     from paired import _cpu
 
-    from pgpo.runlog import environment
+    from pgpo.provenance import environment
 
     document = {
         "question": "peak of a training step: pgpo plan / torch's CPU allocator",

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pgpo import __version__
-from pgpo.errors import LostRankError, UserError
+from pgpo.errors import LostRankError, SentenceParser, UserError
 
 HELP = f"""pgpo {__version__}: Physics-Guided Policy Optimization with Self-Distillation
 
@@ -65,7 +65,7 @@ def _demo(argv: list[str]) -> int:
         number += 1
     runs = []
     for objective in ("pgpo", "sdpo"):
-        from pgpo.train.run import main as train
+        from pgpo.command.train import main as train
 
         print(f"\n{objective.upper()} on the lab world, seed 42", file=sys.stderr)
         status, run = train(["--objective", objective, "--output_dir", str(folder / objective)])
@@ -78,7 +78,7 @@ def _demo(argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    from pgpo.train.run import main as train
+    from pgpo.command.train import main as train
 
     status, run = train(argv)
     _draw([run], run)
@@ -98,18 +98,12 @@ def _draw(runs: Sequence[Path], folder: Path) -> None:
         print(f"no figure: {error}", file=sys.stderr)
 
 
-def _parser(command: str, description: str) -> ArgumentParser:
-    """Argparse that tells a mistake in one sentence and guesses no abbreviated flag."""
-
-    class Parser(ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(f"{message}; see `{self.prog} --help`.")
-
-    return Parser(prog=f"pgpo {command}", description=description, allow_abbrev=False)
+def _parser(command: str, description: str) -> SentenceParser:
+    return SentenceParser(prog=f"pgpo {command}", description=description)
 
 
 def _eval(argv: list[str]) -> int:
-    from pgpo.train.evaluation import main as evaluate
+    from pgpo.command.eval import main as evaluate
 
     return evaluate(argv)
 

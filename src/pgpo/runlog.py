@@ -1,4 +1,4 @@
-"""The run directory: the one schema that everything that writes a run and everything that reads one share.
+"""The run directory: one schema for everything that writes a run and everything that reads one.
 
     config.json        {"schema": 1, "pgpo": version, "command": [...], "config": {...}}
     environment.json   python, platform, package versions, git commit, and what the caller adds (device, ...)
@@ -10,27 +10,24 @@
                        "action": "warn" | "freeze_teacher" | "rollback_teacher" | "halve_step" | "rollback",
                        "reason": "sampled_kl 0.31 nats is 0.05 above its best 0.26 (step 30): teacher frozen"}
                        (the limit of a relative signal is a share of the best)
+    test_records.jsonl the graded completions of the last test evaluation (evaluate.run.write_records)
+    result.json        with protocol "strict" or "paper": test evaluations of the last and of the selected step
     checkpoints/       written by the trainer
+    base/              the initial model, where `pgpo train` made it
     figure.png         written by the report
 
-All files are standard JSON in UTF-8. JSON has no NaN and no infinity, so that a non-finite float is written
-as the string "NaN", "Infinity" or "-Infinity" (which both Python's float() and JavaScript's Number()
-understand); `read_run` turns these back into floats in metrics and evaluations, and leaves samples as they
-are, because a completion may be the text "NaN". In a distributed run only the main process opens a run log.
+All files are standard JSON in UTF-8, non-finite floats as files.py writes them. `read_run` turns these back into
+floats in metrics, evaluations and alarms, and leaves samples as they are, because a completion may be the text "NaN".
+In a distributed run only the main process opens a run log.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import math
 import os
-import platform
-import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +35,8 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from pgpo.errors import UserError
+from pgpo.files import json_document, json_line, read_lines, with_floats, write_atomically
+from pgpo.provenance import command_line, environment, hide_secrets, version
 
 SCHEMA = 1
 
@@ -47,10 +46,15 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 ALARMS_FILE = "alarms.jsonl"
+LOG_FILES = (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, ALARMS_FILE)  # a line per step; cut when a run is resumed
+TEST_RECORDS_FILE = "test_records.jsonl"
+RESULT_FILE = "result.json"
 CHECKPOINTS_FOLDER = "checkpoints"
-_LOGS = (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, ALARMS_FILE)  # a line per step; cut when a run is resumed
+BASE_FOLDER = "base"
 FIGURE_FILE = "figure.png"
 LOCK_FILE = ".lock"  # there while a process works in the folder
+
+RUN_ID = "run_id"  # name in the configuration; every checkpoint of the run has the same
 
 STEP = "step"
 INFORMATION = "information"
@@ -120,6 +124,8 @@ METRICS: dict[str, tuple[str, str]] = {
 }
 
 SPLIT = "split"
+VALIDATION, TEST = "validation", "test"
+TEST_SELECTED = "test_selected"  # test questions at the step that the validation questions select
 K = "k"
 QUESTIONS = "questions"
 AVG_AT_K = "avg_at_k"
@@ -147,16 +153,9 @@ EVALUATIONS: dict[str, tuple[str, str]] = {
     WELL_FORMED_SHARE: ("1", "share of the completions in the format that the prompt asks for"),
 }
 
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
-SECRET_SUFFIXES = ("_token", "api_key", "password", "secret")  # ours: hub_token, wandb_api_key and the like
-# The same within a text of JSON, such as --model_init_kwargs '{"token": "..."}', and user:password in an address.
-_SECRETS_IN_TEXT = re.compile(
-    r"""(["'](?:\w*_)?(?:token|api_key|password|secret)["']\s*:\s*["'])[^"']*|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)""", re.I
-)
-
 
 class RunLog:
-    """Writes one run directory. Every line is flushed, so that a killed run loses at most its last line."""
+    """Writes one run directory. Every line is flushed: a killed run loses at most its last line."""
 
     def __init__(self, directory: Path) -> None:
         """Opens an existing run directory for appending; use `create` or `resume`."""
@@ -191,12 +190,12 @@ class RunLog:
             directory.mkdir(parents=True, exist_ok=True)
             document = {
                 "schema": SCHEMA,
-                "pgpo": _version("pgpo"),
-                "command": _command(sys.argv),
-                "config": {name: _unless_secret(name, value) for name, value in config.items()},
+                "pgpo": version("pgpo"),
+                "command": command_line(sys.argv),
+                "config": {name: hide_secrets(name, value) for name, value in config.items()},
             }
-            write_atomically(directory / ENVIRONMENT_FILE, _document(environment(environment_extra)))
-            write_atomically(directory / CONFIG_FILE, _document(document))  # last: it makes this a run
+            write_atomically(directory / ENVIRONMENT_FILE, json_document(environment(environment_extra)))
+            write_atomically(directory / CONFIG_FILE, json_document(document))  # last: it makes this a run
         except OSError as error:
             raise _not_writable(directory, error) from error
         return cls(directory)
@@ -209,7 +208,7 @@ class RunLog:
         """
         directory = Path(directory)
         _read_config(directory)
-        for name in _LOGS:
+        for name in LOG_FILES:
             path = directory / name
             if path.exists():
                 kept = [line for line in _read_log(path) if line[STEP] <= step]
@@ -275,6 +274,10 @@ class Run:
     command: list[str]
     version: str | None
 
+    @property
+    def name(self) -> str:
+        return self.directory.resolve().name
+
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric, without the steps that have no value for it."""
         lines = [line for line in self.metrics if line.get(name) is not None]
@@ -288,15 +291,15 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     """
     directory = Path(directory)
     document = _read_config(directory)
-    logs = {name: _read_log(directory / name) if (directory / name).exists() else [] for name in _LOGS}
+    logs = {name: _read_log(directory / name) if (directory / name).exists() else [] for name in LOG_FILES}
     return Run(
         directory=directory,
         config=document["config"],
         environment=_read_document(directory / ENVIRONMENT_FILE),
-        metrics=[_with_floats(line) for line in logs[METRICS_FILE]],
-        evaluations=[_with_floats(line) for line in logs[EVALUATIONS_FILE]],
+        metrics=[with_floats(line) for line in logs[METRICS_FILE]],
+        evaluations=[with_floats(line) for line in logs[EVALUATIONS_FILE]],
         samples=logs[SAMPLES_FILE],
-        alarms=[_with_floats(line) for line in logs[ALARMS_FILE]],
+        alarms=[with_floats(line) for line in logs[ALARMS_FILE]],
         command=document["command"],
         version=document["pgpo"],
     )
@@ -309,65 +312,11 @@ def update_config(directory: str | os.PathLike[str], config: Mapping[str, Any]) 
     """
     path = Path(directory) / CONFIG_FILE
     document = _read_config(Path(directory))
-    document["config"] = {name: _unless_secret(name, value) for name, value in config.items()}
+    document["config"] = {name: hide_secrets(name, value) for name, value in config.items()}
     try:
-        write_atomically(path, _document(document))
+        write_atomically(path, json_document(document))
     except OSError as error:
         raise _not_writable(Path(directory), error) from error
-
-
-def environment(extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a reader needs to judge or repeat a run: versions (None: not installed) and the commit of our source.
-
-    Package versions come from their metadata, nothing is imported. Paths under the user's home start with ~.
-    """
-    found = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "git_commit": _git_commit(),
-    }
-    return {name: _without_home(value) for name, value in (found | dict(extra or {})).items()}
-
-
-def json_line(values: Mapping[str, Any]) -> str:
-    """One JSON object and a newline. Scalars of numpy and torch become numbers, non-finite floats strings."""
-    return json.dumps(_standard(values), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def read_lines(path: Path, unfinished_end: bool = False) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line. `unfinished_end` drops a broken last line that has no newline.
-
-    Raises UserError with the number of the line that is not a JSON object.
-    """
-    *lines, end = path.read_bytes().split(b"\n")
-    if end:
-        lines.append(end)
-    values: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line.decode("utf-8"))
-        except ValueError:
-            if unfinished_end and end and number == len(lines):
-                break
-            value = None
-        if not isinstance(value, dict):
-            raise UserError(f"Line {number} of {path} is not a JSON object; restore the file or remove that line.")
-        values.append(value)
-    return values
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes beside the file and renames: a reader or a crash sees the old text or the new one, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -479,99 +428,9 @@ def _remove_run(directory: Path) -> None:
     _read_config(directory)
     if (directory / CHECKPOINTS_FOLDER).exists():  # first: a log without its checkpoints is never continued
         shutil.rmtree(directory / CHECKPOINTS_FOLDER)
-    for name in (*_LOGS, FIGURE_FILE):
+    for name in (*LOG_FILES, FIGURE_FILE):
         (directory / name).unlink(missing_ok=True)
 
 
 def _not_writable(directory: Path, error: OSError) -> UserError:
     return UserError(f"The directory {directory} cannot be written ({error.strerror}); choose another one.")
-
-
-def _document(values: Mapping[str, Any]) -> str:
-    return json.dumps(_standard(values), ensure_ascii=False, allow_nan=False, indent=2, default=str) + "\n"
-
-
-NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def _standard(value: Any) -> Any:
-    """The value in standard JSON: numpy and torch scalars to numbers, non-finite floats to their names."""
-    if isinstance(value, Mapping):
-        return {str(name): _standard(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_standard(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _with_floats(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in line.items()}
-
-
-def _command(arguments: Iterable[str]) -> list[str]:
-    """The command line without the path of the program, the user's home, and the values of secret options."""
-    program, *rest = arguments
-    command = [Path(program).name]
-    hide_next = False
-    for argument in rest:
-        option, equals, _ = argument.partition("=")
-        secret = option.startswith("--") and _is_secret(option)
-        if hide_next:
-            command.append("***")
-        elif secret and equals:
-            command.append(f"{option}=***")
-        else:
-            command.append(_without_home(_without_secrets(argument)))
-        hide_next = secret and not equals
-    return command
-
-
-def _is_secret(name: str) -> bool:
-    name = name.lower().replace("-", "_")
-    return name.endswith(SECRET_SUFFIXES) or name == "token"
-
-
-def _unless_secret(name: str, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _unless_secret(str(key), item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_unless_secret(name, item) for item in value]
-    if not isinstance(value, str):
-        return value
-    return "***" if _is_secret(name) else _without_secrets(value)
-
-
-def _without_secrets(text: str) -> str:
-    return _SECRETS_IN_TEXT.sub(lambda match: f"{match[1] or ''}***", text)
-
-
-def _without_home(value: Any) -> Any:
-    home = str(Path.home())
-    return value.replace(home, "~") if isinstance(value, str) and len(home) > 1 else value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """Commit of the source that runs, with -dirty if it was changed; None for an installed copy.
-
-    An installed copy may lie inside the user's own repository: only a tracked source file counts.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -277,7 +277,7 @@ def zero_foreign_code(zero: dict, folder: str) -> dict:
         if t.accelerator.is_main_process:
             change()
         t.accelerator.wait_for_everyone()
-        t.trusted = part.parents[1].resolve()  # verified already, so that the seal does not find it first
+        t.host.trusted = part.parents[1].resolve()  # verified already, so that the seal does not find it first
         return refusal(lambda: trainer_kit.train(t, resume_from_checkpoint=str(part.parents[1])))
 
     foreign = attempt(lambda: torch.save({"optimizer_state_dict": Runs()}, part))

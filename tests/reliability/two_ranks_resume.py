@@ -20,7 +20,7 @@ OPTIONS = dict(
 def run(folder: Path, resume: Path | None = None, full: bool = False) -> dict:
     t = trainer_kit.trainer(folder, rollout=None, rows=8, **OPTIONS)
     said: list[str] = []
-    t.say = said.append
+    t.host.say = said.append
     if full:
         plain = t.save_extra
 

@@ -23,10 +23,10 @@ from accelerate import Accelerator
 
 from pgpo import cli, runlog
 from pgpo.cli import main
+from pgpo.command import session
 from pgpo.tasks import lab_world
 from pgpo.teacher import Teacher
 from pgpo.train import checkpoint
-from pgpo.train import run as train_run
 from pgpo.train.seam import step as seam_step
 from pgpo.train.trainer import PGPOTrainer
 
@@ -77,7 +77,7 @@ class Phases:
         self._around(Path, "replace", lambda: "run log")
         self._around(runlog.RunLog, "_append", lambda: "run log")
         self._around(runlog, "write_atomically", lambda: "run log")
-        self._around(train_run, "write_records", lambda: "run log")
+        self._around(session, "write_records", lambda: "run log")
         self._half_written(torch, "save", 1)
         self._half_written(Path, "write_text", 0)
         self._half_written_tensors()

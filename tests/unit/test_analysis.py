@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 
 from pgpo.lab.analysis import (
-    area,
-    collapsed,
     negative_share,
     paired_difference,
     summarize_study,
     tables_markdown,
-    validation_curve,
 )
+from pgpo.study_files import accuracy_curve, area, collapsed
 
 
 def record(
@@ -86,7 +84,7 @@ def test_the_curve_is_the_validation_split_in_the_order_of_steps() -> None:
         {"step": 20, "split": "test", "avg_at_k": 0.1},
         {"step": 0, "split": "validation", "avg_at_k": 0.5},
     ]
-    assert validation_curve(lines) == ([0, 20], [0.5, 0.7])
+    assert accuracy_curve(lines) == ([0, 20], [0.5, 0.7])
 
 
 # ---------------------------------------------------------------- the summary

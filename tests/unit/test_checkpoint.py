@@ -437,7 +437,7 @@ def test_true_is_the_newest_whole_one_and_what_is_skipped_is_said(copy_of, three
     (copy_of / "runs").mkdir()
     t = trainer(copy_of, save_strategy="no")
     said: list[str] = []
-    t.say = said.append
+    t.host.say = said.append
     trainer_kit.train(t, resume_from_checkpoint=True)
     assert_same(t, whole)
     (sentence,) = said
@@ -452,7 +452,7 @@ def test_true_without_a_whole_one(copy_of, tmp_path):
         flip(path / "model.safetensors")
     t = trainer(copy_of)
     said: list[str] = []
-    t.say = said.append
+    t.host.say = said.append
     assert "has no whole checkpoint" in refusal(t, True)
     assert [s.split()[1] for s in said] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
 
@@ -644,7 +644,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path, size, first):
     said: list[str] = []
     t = trainer(tmp_path / "full", max_steps=3)
     full_at(t, {2}, size)
-    t.say = said.append
+    t.host.say = said.append
     trainer_kit.train(t)
     assert_same(t, whole)
     (sentence,) = said

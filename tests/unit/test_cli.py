@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 import pgpo
 from pgpo import cli
 from pgpo.cli import main
+from pgpo.command import eval as evaluation
+from pgpo.command import train as train_run
 from pgpo.errors import UserError
 from pgpo.runlog import RunLog
 from pgpo.tasks import lab_world
-from pgpo.train import checkpoint, evaluation
-from pgpo.train import run as train_run
+from pgpo.train import checkpoint
 
 COMMANDS = ("demo", "train", "eval", "sde", "lab-base")
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pgpo.errors import UserError
-from pgpo.report.figures import COLORS, draw_runs, plot_runs, smooth
+from pgpo.report.figures import COLORS, draw_runs, plot_runs
+from pgpo.report.methods import smooth
 from pgpo.runlog import Run, RunLog, read_run
 
 

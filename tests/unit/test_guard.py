@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from pgpo import UserError
 from pgpo.runlog import RunLog, read_run
 from pgpo.train.gate import torch_optimizer
-from pgpo.train.guard import SIGNALS, CollapseGuard, calibrate, choose_limits, read_limits
+from pgpo.train.signals import SIGNALS, CollapseGuard, calibrate, choose_limits, read_limits
 
 # Numbers alone --------------------------------------------------------------------------------------------------------
 
@@ -208,7 +208,7 @@ def test_a_guard_that_cannot_work_is_refused(settings):
 
 
 def test_the_pure_part_needs_no_torch():
-    code = "import sys, pgpo.train.guard; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'trl')))"
+    code = "import sys, pgpo.train.signals; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'trl')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -341,8 +341,7 @@ class Watch(TrainerCallback):
     def __init__(self, t):
         self.t, self.steps = t, {}
         self.lines, self.texts = [], []
-        if t.guard is not None:
-            t.guard.report = lambda line, text: (self.lines.append(line), self.texts.append(text))
+        t.host.alarm = lambda line, text: (self.lines.append(line), self.texts.append(text))
         t.add_callback(self)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -397,7 +396,7 @@ def test_without_a_guard_there_is_nothing(plain):
 def test_a_warning_is_said_and_changes_nothing(tmp_path, plain):
     t = guarded(tmp_path, "warn")
     printed = []
-    t.guard.report = lambda line, text: printed.append((line, text))
+    t.host.alarm = lambda line, text: printed.append((line, text))
     logs = train(t)
     assert bitwise_equal(weights(t.model), weights(plain.t.model))
     assert bitwise_equal(weights(t.teacher.module), weights(plain.t.teacher.module))

@@ -29,11 +29,13 @@ from conftest import CHAT_TEMPLATE, build_model, build_tokenizer
 
 from pgpo import PGPOConfig
 from pgpo.cli import main
+from pgpo.command import directory as run_directory
+from pgpo.command import models
 from pgpo.errors import UserError
 from pgpo.lab.plan import read_study
 from pgpo.runlog import RunLog
 from pgpo.teacher import ContextTemplates
-from pgpo.train import arguments, run
+from pgpo.train import arguments
 from pgpo.train.arguments import parse
 from pgpo.train.user_functions import call, check_rewards, time_limit
 
@@ -51,7 +53,7 @@ def refused(folder, capsys, monkeypatch):
     def stop(*args, **kwargs):
         raise UserError("reached the model.")
 
-    monkeypatch.setattr(run, "load_model", stop)
+    monkeypatch.setattr("pgpo.command.train.load_model", stop)
     load, cached = arguments.load_task, functools.cache(arguments.load_task)  # the lab's takes a while
     monkeypatch.setattr(
         arguments, "load_task", lambda name, **kw: (cached if name == "lab_world" else load)(name, **kw)
@@ -854,7 +856,7 @@ def test_code_that_comes_with_a_model_runs_when_asked_alone(tmp_path, monkeypatc
     assert PGPOConfig(str(tmp_path), use_cpu=True).trust_remote_code is False
     for options in ({}, {"trust_remote_code": False}):
         with pytest.raises(UserError, match=r"cannot be loaded .*contains custom code"):
-            run.load_model(place, **options)
+            models.load_model(place, **options)
     for words in (
         ["eval", str(place)],
         ["plan", str(place), "--memory", "80"],
@@ -862,7 +864,7 @@ def test_code_that_comes_with_a_model_runs_when_asked_alone(tmp_path, monkeypatc
     ):
         assert main(words) == 2
     assert not marker.exists()
-    run.load_model(place, trust_remote_code=True)  # the test can tell
+    models.load_model(place, trust_remote_code=True)  # the test can tell
     assert marker.exists()
 
 
@@ -880,7 +882,7 @@ def test_no_secret_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pgpo", "train", *words])
     parsed = parse([*words, "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path / "run")])
     assert parsed.config.hub_token == "hf_SECRETone"  # it is used
-    log = RunLog.create(tmp_path / "run", run._config(parsed, "id"), {"device": "cpu"})
+    log = RunLog.create(tmp_path / "run", run_directory.resolved_config(parsed, "id"), {"device": "cpu"})
     log.__exit__(None, None, None)
     written = {p.name: p.read_text() for p in (tmp_path / "run").iterdir()}
     assert written.keys() >= {"config.json", "environment.json"}
@@ -895,7 +897,7 @@ def test_no_secret_is_written(tmp_path, monkeypatch):
 def test_a_name_made_from_words_stays_within_its_folder(folder, domain):
     parsed = parse(["--use_cpu", "--bf16", "false"])
     parsed.run.domain = domain
-    name = run._new_name(parsed)
+    name = run_directory.new_name(parsed)
     assert name.parent == Path("runs") and name.resolve().parent == (folder / "runs").resolve()
     assert re.fullmatch(r"lab_world-[\w.-]+-pgpo-1", name.name)
 

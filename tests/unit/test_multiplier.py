@@ -223,7 +223,7 @@ def log_prob(model, prompt, completion):
 def test_gap_of_the_sampled_tokens_and_the_details_of_watched_rows(tmp_path):
     t = trainer(tmp_path, micro_batch_size=3, **SGD)
     spy = Spy(t)
-    t.watched = set(range(16))
+    t.host.watched = set(range(16))
     with torch.enable_grad():
         (log,) = train(t)
     batch, model = spy.batches[0], build_model()
@@ -248,7 +248,7 @@ def test_gap_of_the_sampled_tokens_and_the_details_of_watched_rows(tmp_path):
 
 def test_rows_nobody_watches_are_not_kept(tmp_path):
     t = trainer(tmp_path)
-    t.watched = {2}
+    t.host.watched = {2}
     train(t)
     assert t.token_details.keys() <= {2}
 

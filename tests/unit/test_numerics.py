@@ -26,10 +26,10 @@ from conftest import build_model
 from torch import nn
 from transformers import TrainerCallback
 
+from pgpo.command.models import load_model
 from pgpo.core import modulate, modulate_reference
 from pgpo.errors import UserError
 from pgpo.train.gate import torch_optimizer
-from pgpo.train.run import load_model
 from pgpo.train.seam import MOST_SKIPS, nonfinite_parameter
 
 STEPS = 4
@@ -149,7 +149,7 @@ def make(tmp_path, fault: str, steps, value: float, **options):
     elif fault == "information":
         spoil_information(t, steps, value)
     said: list[str] = []
-    t.say = said.append
+    t.host.say = said.append
     return t, said
 
 

@@ -8,9 +8,9 @@ import pytest
 from test_train_run import pgpo
 
 from pgpo import runlog
+from pgpo.command.eval import main as evaluate
 from pgpo.runlog import read_run
 from pgpo.tasks import lab_world
-from pgpo.train.evaluation import main as evaluate
 
 RECIPE = """
 task: lab_world

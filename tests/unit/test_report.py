@@ -21,10 +21,12 @@ from report_kit import HOSTILE, METHODS, write_run, write_study
 
 from pgpo.cli import main
 from pgpo.errors import UserError
-from pgpo.report import charts, details, figures, markup, method_figures, methods, page, samples, setting, tables
+from pgpo.intervals import student_t
+from pgpo.report import charts, comparison, details, figures, markup, methods, page, samples, tables
 from pgpo.report.charts import Chart, Style, line_chart, styles_of, ticks
-from pgpo.report.methods import Comparison, Curve, Row, Setting
-from pgpo.report.sources import Track, number, numbers, read_sources
+from pgpo.report.methods import Comparison, Curve, MethodResult, PairedDifference
+from pgpo.report.sources import RunCurves, number, numbers, read_sources
+from pgpo.study_files import collapsed
 
 VOID = {"meta", "input", "wbr", "br", "link", "img"}
 DANGEROUS = {"img", "iframe", "object", "embed", "link", "base", "form", "foreignobject", "image", "use", "animate"}
@@ -388,10 +390,10 @@ def test_number_and_numbers() -> None:
 # Methods and their numbers ----------------------------------------------------------------------------------------
 
 
-def _track(method: str = "a", **series: Any) -> Track:
+def _curves(method: str = "a", **series: Any) -> RunCurves:
     count = len(next(iter(series.values()))) if series else 0
     steps = np.arange(1, count + 1, dtype=float)
-    return Track("name", method, "0", steps, {k: np.array(v, dtype=float) for k, v in series.items()}, [])
+    return RunCurves("name", method, "0", steps, {k: np.array(v, dtype=float) for k, v in series.items()}, [])
 
 
 def _evaluated(values: dict[int, float], split: str = "validation", width: float = 0.1) -> list[dict[str, Any]]:
@@ -402,25 +404,25 @@ def _evaluated(values: dict[int, float], split: str = "validation", width: float
 
 
 def test_the_numbers_of_one_run_by_hand() -> None:
-    track = _track(information=[0.2, -0.1, math.nan, -0.3], rho=[1.2, 1.0, math.nan, 0.8], step_seconds=[9, 1, 3, 2])
+    run = _curves(information=[0.2, -0.1, math.nan, -0.3], rho=[1.2, 1.0, math.nan, 0.8], step_seconds=[9, 1, 3, 2])
     lines = _evaluated({0: 0.5, 10: 0.9, 40: 0.78}) + _evaluated({0: 0.4, 40: 0.7}, "test", 0.05)
-    track.evaluations.extend(lines)
-    row = methods._row([track], methods.curve_split([track]))
+    run.evaluations.extend(lines)
+    row = methods._result([run], methods.curve_split([run]))
     expected = {
         methods.INITIAL: 0.5,
         methods.PEAK: 0.9,
-        methods.FINAL_CURVE: 0.78,
+        methods.FINAL_VALIDATION: 0.78,
         methods.FINAL: 0.7,
         methods.AUC: (0.7 * 10 + 0.84 * 30) / 40,
         methods.MEAN_RHO: 1.0,
-        methods.NEGATIVE: 2 / 3,
-        methods.SECONDS: 2.5,
+        methods.NEGATIVE_INFORMATION_SHARE: 2 / 3,
+        methods.SECONDS_PER_STEP: 2.5,
     }
     for measure, value in expected.items():
         assert row.mean(measure) == pytest.approx(value), measure
     assert row.collapsed == [True] and row.seeds == ["0"]
     assert row.interval(methods.PEAK) == pytest.approx((0.8, 1.0))
-    assert row.interval(methods.FINAL_CURVE) == pytest.approx((0.68, 0.88))
+    assert row.interval(methods.FINAL_VALIDATION) == pytest.approx((0.68, 0.88))
     assert row.interval(methods.FINAL) == pytest.approx((0.65, 0.75))
     assert row.interval(methods.AUC) is None and math.isnan(row.sd(methods.PEAK))
 
@@ -430,20 +432,20 @@ def test_the_numbers_of_one_run_by_hand() -> None:
     [([0.5, 0.875, 0.765625], True), ([0.5, 0.875, 0.78125], False), ([0.9], False), ([], False), ([0.2, 0.9], False)],
 )
 def test_a_collapse_is_a_fall_of_more_than_ten_points_below_the_own_peak(values: list[float], expected: bool) -> None:
-    assert methods.has_collapsed(np.array(values)) is expected
+    assert collapsed(values) is expected
 
 
 def test_intervals_over_seeds_are_students_t() -> None:
     # Tabulated two-sided 95 % quantiles.
     table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 10: 2.228, 29: 2.045, 120: 1.980}
     for freedom, quantile in table.items():
-        assert methods.student_t(freedom) == pytest.approx(quantile, abs=6e-4)
-    assert methods.student_t(4, 0.99) == pytest.approx(4.604, abs=6e-4)
-    row = Row("a", ["0", "1", "2"], {"final": np.array([0.5, 0.6, 0.7]), "mean_rho": np.array([1.0, 3.0])}, [])
+        assert student_t(freedom) == pytest.approx(quantile, abs=6e-4)
+    assert student_t(4, 0.99) == pytest.approx(4.604, abs=6e-4)
+    row = MethodResult("a", ["0", "1", "2"], {"final": np.array([0.5, 0.6, 0.7]), "mean_rho": np.array([1.0, 3.0])}, [])
     half = 4.303 * 0.1 / math.sqrt(3)
     assert row.interval("final") == pytest.approx((0.6 - half, 0.6 + half), abs=1e-4)
     assert row.sd("final") == pytest.approx(0.1)
-    wide = Row("a", ["0", "1"], {"final": np.array([0.5, 0.9])}, [], bounds={"final": (0.1, 0.2)})
+    wide = MethodResult("a", ["0", "1"], {"final": np.array([0.5, 0.9])}, [], bounds={"final": (0.1, 0.2)})
     assert wide.interval("final") == (0.0, 1.0)  # an accuracy has no interval beyond 0 and 1
     low, high = row.interval("mean_rho") or (0, 0)
     assert low < 0 and high > 4
@@ -489,22 +491,22 @@ def test_a_setting_that_an_older_version_did_not_write_makes_no_method() -> None
 
 
 def test_bands_go_over_seeds_or_over_questions() -> None:
-    tracks = [_track(rho=[1, 2, 3]), _track(rho=[3, 2]), _track(rho=[2, 5, 4])]
-    for track, values in zip(tracks, ({0: 0.2, 5: 0.4}, {0: 0.3, 5: 0.8}, {0: 0.7})):
-        track.evaluations.extend(_evaluated(values))
-    curve = methods.accuracy_curve(tracks, "validation")
+    runs = [_curves(rho=[1, 2, 3]), _curves(rho=[3, 2]), _curves(rho=[2, 5, 4])]
+    for run, values in zip(runs, ({0: 0.2, 5: 0.4}, {0: 0.3, 5: 0.8}, {0: 0.7})):
+        run.evaluations.extend(_evaluated(values))
+    curve = methods.accuracy_curve(runs, "validation")
     assert curve is not None and curve.low is not None and curve.high is not None and curve.runs == 3
     assert curve.x.tolist() == [0, 5] and curve.y == pytest.approx([0.4, 0.6])
     assert curve.low.tolist() == [0.2, 0.4] and curve.high.tolist() == [0.7, 0.8]
-    alone = methods.accuracy_curve(tracks[:1], "validation")
+    alone = methods.accuracy_curve(runs[:1], "validation")
     assert alone is not None and alone.low == pytest.approx([0.1, 0.3]) and alone.high == pytest.approx([0.3, 0.5])
-    rho = methods.metric_curve(tracks, "rho", "a")
+    rho = methods.metric_curve(runs, "rho", "a")
     assert rho is not None and rho.low is not None and rho.high is not None and rho.raw is not None
     assert rho.y == pytest.approx([2, 3, 3.5]) and rho.low.tolist() == [1, 2, 3] and rho.high.tolist() == [3, 5, 4]
     assert rho.raw[1] == pytest.approx(rho.y)  # too short to smooth
-    single = methods.metric_curve(tracks[:1], "rho", "a")
+    single = methods.metric_curve(runs[:1], "rho", "a")
     assert single is not None and single.low is None
-    assert methods.metric_curve(tracks, "loss", "a") is None
+    assert methods.metric_curve(runs, "loss", "a") is None
 
 
 def test_long_curves_are_thinned_without_losing_a_spike() -> None:
@@ -512,14 +514,14 @@ def test_long_curves_are_thinned_without_losing_a_spike() -> None:
     values[1234] = 50.0
     values[4321] = -40.0
     values[2000:2100] = np.nan
-    curve = methods.metric_curve([_track(rho=values)], "rho", "a", points=50)
+    curve = methods.metric_curve([_curves(rho=values)], "rho", "a", points=50)
     assert curve is not None and curve.raw is not None
     assert len(curve.x) == 50 and len(curve.raw[0]) <= 100
     steps, raw = curve.raw
     assert dict(zip(steps, raw))[1235] == 50 and dict(zip(steps, raw))[4322] == -40
     assert np.isnan(curve.y).sum() == 1 and 2000 < curve.x[np.isnan(curve.y)][0] <= 2100
     # A geometric mean on the log scale: of 1 and 100 it is 10; what has no logarithm is left out.
-    log = methods.metric_curve([_track(g=[1, 4, 0]), _track(g=[100, 4, 9])], "g", "a", log=True)
+    log = methods.metric_curve([_curves(g=[1, 4, 0]), _curves(g=[100, 4, 9])], "g", "a", log=True)
     assert log is not None and log.low is not None
     assert log.y == pytest.approx([10, 4, 9]) and log.low == pytest.approx([1, 4, 9])
 
@@ -687,13 +689,13 @@ def test_a_collapsed_run_is_marked_in_chart_and_table(tmp_path: Path) -> None:
 
 
 def test_two_evaluations_are_points_and_no_line() -> None:
-    track = _track(rho=[1, 1])
-    track.evaluations.extend(_evaluated({0: 0.5, 2: 0.7}, "test"))
-    one = Setting("s", [track], [methods._row([track], "test")], "test")
-    chart = setting.accuracy_chart(one, "k", [])
+    run = _curves(rho=[1, 1])
+    run.evaluations.extend(_evaluated({0: 0.5, 2: 0.7}, "test"))
+    one = Comparison("s", [run], [methods._result([run], "test")], "test")
+    chart = comparison.accuracy_chart(one, "k", [])
     assert not chart.curves and [(p.x, p.y) for p in chart.points] == [(0, 50), (2, pytest.approx(70))]
-    track.evaluations.extend(_evaluated({4: 0.6}, "test"))
-    chart = setting.accuracy_chart(one, "k", [])
+    run.evaluations.extend(_evaluated({4: 0.6}, "test"))
+    chart = comparison.accuracy_chart(one, "k", [])
     assert chart.curves[0].y == pytest.approx([50, 70, 60]) and not chart.points
 
 
@@ -744,13 +746,13 @@ def test_a_study_shows_its_summary(tmp_path: Path) -> None:
 
 def test_differences_are_drawn_where_they_lie_and_filled_when_decided() -> None:
     found = {
-        "decided": Comparison(0.05, 0.01, 0.09, 8, 256),
-        "open": Comparison(-0.01, -0.04, 0.02, 5, 256),
-        "below": Comparison(-0.05, -0.09, -0.01, 8, 256),
+        "decided": PairedDifference(0.05, 0.01, 0.09, 8, 256),
+        "open": PairedDifference(-0.01, -0.04, 0.02, 5, 256),
+        "below": PairedDifference(-0.05, -0.09, -0.01, 8, 256),
     }
-    rows = [Row(name, ["0", "1"], {}, [], versus={"sdpo": one}) for name, one in found.items()]
-    rows.append(Row("sdpo", ["0", "1"], {}, [], versus={"grpo": found["open"]}))
-    drawn = tables.difference_table(Setting("s", [], rows, None), styles_of([row.method for row in rows]))
+    rows = [MethodResult(name, ["0", "1"], {}, [], versus={"sdpo": one}) for name, one in found.items()]
+    rows.append(MethodResult("sdpo", ["0", "1"], {}, [], versus={"grpo": found["open"]}))
+    drawn = tables.difference_table(Comparison("s", [], rows, None), styles_of([row.method for row in rows]))
     assert drawn is not None
     root = parsed(drawn)
     lines = root.one("tbody").all("tr")
@@ -776,13 +778,13 @@ def test_differences_are_drawn_where_they_lie_and_filled_when_decided() -> None:
 
 
 def test_a_method_with_many_controls_lists_them_in_one_column() -> None:
-    one = Comparison(0.02, -0.01, 0.05, 8, 256)
+    one = PairedDifference(0.02, -0.01, 0.05, 8, 256)
     rows = [
-        Row("sdpo", ["0"], {}, []),
-        Row("a", ["0"], {}, [], versus={"sdpo": one, "lr-a": one}),
-        Row("b", ["0"], {}, [], versus={"sdpo": one, "lr-b": one, "shuffled": one}),
+        MethodResult("sdpo", ["0"], {}, []),
+        MethodResult("a", ["0"], {}, [], versus={"sdpo": one, "lr-a": one}),
+        MethodResult("b", ["0"], {}, [], versus={"sdpo": one, "lr-b": one, "shuffled": one}),
     ]
-    root = parsed(tables.method_table(Setting("s", [], rows, None), styles_of(["sdpo", "a", "b"])))
+    root = parsed(tables.method_table(Comparison("s", [], rows, None), styles_of(["sdpo", "a", "b"])))
     table = cells(root.one("table"))
     assert table["a"]["minus sdpo points"] == "+2.0[−1.0, +5.0]" and table["sdpo"]["minus sdpo points"] == "–"
     assert table["a"]["minus controls points"] == "lr-a+2.0[−1.0, +5.0]"
@@ -965,17 +967,17 @@ def test_figures_are_written_for_every_setting(
 def test_a_figure_shows_each_run_and_the_colors_of_the_page(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"sdpo-{seed}", "sdpo", seed, falls=seed == 1) for seed in range(3)]
     sources, _ = read_sources(runs)
-    one = methods.setting_of_runs(sources, "Runs")
+    one = methods.comparison_of_runs(sources, "Runs")
     styles = styles_of(one.methods)
-    figure = method_figures.draw_setting(one, styles)
+    figure = figures.draw_comparison(one, styles)
     accuracy, final = figure.axes[:2]
     color = figures.COLORS[styles["SDPO"].index]
     line = next(line for line in accuracy.lines if len(line.get_xdata()) == 5)
     assert line.get_color() == color
-    curve = methods.accuracy_curve(one.tracks, "validation")
+    curve = methods.accuracy_curve(one.runs, "validation")
     assert curve is not None and np.asarray(line.get_ydata()) == pytest.approx(curve.y)
     drawn = [(line.get_marker(), float(line.get_ydata()[0])) for line in final.lines if line.get_marker() in ("o", "x")]
-    expected = one.rows[0].values["final"]
+    expected = one.results[0].values["final"]
     assert [marker for marker, _ in drawn] == ["o", "x", "o"] and [y for _, y in drawn] == pytest.approx(expected)
 
 
@@ -991,7 +993,7 @@ def test_without_matplotlib_the_page_works_and_figures_are_refused(
     assert "pip install 'pgpo[report]'" in capsys.readouterr().err
     assert not out.exists() and not (tmp_path / "f").exists()
     with pytest.raises(UserError, match=r"pip install 'pgpo\[report\]'"):
-        method_figures.plot_settings([], tmp_path / "f")
+        figures.plot_comparisons([], tmp_path / "f")
 
 
 def test_a_moved_study_or_run_is_read_where_it_is(tmp_path: Path) -> None:

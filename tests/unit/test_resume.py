@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 
 from pgpo import PGPOTrainer, cli, runlog
 from pgpo.cli import main
+from pgpo.command import session
+from pgpo.command import train as run
 from pgpo.runlog import RunLog, read_run
 from pgpo.tasks import lab_world
-from pgpo.train import checkpoint, run
+from pgpo.train import checkpoint
 from pgpo.train.arguments import parse
 
 # Checkpoints of steps 3, within a generation of two steps, and 4; evaluations at 0, 2 and 4.
@@ -175,7 +177,7 @@ def test_killed_while_a_run_is_overwritten(new, whole, tmp_path, monkeypatch):
 @pytest.mark.parametrize("when", ["records", "line"])
 def test_killed_in_the_last_evaluation(new, whole, tmp_path, monkeypatch, when):
     """It ends neither without its line nor without its records."""
-    plain_records, plain_line = run.write_records, RunLog.evaluation
+    plain_records, plain_line = session.write_records, RunLog.evaluation
 
     def records(path, values):
         plain_records(path, values)
@@ -187,7 +189,8 @@ def test_killed_in_the_last_evaluation(new, whole, tmp_path, monkeypatch, when):
         plain_line(self, step, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_records", records) if when == "records" else patch.setattr(RunLog, "evaluation", line)
+        owner, name, what = (session, "write_records", records) if when == "records" else (RunLog, "evaluation", line)
+        patch.setattr(owner, name, what)
         assert pgpo(*new)[0] == 130
     err = assert_resumes_to(whole, tmp_path / "run")
     assert "all 4 steps are done; raise --max_steps to go on." in err

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from pgpo import runlog
+from pgpo import provenance
 from pgpo.errors import UserError
-from pgpo.runlog import RunLog, lock, read_run, write_atomically
+from pgpo.files import write_atomically
+from pgpo.runlog import RunLog, lock, read_run
 
 
 def _strict(text: str) -> dict:
@@ -235,28 +236,28 @@ def test_git_commit_is_that_of_our_source_and_of_nobody_else(tmp_path: Path, mon
             ["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True, text=True
         ).stdout.strip()
 
-    source = tmp_path / "venv" / "pgpo" / "runlog.py"
+    source = tmp_path / "venv" / "pgpo" / "provenance.py"
     source.parent.mkdir(parents=True)
     source.write_text("x = 1\n")
     (tmp_path / "users_code.py").write_text("y = 1\n")
     git("init", "-q")
     git("add", "users_code.py")
     git("commit", "-q", "-m", "a")
-    monkeypatch.setattr(runlog, "__file__", str(source))
-    assert runlog.environment()["git_commit"] is None  # an installed copy inside the user's own repository
+    monkeypatch.setattr(provenance, "__file__", str(source))
+    assert provenance.environment()["git_commit"] is None  # an installed copy inside the user's own repository
     git("add", ".")
     git("commit", "-q", "-m", "b")
     commit = git("rev-parse", "HEAD")
-    assert runlog.environment()["git_commit"] == commit
+    assert provenance.environment()["git_commit"] == commit
     source.write_text("x = 2\n")
-    assert runlog.environment()["git_commit"] == f"{commit}-dirty"
+    assert provenance.environment()["git_commit"] == f"{commit}-dirty"
 
 
 def test_importing_the_run_log_and_reading_versions_imports_no_library() -> None:
     code = (
-        "import sys; from pgpo import runlog; versions = runlog.environment()['packages'];"
+        "import sys; from pgpo import provenance, runlog; versions = provenance.environment()['packages'];"
         "assert versions['torch'], versions;"
-        "print([name for name in runlog.PACKAGES if name in sys.modules])"
+        "print([name for name in provenance.PACKAGES if name in sys.modules])"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)

@@ -23,21 +23,19 @@ import yaml
 from pgpo.cli import main as cli
 from pgpo.errors import UserError
 from pgpo.lab import study as study_module
-from pgpo.lab.plan import Arm, Run, Study, read_study
+from pgpo.lab.plan import Arm, Study, StudyRun, read_study
 from pgpo.lab.study import (
-    RECORDS_FILE,
     check_unchanged,
     duration,
     plan,
-    read_records,
     rounded,
     run_study,
     seconds_for,
     selected_runs,
-    write_records,
     write_tables,
 )
 from pgpo.runlog import lock
+from pgpo.study_files import RECORDS_FILE, read_records, write_records
 
 STEPS = 20
 
@@ -114,7 +112,7 @@ def calls(out: Path) -> list[str]:
 
 
 def study_of(*arms: Arm, seeds: tuple[int, ...] = (1,), compare: dict[str, list[str]] | None = None) -> Study:
-    queue = [Run(arm, seed) for seed in seeds for arm in arms]
+    queue = [StudyRun(arm, seed) for seed in seeds for arm in arms]
     return Study("test", list(seeds), 4, queue, compare or {}, {"name": "test"})
 
 
@@ -488,7 +486,7 @@ def test_groups_are_done_one_after_the_other_each_run_once(tmp_path: Path) -> No
             {"methods": {"p": {}, "a": {"rho_shuffled_from": "p", "lr_times_mean_rho_of": "p"}}, "compare": {}},
             "make two methods of it",
         ),
-        ({"settings": {"s": {"train": False}}}, "train is said of a setting"),
+        ({"settings": {"s": {"train": False}}}, "train is set in a setting or in common; set it in a method"),
         ({"settings": {"s": {"base_seed": "x"}}}, "base_seed is 'x'"),
         ({"settings": {"s": {"base_seed": 1, "model_name_or_path": "m"}}}, "base_seed rebuilds the lab's own"),
         ({"common": {"max_steps": 25, "eval_steps": 10}}, "does not divide max_steps = 25"),
@@ -553,8 +551,8 @@ def test_the_command_tells_what_it_cannot_do(tmp_path: Path, capsys) -> None:
 
 
 def test_the_base_model_is_whole_or_not_there(tmp_path: Path, monkeypatch) -> None:
+    from pgpo.command.models import load_model
     from pgpo.lab import base_model
-    from pgpo.train.run import load_model
 
     real = base_model.main
     monkeypatch.setattr(base_model, "measure", lambda *a, **k: {"student": 0.5})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import Record
-from pgpo.runlog import json_line, read_lines, write_atomically
+from pgpo.files import json_line, read_lines, write_atomically
 
 if TYPE_CHECKING:
     from pgpo.tasks.graders import Grade
@@ -31,7 +31,7 @@ def evaluate(
 ) -> list[Record]:
     """k graded completions for each row, in the order of the rows.
 
-    `context(row)` replaces the row's prompt, for example to ask the self-teacher, who sees a solution.
+    `context(row)` replaces the prompt of the row, for example by that of the self-teacher, which sees a solution.
     Raises UserError when k < 1, there are no rows or two of the same id, or `generate` returns another shape.
     """
     if k < 1:

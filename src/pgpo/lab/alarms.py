@@ -1,17 +1,17 @@
-"""Would the collapse guard have warned in time? An offline study over the records of runs that had no guard.
+"""Would the collapse guard have warned in time? An offline study over the records of runs without a guard.
 
-Definitions (fall 5 points and horizon 15 steps are those of the prototype study in the lab):
+Definitions (the fall of 5 points and the horizon of 15 steps come from the prototype study in the lab):
 
-    decline   the first evaluation whose validation avg@k lies at least .05 below the best of the run so far
+    decline   the first evaluation whose validation avg@k is at least .05 below the best of the run so far
     label     of an evaluation t before the decline: 1 if the decline comes within 15 steps (t < decline <= t + 15),
               else 0; an evaluation without a decline and without 15 more observed steps has no label
-    score     how much worse than its own running best the smoothed signal is at t ("rise"), or that minus the same of
-              the reference run (frozen teacher) with the same seed at the same step ("excess"): early and late steps
-              differ in healthy runs too, so the step number alone is the first row of every table
-    alarm     as online (guard.CollapseGuard); the limit is the worst of the healthy reference runs of the OTHER seeds
+    score     "rise": how much worse than its own running best the smoothed signal is at t; "excess": rise minus that
+              of the reference run (frozen teacher) with the same seed at the same step. Early and late steps differ in
+              healthy runs too, hence the first row of every table is the step number alone
+    alarm     as online (signals.CollapseGuard); the limit is the worst of the healthy reference runs of the OTHER seeds
               times 1.05
-    lead      decline minus alarm, steps: negative if the decline was seen first
-    false     an alarm anywhere in a run without decline, reference or watched
+    lead      decline minus alarm, in steps; negative if the decline was seen first
+    false     an alarm in a run without decline, reference or watched
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import numpy.typing as npt
 
 from pgpo import runlog
 from pgpo.errors import UserError
-from pgpo.train.guard import SIGNALS, WARMUP, CollapseGuard, Signal, calibrate, excesses
+from pgpo.study_files import accuracy_curve, run_name
+from pgpo.train.signals import SIGNALS, WARMUP, CollapseGuard, Signal, calibrate, excesses
 
 FALL = 0.05
 HORIZON = 15
@@ -57,15 +58,13 @@ class Course:
         steps = record["steps"]
         for name, values in record["metrics"].items():
             if len(values) != len(steps):
+                run = run_name(record["setting"], record["method"], record["seed"])
                 raise UserError(
-                    f"the record {record['setting']}/{record['method']}/seed-{record['seed']} has {len(values)} values "
-                    f"of {name} for {len(steps)} steps; write null for a step without one."
+                    f"the record {run} has {len(values)} values of {name} for {len(steps)} steps; write null for "
+                    "a step without one."
                 )
         lines = [{runlog.STEP: step} | {n: v[i] for n, v in record["metrics"].items()} for i, step in enumerate(steps)]
-        curve = sorted(
-            (e[runlog.STEP], e[runlog.AVG_AT_K]) for e in record["evaluations"] if e[runlog.SPLIT] == "validation"
-        )
-        evaluated, accuracy = [step for step, _ in curve], [value for _, value in curve]
+        evaluated, accuracy = accuracy_curve(record["evaluations"])
         return cls(record["seed"], lines, evaluated, accuracy, decline_step(evaluated, accuracy))
 
     def label(self, step: int) -> bool | None:
@@ -140,34 +139,44 @@ def alarm_study(
         "signals": {STEP_BASELINE: {"roc_rise": _roc([_by_step(c, warmup) for c in runs], resamples)}},
     }
     for name, signal in SIGNALS.items():
-        if not any(signal.read(line) is not None for c in runs for line in c.lines):
-            continue
-        own_limits = {seed: limits[seed].get(name) for seed in seeds}
-        # A run's first alarm, None without one.
-        alarms = {c.seed: first_alarm(c, name, own_limits[c.seed], warmup) for c in runs}
-        leads = {
-            c.seed: None if (alarm := alarms[c.seed]) is None else c.decline - alarm
-            for c in runs
-            if c.decline is not None
-        }
-        found = [lead for lead in leads.values() if lead is not None]
-        known = [limit for limit in own_limits.values() if limit is not None]
-        of_reference = {c.seed: c for c in references}
-        pairs = [(c, of_reference[c.seed]) for c in runs if c.seed in of_reference]
-        result["signals"][name] = {
-            "roc_rise": _roc([_rise(c, signal, warmup) for c in runs], resamples),
-            "roc_excess": _roc([_excess(c, r, signal, warmup) for c, r in pairs], resamples),
-            "limit": statistics.median(known) if known else None,
-            "leads": leads,
-            "median_lead": statistics.median(found) if found else None,
-            "in_time": sum(lead > 0 for lead in found),
-            "missed": len(leads) - len(found),
-            "false_alarms": {
-                "reference": sum(first_alarm(c, name, own_limits[c.seed], warmup) is not None for c in healthy),
-                "watched": sum(alarms[c.seed] is not None for c in runs if c.decline is None),
-            },
-        }
+        if any(signal.read(line) is not None for c in runs for line in c.lines):
+            own_limits = {seed: limits[seed].get(name) for seed in seeds}
+            result["signals"][name] = _judged(signal, runs, references, own_limits, warmup, resamples)
     return result
+
+
+def _judged(
+    signal: Signal,
+    runs: Sequence[Course],
+    references: Sequence[Course],
+    limits: Mapping[int, float | None],
+    warmup: int,
+    resamples: int,
+) -> dict[str, Any]:
+    """One entry of `alarm_study`'s signals; limits: of each seed, None without a scale."""
+    healthy = [c for c in references if c.decline is None]
+    # A run's first alarm, None without one.
+    alarms = {c.seed: first_alarm(c, signal.name, limits[c.seed], warmup) for c in runs}
+    leads = {
+        c.seed: None if (alarm := alarms[c.seed]) is None else c.decline - alarm for c in runs if c.decline is not None
+    }
+    found = [lead for lead in leads.values() if lead is not None]
+    known = [limit for limit in limits.values() if limit is not None]
+    of_reference = {c.seed: c for c in references}
+    pairs = [(c, of_reference[c.seed]) for c in runs if c.seed in of_reference]
+    return {
+        "roc_rise": _roc([_rise(c, signal, warmup) for c in runs], resamples),
+        "roc_excess": _roc([_excess(c, r, signal, warmup) for c, r in pairs], resamples),
+        "limit": statistics.median(known) if known else None,
+        "leads": leads,
+        "median_lead": statistics.median(found) if found else None,
+        "in_time": sum(lead > 0 for lead in found),
+        "missed": len(leads) - len(found),
+        "false_alarms": {
+            "reference": sum(first_alarm(c, signal.name, limits[c.seed], warmup) is not None for c in healthy),
+            "watched": sum(alarms[c.seed] is not None for c in runs if c.decline is None),
+        },
+    }
 
 
 def first_alarm(course: Course, signal: str, limit: float | None, warmup: int = WARMUP) -> int | None:

@@ -1,8 +1,7 @@
 """From the records of a study to its summary and tables: pure functions.
 
-Two curves are kept apart. The validation curve (validation questions, every `eval_steps`) gives peak, area, collapse,
-and selects a step. The test questions give `final` (the last step) and `selected` (the step with the best validation
-value, the first of equals), so that no number that is reported was used to choose it.
+The validation curve gives peak, area and collapse, and selects a step (the first maximum). Test questions give `final`
+(at the last step) and `selected` (at the selected one), so that no reported number was used to choose a step.
 """
 
 from __future__ import annotations
@@ -12,35 +11,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pgpo import runlog
+from pgpo import runlog, study_files
 from pgpo.evaluate.avg_at_k import paired_scores_bootstrap
-
-SCHEMA = 1
-COLLAPSE = 0.10  # ours: a run collapsed if its validation curve ends more than this below its own peak
-ENOUGH_RUNS = 8  # fewer make the interval too narrow (avg_at_k.paired_scores_bootstrap); tables mark them
+from pgpo.study_files import COLLAPSE, ENOUGH_RUNS, accuracy_curve, area, collapsed
 
 Record = Mapping[str, Any]
-
-
-def validation_curve(evaluations: Sequence[Record]) -> tuple[list[int], list[float]]:
-    """Steps and avg@k on the validation questions, in the order of the steps."""
-    points = sorted(
-        (line[runlog.STEP], line[runlog.AVG_AT_K]) for line in evaluations if line[runlog.SPLIT] == "validation"
-    )
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def area(steps: Sequence[int], values: Sequence[float]) -> float:
-    """Mean height of the curve between its first and last step (trapezoids); one point is its own mean."""
-    if len(steps) == 1:
-        return values[0]
-    total = sum((b - a) * (x + y) / 2 for a, b, x, y in zip(steps, steps[1:], values, values[1:], strict=False))
-    return total / (steps[-1] - steps[0])
-
-
-def collapsed(values: Sequence[float]) -> bool:
-    """Whether the curve ends more than COLLAPSE below its peak."""
-    return values[-1] < max(values) - COLLAPSE
 
 
 def negative_share(information: Sequence[float]) -> float | None:
@@ -51,7 +26,7 @@ def negative_share(information: Sequence[float]) -> float | None:
 def summarize_study(
     records: Sequence[Record], name: str, document: Mapping[str, Any], compare: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
-    """The summary of a study; lists run over `seeds`, the finished runs in the order of their seeds.
+    """The summary of a study; its lists have one entry per finished run, in the order of `seeds`.
 
     `compare`: reference method -> methods compared with it, on final and selected test accuracy, paired by seed and
     by question: mean difference method - reference with its 95 % interval (runs and questions both drawn).
@@ -60,7 +35,7 @@ def summarize_study(
     for record in records:
         settings.setdefault(record["setting"], {}).setdefault(record["method"], []).append(record)
     return {
-        "schema": SCHEMA,
+        "schema": study_files.SCHEMA,
         "name": name,
         "study": document,
         "environment": _environment(records),
@@ -78,25 +53,25 @@ def summarize_study(
 
 def _method(records: Sequence[Record], references: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     ok = _ok(records)
-    curves = [validation_curve(r["evaluations"]) for r in ok]
+    curves = [accuracy_curve(r["evaluations"]) for r in ok]
     rho = [_measured(r, runlog.RHO) for r in ok]
     return {
         "seeds": [r["seed"] for r in ok],
         "failed": sorted(r["seed"] for r in records if r["status"] != "ok"),
-        "initial": round(statistics.fmean(values[0] for _, values in curves), 5) if ok else None,
-        "peak": [max(values) for _, values in curves],
-        "final": [_mean_score(r["test_scores"]) for r in ok],
-        "final_validation": [values[-1] for _, values in curves],
-        "selected": [_mean_score(r["selected_test_scores"]) for r in ok],
+        study_files.INITIAL: round(statistics.fmean(values[0] for _, values in curves), 5) if ok else None,
+        study_files.PEAK: [max(values) for _, values in curves],
+        study_files.FINAL: [_mean_score(r["test_scores"]) for r in ok],
+        study_files.FINAL_VALIDATION: [values[-1] for _, values in curves],
+        study_files.SELECTED: [_mean_score(r["selected_test_scores"]) for r in ok],
         "selected_step": [r["selected_step"] for r in ok],
-        "auc": [round(area(*curve), 5) for curve in curves],
+        study_files.AUC: [round(area(*curve), 5) for curve in curves],
         "collapsed": [collapsed(values) for _, values in curves],
-        "mean_rho": [round(statistics.fmean(values), 5) if values else None for values in rho],
-        "negative_information_share": [
+        study_files.MEAN_RHO: [round(statistics.fmean(values), 5) if values else None for values in rho],
+        study_files.NEGATIVE_INFORMATION_SHARE: [
             None if share is None else round(share, 5)
             for share in (negative_share(_measured(r, runlog.INFORMATION)) for r in ok)
         ],
-        "seconds_per_step": [r["seconds_per_step"] for r in ok],
+        study_files.SECONDS_PER_STEP: [r["seconds_per_step"] for r in ok],
         "versus": _versus(ok, references, "test_scores"),
         "versus_selected": _versus(ok, references, "selected_test_scores"),
     }
@@ -111,7 +86,7 @@ def _versus(records: Sequence[Record], references: Mapping[str, Sequence[Record]
 
 
 def paired_difference(a: Sequence[Record], b: Sequence[Record], scores: str = "test_scores") -> dict[str, Any] | None:
-    """a - b over the seeds that both have, paired by seed and question; None if they share no seed."""
+    """Difference a - b, paired by seed and by question; None if they share no seed."""
     of_a, of_b = ({r["seed"]: r[scores] for r in records} for records in (a, b))
     seeds = sorted(of_a.keys() & of_b.keys())
     if not seeds:
@@ -140,7 +115,7 @@ def _mean_score(scores: Mapping[str, float]) -> float:
 
 
 def _environment(records: Sequence[Record]) -> dict[str, Any]:
-    """The most frequent environment of the runs; `commits`: runs per commit, `environments`: how many differ."""
+    """The most frequent environment of the runs, with the number of runs per commit and of different environments."""
     found = [r["environment"] for r in records if r.get("environment")]
     if not found:
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pgpo.errors import UserError
+from pgpo.study_files import run_name
 from pgpo.train.yaml_file import read_yaml
 
 _STUDY_KEYS = {"name", "seeds", "test_k", "common", "settings", "methods", "groups", "compare", "reference", "alarms"}
 _GROUP_KEYS = {"settings", "methods", "seeds"}
-_METHOD_KEYS = {"train", "lr_times_mean_rho_of", "rho_shuffled_from"}  # what a method says apart from flags
+_METHOD_KEYS = {"train", "lr_times_mean_rho_of", "rho_shuffled_from"}  # of a method, besides flags
 _SETTING_KEYS = {"base_seed"}
 # Flags of `pgpo train` that the study sets itself.
 _OWN_FLAGS = {"output_dir", "overwrite", "seed", "save_strategy", "save_steps", "save_total_limit", "rho_file"}
@@ -27,11 +29,17 @@ SECONDS_PER_RUN = 1.5
 
 @dataclass(frozen=True)
 class Arm:
-    """One method in one setting: `flags` are those of `pgpo train`, the rest is done by the study.
+    """One method in one setting.
 
-    `train` false: the initial model is evaluated, nothing else. `lr_times_mean_rho_of`: a method of the same setting
-    whose run of the same seed gives the factor on the learning rate. `rho_shuffled_from`: likewise, whose multipliers
-    are taken in another order. `base_seed`: the lab's base model rebuilt from this seed is trained.
+    Attributes:
+        flags: of `pgpo train`.
+        train: false evaluates the initial model and does nothing else.
+        lr_times_mean_rho_of: method of the same setting; the mean multiplier of its run with the same seed is the
+            factor on the learning rate.
+        rho_shuffled_from: method of the same setting; the multipliers of its run with the same seed are applied in
+            another order.
+        base_seed: train the lab's base model that is rebuilt from this seed.
+        seconds: estimated, of one run.
     """
 
     setting: str
@@ -41,12 +49,12 @@ class Arm:
     lr_times_mean_rho_of: str | None = None
     rho_shuffled_from: str | None = None
     base_seed: int | None = None
-    # As parsed; objective "" does not train.
+    # From the parsed flags; objective "" does not train.
     objective: str = ""
     learning_rate: float = 0.0
     max_steps: int = 0
     eval_steps: int = 0
-    seconds: float = 0.0  # of one run, estimated
+    seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -54,14 +62,14 @@ class Arm:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the YAML says about this arm; a finished run keeps it, and a study that says otherwise is refused."""
+        """The arm as the YAML sets it. A finished run records it, and a study that differs from it is refused."""
         special = {name: getattr(self, name) for name in sorted(_METHOD_KEYS | _SETTING_KEYS)}
         defaults = {"train": True}
         return self.flags | {k: v for k, v in special.items() if v != defaults.get(k)}
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One training run of the queue."""
 
     arm: Arm
@@ -69,23 +77,23 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.arm.name}/seed-{self.seed}"
+        return run_name(self.arm.setting, self.arm.method, self.seed)
 
     @property
     def needs(self) -> str | None:
         """Name of the run that must be finished first."""
         method = self.arm.lr_times_mean_rho_of or self.arm.rho_shuffled_from
-        return f"{self.arm.setting}/{method}/seed-{self.seed}" if method else None
+        return run_name(self.arm.setting, method, self.seed) if method else None
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study as read: the queue in the order of work, and which methods are compared with which."""
+    """A study as read from its file; the queue is in the order of work."""
 
     name: str
     seeds: list[int]
     test_k: int
-    queue: list[Run]
+    queue: list[StudyRun]
     compare: dict[str, list[str]]  # reference method -> methods compared with it
     document: dict[str, Any] = field(repr=False)
     # method whose signals are studied -> healthy method that gives the limits
@@ -117,12 +125,26 @@ def _study(document: Any) -> Study:
         raise UserError(f"test_k is {test_k!r}; it must be a whole number of completions per test question, 1 or more.")
     settings = {k: _flags(v, f"setting {k}") for k, v in _names(document, "settings").items()}
     methods = {k: _flags(v, f"method {k}") for k, v in _names(document, "methods").items()}
+    queue = _queue(document, seeds, settings, methods, test_k)
+    _check_reference(document.get("reference") or {}, settings, methods)
+    compare = _compared(document.get("compare") or {}, methods)
+    alarms = document.get("alarms") or {}
+    if not isinstance(alarms, dict):
+        raise UserError("alarms must map the method that is watched to the healthy one that gives the limits.")
+    _chosen([*alarms, *alarms.values()], methods, "alarms", allow_empty=True)
+    return Study(name, seeds, test_k, list(queue.values()), compare, document, alarms)
+
+
+def _queue(
+    document: Mapping[str, Any], seeds: list[int], settings: Mapping[str, Any], methods: Mapping[str, Any], test_k: int
+) -> dict[str, StudyRun]:
+    """The runs of all groups by name, in the order of work; each arm is parsed once."""
     common = _flags(document.get("common"), "common")
     groups = document.get("groups", [{}])
     if not isinstance(groups, list) or not groups:
         raise UserError("groups must be a list of {settings, methods, seeds}.")
     arms: dict[str, Arm] = {}
-    queue: dict[str, Run] = {}
+    queue: dict[str, StudyRun] = {}
     for number, group in enumerate(groups, 1):
         place = f"group {number}"
         if not isinstance(group, dict):
@@ -130,30 +152,27 @@ def _study(document: Any) -> Study:
         _known(group, _GROUP_KEYS, place)
         chosen_settings = _chosen(group.get("settings", "all"), settings, f"{place}: settings")
         chosen_methods = _chosen(group.get("methods", "all"), methods, f"{place}: methods")
-        for seed in _seeds(group["seeds"], f"{place}: seeds") if "seeds" in group else seeds:
-            for setting in chosen_settings:
-                for method in chosen_methods:
-                    key = f"{setting}/{method}"
-                    if key not in arms:
-                        arms[key] = _arm(setting, method, common, settings[setting], methods[method], test_k)
-                    run = Run(arms[key], seed)
-                    queue.setdefault(run.name, run)
+        of_group = _seeds(group["seeds"], f"{place}: seeds") if "seeds" in group else seeds
+        for seed, setting, method in itertools.product(of_group, chosen_settings, chosen_methods):
+            key = f"{setting}/{method}"
+            if key not in arms:
+                arms[key] = _arm(setting, method, common, settings[setting], methods[method], test_k)
+            run = StudyRun(arms[key], seed)
+            queue.setdefault(run.name, run)
     for run in queue.values():
         _check_needs(run, queue)
-    _check_reference(document.get("reference") or {}, settings, methods)
-    compare = document.get("compare") or {}
+    return queue
+
+
+def _compared(compare: Any, methods: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Reference method -> the methods that are compared with it."""
     if not isinstance(compare, dict):
         raise UserError("compare must map a method to `all` or to the methods compared with it.")
     _chosen(list(compare), methods, "compare", allow_empty=True)
-    references = {
+    return {
         reference: [m for m in _chosen(compared, methods, f"compare: {reference}") if m != reference]
         for reference, compared in compare.items()
     }
-    alarms = document.get("alarms") or {}
-    if not isinstance(alarms, dict):
-        raise UserError("alarms must map the method that is watched to the healthy one that gives the limits.")
-    _chosen([*alarms, *alarms.values()], methods, "alarms", allow_empty=True)
-    return Study(name, seeds, test_k, list(queue.values()), references, document, alarms)
 
 
 def _arm(
@@ -168,31 +187,18 @@ def _arm(
     from pgpo.train.arguments import parse
 
     place = f"{setting}/{method}"
+    for name in sorted(_METHOD_KEYS & (common.keys() | of_setting.keys())):
+        raise UserError(f"{name} is set in a setting or in common; set it in a method.")
     merged = common | of_setting | of_method
     special = {k: merged.pop(k) for k in (*_METHOD_KEYS, *_SETTING_KEYS) if k in merged}
-    for name in sorted(_METHOD_KEYS & (common.keys() | of_setting.keys())):
-        raise UserError(f"{name} is said of a setting or in common; say it of a method.")
-    if refused := sorted(_OWN_FLAGS & merged.keys()):
-        raise UserError(f"{place} sets {', '.join(refused)}, which the study sets itself; leave it out.")
-    if type(special.get("train", True)) is not bool:
-        raise UserError(f"{place}: train is {special['train']!r}; it must be true or false.")
-    if "base_seed" in special:
-        if type(special["base_seed"]) is not int or special["base_seed"] < 0:
-            raise UserError(f"{place}: base_seed is {special['base_seed']!r}; it must be a whole number, 0 or more.")
-        if "model_name_or_path" in merged or merged.get("task", "lab_world") != "lab_world":
-            raise UserError(
-                f"{place}: base_seed rebuilds the lab's own base model; it goes with no other task or model."
-            )
-    if len({"lr_times_mean_rho_of", "rho_shuffled_from"} & special.keys()) == 2:
-        raise UserError(f"{place} has both lr_times_mean_rho_of and rho_shuffled_from; make two methods of it.")
-    # Written when the run is started; what it goes with is checked now.
+    _check_special(place, merged, special)
+    # The file is written when the run starts; now the flags that it goes with are checked.
     later = {"rho_file": "to-come.json"} if "rho_shuffled_from" in special else {}
     try:
         parsed = parse(argv(merged | later))
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
-    config, run = parsed.config, parsed.run
-    train = special.get("train", True)
+    config, train = parsed.config, special.get("train", True)
     if train and config.max_steps < 1:
         raise UserError(f"{place}: max_steps is {config.max_steps}; a study needs the number of steps, 1 or more.")
     if train and (config.eval_strategy != "steps" or config.eval_steps % 1 or config.max_steps % config.eval_steps):
@@ -200,13 +206,6 @@ def _arm(
             f"{place}: eval_steps is {config.eval_steps}, which does not divide max_steps = {config.max_steps}; the "
             "validation curve must end at the last step."
         )
-    evaluated = (run.eval_rows or 128) * config.eval_k + (run.test_rows or 256) * test_k
-    if train:
-        evaluated += (run.eval_rows or 128) * config.eval_k * int(config.max_steps // config.eval_steps)
-        evaluated += (run.test_rows or 256) * (2 * config.eval_k + test_k)
-    seconds = SECONDS_PER_RUN + SECONDS_PER_EVALUATED * evaluated
-    if train:
-        seconds += SECONDS_PER_COMPLETION * config.max_steps * config.prompts_per_step * (config.num_generations or 1)
     return Arm(
         setting,
         method,
@@ -215,12 +214,41 @@ def _arm(
         learning_rate=config.learning_rate,
         max_steps=config.max_steps if train else 0,
         eval_steps=int(config.eval_steps) if train else 0,
-        seconds=seconds,
+        seconds=_estimated_seconds(parsed, train, test_k),
         **special,
     )
 
 
-def _check_needs(run: Run, queue: Mapping[str, Run]) -> None:
+def _check_special(place: str, flags: Mapping[str, Any], special: Mapping[str, Any]) -> None:
+    """Raises UserError for what an arm sets apart from the flags of `pgpo train`, or beside what the study sets."""
+    if refused := sorted(_OWN_FLAGS & flags.keys()):
+        raise UserError(f"{place} sets {', '.join(refused)}, which the study sets itself; leave it out.")
+    if type(special.get("train", True)) is not bool:
+        raise UserError(f"{place}: train is {special['train']!r}; it must be true or false.")
+    if "base_seed" in special:
+        if type(special["base_seed"]) is not int or special["base_seed"] < 0:
+            raise UserError(f"{place}: base_seed is {special['base_seed']!r}; it must be a whole number, 0 or more.")
+        if "model_name_or_path" in flags or flags.get("task", "lab_world") != "lab_world":
+            raise UserError(
+                f"{place}: base_seed rebuilds the lab's own base model; it goes with no other task or model."
+            )
+    if len({"lr_times_mean_rho_of", "rho_shuffled_from"} & special.keys()) == 2:
+        raise UserError(f"{place} has both lr_times_mean_rho_of and rho_shuffled_from; make two methods of it.")
+
+
+def _estimated_seconds(parsed: Any, train: bool, test_k: int) -> float:
+    """Of one run, from the completions that it samples."""
+    config, validation, test = parsed.config, parsed.run.eval_rows or 128, parsed.run.test_rows or 256
+    evaluated = validation * config.eval_k + test * test_k
+    if not train:
+        return SECONDS_PER_RUN + SECONDS_PER_EVALUATED * evaluated
+    evaluated += validation * config.eval_k * int(config.max_steps // config.eval_steps)
+    evaluated += test * (2 * config.eval_k + test_k)
+    trained = config.max_steps * config.prompts_per_step * (config.num_generations or 1)
+    return SECONDS_PER_RUN + SECONDS_PER_EVALUATED * evaluated + SECONDS_PER_COMPLETION * trained
+
+
+def _check_needs(run: StudyRun, queue: Mapping[str, StudyRun]) -> None:
     if run.needs is None:
         return
     if run.needs not in queue:

@@ -1,15 +1,14 @@
-"""`pgpo study`: methods x settings x seeds from one YAML file, trained by `pgpo train`'s own code, resumable.
+"""`pgpo study`: methods x settings x seeds from one YAML file, trained by the code of `pgpo train`; resumable.
 
-    STUDY.yaml -> Study, a queue of Runs -> workers -> records.jsonl.gz -> summary.json, tables.md
+    STUDY.yaml -> Study, a queue of runs -> workers -> records.jsonl.gz -> summary.json, tables.md
 
-`records.jsonl.gz` has one line per finished run with all that tables and figures need, and is the resume point: a run
-that stands in it is done, even if its directory is gone. Each worker process trains one run at a time on one thread.
+A study resumes from `records.jsonl.gz` (study_files.py): a run that is recorded there is done, even if its directory is
+gone. Each worker process trains one run at a time on one thread.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import gzip
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,14 +25,25 @@ from typing import Any
 
 from pgpo import runlog
 from pgpo.errors import UserError
+from pgpo.files import write_atomically
 from pgpo.lab.alarms import alarm_study, alarm_table
-from pgpo.lab.analysis import summarize_study, tables_markdown, validation_curve
-from pgpo.lab.plan import Arm, Run, Study, argv, read_study
+from pgpo.lab.analysis import summarize_study, tables_markdown
+from pgpo.lab.plan import Arm, Study, StudyRun, argv, read_study
 from pgpo.lab.workers import Job, Pool, Result
+from pgpo.provenance import environment
 from pgpo.runlog import lock
+from pgpo.study_files import (
+    BASES_FOLDER,
+    RECORDS_FILE,
+    RUNS_FOLDER,
+    SUMMARY_FILE,
+    TABLES_FILE,
+    accuracy_curve,
+    read_records,
+    selected_step,
+    write_records,
+)
 
-RECORDS_FILE = "records.jsonl.gz"
-SUMMARY_FILE = "summary.json"
 ALARMS_HEADING = """
 ## Alarms
 
@@ -42,12 +51,9 @@ Signals of the guard, smoothed, against the accuracy that falls. *In time* = the
 lead = steps between; limits = the worst of the healthy runs of the other seeds, times 1.05. Read the ROC area against
 that of the step number alone, in the first row.
 """
-TABLES_FILE = "tables.md"
-RUNS_FOLDER = "runs"
-BASES_FOLDER = "bases"
 DIGITS = 5  # significant digits of the floats in a record
 
-# Of the metrics of a step, what a record keeps: what differs between runs and does not follow from the rest.
+# Metrics that a record keeps: those that differ between runs and do not follow from the others.
 METRICS_KEPT = (
     runlog.INFORMATION,
     runlog.RHO,
@@ -58,7 +64,7 @@ METRICS_KEPT = (
     runlog.REWARD,
     runlog.COMPLETION_LENGTH,
     runlog.GRAD_NORM,
-    # Those of the collapse guard that are measured (train/guard.py), so that it can be tried on the records.
+    # The signals of the collapse guard (train/signals.py), for the study of its alarms.
     runlog.CLIPPED_SHARE,
     runlog.SAMPLED_KL,
     runlog.SAMPLED_KL_WRONG,
@@ -69,33 +75,8 @@ METRICS_KEPT = (
 # ---------------------------------------------------------------- records
 
 
-def read_records(path: Path) -> dict[str, dict[str, Any]]:
-    """Run name -> record. Raises UserError for a file that is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
-        return {f"{r['setting']}/{r['method']}/seed-{r['seed']}": r for r in records}
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the records {path} cannot be read ({_one_line(error)}); restore the file, or move it away."
-        ) from error
-
-
-def write_records(path: Path, records: Mapping[str, dict[str, Any]]) -> None:
-    """All records, in one step: a reader or a crash sees the old file or the new one."""
-    text = "".join(json.dumps(r, separators=(",", ":"), allow_nan=False) + "\n" for r in records.values())
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check_unchanged(study: Study, records: Mapping[str, dict[str, Any]]) -> None:
-    """Raises UserError naming the first finished run that was made with other flags than the study now says."""
+    """Raise UserError for the first finished run whose flags differ from those that the study has now."""
     for run in study.queue:
         record = records.get(run.name)
         if record is None or record["status"] != "ok":
@@ -111,7 +92,7 @@ def check_unchanged(study: Study, records: Mapping[str, dict[str, Any]]) -> None
 
 
 def _comparable(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """YAML reads 1e-3 as text and 0.001 as a number."""
+    """Flags with numbers as floats: YAML reads 1e-3 as text and 0.001 as a number."""
 
     def number(value: Any) -> Any:
         try:
@@ -123,7 +104,7 @@ def _comparable(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to DIGITS significant digits, non-finite ones to None, within lists and mappings."""
+    """Round the floats in lists and mappings to DIGITS significant digits; non-finite ones become None."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -136,8 +117,8 @@ def rounded(value: Any) -> Any:
 # ---------------------------------------------------------------- one run, in a worker
 
 
-def arguments_of(run: Run, records: Mapping[str, dict[str, Any]], out: Path) -> dict[str, Any]:
-    """The flags that `pgpo train` gets for this run; those derived from an earlier run are computed here."""
+def arguments_of(run: StudyRun, records: Mapping[str, dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Flags of `pgpo train` for this run, with those that depend on an earlier run of the study."""
     arm = run.arm
     flags = arm.flags | {"seed": run.seed}
     if arm.base_seed is not None:
@@ -150,25 +131,26 @@ def arguments_of(run: Run, records: Mapping[str, dict[str, Any]], out: Path) -> 
     return flags
 
 
-def shuffled_rho(run: Run, records: Mapping[str, dict[str, Any]]) -> list[float]:
-    """The multipliers of the run it needs, in an order drawn from this run's seed."""
+def shuffled_rho(run: StudyRun, records: Mapping[str, dict[str, Any]]) -> list[float]:
+    """The multipliers of the run that this one needs, in an order drawn from this run's seed."""
     rho = list(records[str(run.needs)]["metrics"][runlog.RHO])
     random.Random(f"shuffled rho {run.seed}").shuffle(rho)
     return rho
 
 
 def base_folder(arm: Arm, out: Path) -> Path:
-    """Where the rebuilt base model of an arm lies."""
+    """Folder of the rebuilt base model of an arm."""
     return out / BASES_FOLDER / f"{arm.flags.get('variant', 'plain')}-seed-{arm.base_seed}"
 
 
 def execute(job: Job) -> Result:
-    """Do one job of the queue: {"base": ...} builds a base model, any other trains and tests one run."""
+    """Do one job: {"base": ...} builds a base model, any other job trains and tests one run."""
     if "base" in job:
         return _build_base(**job["base"])
+    from pgpo.command.terminal import ignore_renamed_fields
     from pgpo.train.arguments import parse
 
-    _quiet_warnings()
+    ignore_renamed_fields()
     started = time.monotonic()
     directory = Path(job["directory"])
     shutil.rmtree(directory, ignore_errors=True)  # what a killed run left
@@ -180,18 +162,19 @@ def execute(job: Job) -> Result:
 
 def _train_and_test(parsed: Any, directory: Path, test_k: int) -> Result:
     """Train with `pgpo train`; test the last step and the one that validation selects (the first best)."""
-    from pgpo.train.run import BASE_FOLDER, TEST_RECORDS_FILE, model_source, train
+    from pgpo.command.models import model_source
+    from pgpo.command.train import train
 
     task = parsed.run.load()
     train(parsed, directory)
     run = runlog.read_run(directory)
-    steps, values = validation_curve(run.evaluations)
-    last, selected = steps[-1], steps[values.index(max(values))]
+    curve = accuracy_curve(run.evaluations)
+    last, selected = curve[0][-1], selected_step(*curve)
 
     def scores(step: int) -> dict[str, float]:
         if step:
             return _test_scores(parsed, task, directory / runlog.CHECKPOINTS_FOLDER / f"checkpoint-{step}", test_k)
-        made = directory / BASE_FOLDER
+        made = directory / runlog.BASE_FOLDER
         return _test_scores(
             parsed, task, made if made.exists() else model_source(parsed, task, directory, None), test_k
         )
@@ -203,7 +186,7 @@ def _train_and_test(parsed: Any, directory: Path, test_k: int) -> Result:
         if not all(value is None or math.isfinite(value) for value in metrics[name]):
             raise ArithmeticError(f"{name} is not finite")
     shutil.rmtree(directory / runlog.CHECKPOINTS_FOLDER, ignore_errors=True)
-    (directory / TEST_RECORDS_FILE).unlink(missing_ok=True)  # a megabyte of completions at the trainer's own k
+    (directory / runlog.TEST_RECORDS_FILE).unlink(missing_ok=True)  # a megabyte of completions at the trainer's own k
     return {
         "environment": run.environment,
         "steps": [line[runlog.STEP] for line in run.metrics],
@@ -218,8 +201,8 @@ def _train_and_test(parsed: Any, directory: Path, test_k: int) -> Result:
 
 def _test_initial(parsed: Any, directory: Path, test_k: int) -> Result:
     """The model before training."""
+    from pgpo.command.models import model_source
     from pgpo.evaluate import summarize
-    from pgpo.train.run import model_source
 
     task = parsed.run.load()
     with tempfile.TemporaryDirectory() as scratch:
@@ -228,10 +211,10 @@ def _test_initial(parsed: Any, directory: Path, test_k: int) -> Result:
         validation = summarize(_sample(parsed, task, source, task.validation[: parsed.run.eval_rows], k), k)
         scores = _test_scores(parsed, task, source, test_k)
     return {
-        "environment": runlog.environment({"device": parsed.config.device.type}),
+        "environment": environment({"device": parsed.config.device.type}),
         "steps": [],
         "metrics": {},
-        "evaluations": [{runlog.STEP: 0, runlog.SPLIT: "validation", **validation.as_dict()}],
+        "evaluations": [{runlog.STEP: 0, runlog.SPLIT: runlog.VALIDATION, **validation.as_dict()}],
         "test_scores": scores,
         "selected_step": 0,
         "selected_test_scores": scores,
@@ -247,9 +230,10 @@ def _test_scores(parsed: Any, task: Any, source: Path | str, k: int) -> dict[str
 
 def _sample(parsed: Any, task: Any, source: Path | str, rows: Any, k: int) -> Any:
     """Graded completions of a saved model, sampled as the trainer samples held-out questions."""
+    from pgpo.command.models import load_model
+    from pgpo.command.terminal import quiet
     from pgpo.evaluate import evaluate
     from pgpo.evaluate.runners import TransformersRunner
-    from pgpo.train.run import load_model, quiet
 
     quiet()
     args = parsed.config
@@ -267,7 +251,7 @@ def _sample(parsed: Any, task: Any, source: Path | str, rows: Any, k: int) -> An
 
 
 def _build_base(variant: str, seed: int, out: str) -> Result:
-    """The lab's base model from a seed, whole or not at all."""
+    """Build the lab's base model from a seed; an interruption leaves no unfinished folder under its name."""
     from pgpo.lab.base_model import main as build
 
     temporary = Path(f"{out}.tmp")
@@ -284,7 +268,7 @@ def _build_base(variant: str, seed: int, out: str) -> Result:
 def run_study(
     study: Study,
     out: Path,
-    runs: Sequence[Run],
+    runs: Sequence[StudyRun],
     *,
     jobs: int,
     niceness: int = 0,
@@ -322,17 +306,17 @@ def run_study(
 
 
 class _Queue:
-    """What is still to be done, and what of it can be done now; puts finished runs into the records."""
+    """The runs to do, in order, and which of them can start now; adds finished runs to the records."""
 
-    def __init__(self, study: Study, out: Path, runs: Sequence[Run], records: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, study: Study, out: Path, runs: Sequence[StudyRun], records: dict[str, dict[str, Any]]) -> None:
         self.study, self.out, self.runs, self.records = study, out, runs, records
         self.waiting = [run for run in runs if run.name not in records]
-        self._started: dict[str, tuple[Run, dict[str, Any]]] = {}  # with the flags it got
+        self._started: dict[str, tuple[StudyRun, dict[str, Any]]] = {}  # with the flags it got
         self._bases: dict[str, str | None] = {}  # base models asked for -> what went wrong
-        self._finished: list[Run] = []
+        self._finished: list[StudyRun] = []
 
     def next_job(self) -> Job | None:
-        """The first job that can be started; a run whose need has failed is finished as failed on the way."""
+        """The next job that can start, None if there is none; a run that needs a failed one is recorded as failed."""
         for run in list(self.waiting):
             folder = base_folder(run.arm, self.out)
             base = f"{BASES_FOLDER}/{folder.name}"
@@ -352,29 +336,29 @@ class _Queue:
         return None
 
     def finish(self, name: str, result: Result | None, error: str | None) -> None:
-        """Note how a job of `next_job` ended."""
+        """Record how a job of `next_job` ended."""
         if name in self._bases:
             self._bases[name] = error
             return
         run, arguments = self._started.pop(name)
         self._record(run, arguments, result, error)
 
-    def take_finished(self) -> list[tuple[Run, dict[str, Any]]]:
-        """Runs recorded since the last call."""
+    def take_finished(self) -> list[tuple[StudyRun, dict[str, Any]]]:
+        """Runs that were recorded since the last call."""
         runs, self._finished = self._finished, []
         return [(run, self.records[run.name]) for run in runs]
 
     def seconds_left(self, jobs: int) -> float:
-        """Wall time of what is not finished, on `jobs` workers: the estimate, scaled by what the finished took."""
+        """Estimated wall time of the unfinished runs on `jobs` workers."""
         running = [run for run, _ in self._started.values()]
         return seconds_for([*running, *self.waiting], self.runs, self.records) / jobs
 
-    def _fail(self, run: Run, error: str) -> None:
+    def _fail(self, run: StudyRun, error: str) -> None:
         self.waiting.remove(run)
         self._record(run, {}, None, error)
 
-    def _record(self, run: Run, arguments: dict[str, Any], result: Result | None, error: str | None) -> None:
-        """One line of the records; `arguments` without the place of the study, so that it can move."""
+    def _record(self, run: StudyRun, arguments: dict[str, Any], result: Result | None, error: str | None) -> None:
+        """Add a record; paths in `arguments` are relative to the study folder, so that it can be moved."""
         self.records[run.name] = {
             "setting": run.arm.setting,
             "method": run.arm.method,
@@ -391,13 +375,13 @@ class _Queue:
         }
         self._finished.append(run)
 
-    def _job(self, run: Run) -> Job:
+    def _job(self, run: StudyRun) -> Job:
         arguments = arguments_of(run, self.records, self.out)
         self._started[run.name] = run, arguments
         if run.arm.rho_shuffled_from:
             path = Path(arguments["rho_file"])
             path.parent.mkdir(parents=True, exist_ok=True)
-            runlog.write_atomically(path, json.dumps(shuffled_rho(run, self.records)))
+            write_atomically(path, json.dumps(shuffled_rho(run, self.records)))
         directory = self.out / RUNS_FOLDER / run.name
         # A checkpoint at every evaluation (.05 s in the lab), so that the selected step can be tested.
         saving = {"save_strategy": "steps", "save_steps": run.arm.eval_steps, "save_total_limit": 1_000_000}
@@ -410,8 +394,8 @@ class _Queue:
         }
 
 
-def seconds_for(todo: Sequence[Run], runs: Sequence[Run], records: Mapping[str, dict[str, Any]]) -> float:
-    """Worker seconds that `todo` will take: the estimates, times the measured over the estimated of finished runs."""
+def seconds_for(todo: Sequence[StudyRun], runs: Sequence[StudyRun], records: Mapping[str, dict[str, Any]]) -> float:
+    """Estimated worker seconds of `todo`, scaled by the ratio of measured to estimated time of the finished runs."""
     done = [run for run in runs if records.get(run.name, {}).get("seconds")]
     measured = sum(records[run.name]["seconds"] for run in done)
     factor = measured / sum(run.arm.seconds for run in done) if done else 1.0
@@ -419,7 +403,7 @@ def seconds_for(todo: Sequence[Run], runs: Sequence[Run], records: Mapping[str, 
 
 
 class _Progress:
-    """A bar on a terminal, one line per finished run elsewhere; failures are named on both."""
+    """A bar on a terminal, elsewhere one line per finished run; both report failures."""
 
     def __init__(self, queue: _Queue, jobs: int) -> None:
         from rich.console import Console
@@ -445,7 +429,7 @@ class _Progress:
         left = duration(self.queue.seconds_left(self.jobs))
         self.bar.update(self.line, completed=self.done, description=f"{left} left  {'  '.join(names)}")
 
-    def finished(self, run: Run, record: Mapping[str, Any]) -> None:
+    def finished(self, run: StudyRun, record: Mapping[str, Any]) -> None:
         self.done += 1
         if record["status"] == "ok":
             scores = record["test_scores"].values()
@@ -461,7 +445,7 @@ class _Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """The duration for people: '75 s', '12 min', '3 h 05 min'."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -482,10 +466,12 @@ def main(
     tables_only: bool = False,
     retry_failed: bool = False,
 ) -> int:
-    """`pgpo study`: run or go on with a study, then write its summary and tables. Exit status 1 if a run failed."""
+    """Run or continue a study, then write its summary and tables. Exit status 1 if a run failed."""
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}; it must be at least 1.")
-    _quiet_warnings()
+    from pgpo.command.terminal import ignore_renamed_fields
+
+    ignore_renamed_fields()
     study = read_study(path)
     out = out or Path("runs") / f"study-{study.name}"
     if out.exists() and not out.is_dir():
@@ -519,12 +505,12 @@ def write_tables(study: Study, out: Path, records: Mapping[str, dict[str, Any]])
     tables = [tables_markdown(summary)]
     if summary["alarms"]:
         tables += [ALARMS_HEADING, *map(alarm_table, summary["alarms"])]
-    runlog.write_atomically(out / SUMMARY_FILE, _json(summary) + "\n")
-    runlog.write_atomically(out / TABLES_FILE, "\n".join(tables))
+    write_atomically(out / SUMMARY_FILE, _json(summary) + "\n")
+    write_atomically(out / TABLES_FILE, "\n".join(tables))
 
 
 def _alarm_studies(study: Study, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The alarm study of every setting in which a watched method and its reference have enough runs."""
+    """The alarm study of every setting where the watched method has a finished run."""
     found = []
     for setting in dict.fromkeys(run.arm.setting for run in study.queue):
         for watched, reference in study.alarms.items():
@@ -544,8 +530,8 @@ def _json(value: Any, indent: str = "") -> str:
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
-def selected_runs(study: Study, only: Sequence[str]) -> list[Run]:
-    """The runs whose setting/method fits one of the patterns (all without one), and what they need, in queue order."""
+def selected_runs(study: Study, only: Sequence[str]) -> list[StudyRun]:
+    """Runs whose setting/method matches a pattern (all without patterns), and those that they need, in queue order."""
     if not only:
         return study.queue
     chosen: set[str] = set()
@@ -558,7 +544,7 @@ def selected_runs(study: Study, only: Sequence[str]) -> list[Run]:
     return [run for run in study.queue if run.name in chosen]
 
 
-def plan(study: Study, runs: Sequence[Run], records: Mapping[str, dict[str, Any]], jobs: int) -> str:
+def plan(study: Study, runs: Sequence[StudyRun], records: Mapping[str, dict[str, Any]], jobs: int) -> str:
     """One line per arm in the order of the queue, and the estimated time of what is not done."""
     lines = []
     for name in dict.fromkeys(run.arm.name for run in runs):
@@ -590,12 +576,3 @@ def default_jobs() -> int:
     import psutil  # a part of accelerate's installation
 
     return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
-
-
-def _quiet_warnings() -> None:
-    """transformers 5 on fields that TRL sets by their old names: once per run, and nothing a user could change."""
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

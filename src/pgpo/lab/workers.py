@@ -1,4 +1,4 @@
-"""Worker processes: jobs in, results out, and the death of one costs its own job only."""
+"""Worker processes that take jobs and return results; one that dies fails its own job only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = dict[str, Any]
 
 
 def _serve(connection: Connection, do: Callable[[Job], Result], log: str, niceness: int) -> None:
-    """A worker: jobs in, results out, one at a time, until the pipe closes or the parent is gone."""
+    """The loop of a worker: one job at a time, until the pipe closes or the parent dies."""
     import threading
 
     if hasattr(os, "setpgrp"):
@@ -26,7 +26,7 @@ def _serve(connection: Connection, do: Callable[[Job], Result], log: str, nicene
     parent = multiprocessing.parent_process()
     if parent is not None:
         sentinel = parent.sentinel
-        # A parent that was killed must not leave us writing into runs that its successor starts anew.
+        # A killed parent must not leave us writing into runs that its successor starts again.
         threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()
     file = Path(log).open("a", encoding="utf-8")  # noqa: SIM115 - for the life of the process
     os.dup2(file.fileno(), 1)
@@ -45,7 +45,7 @@ def _serve(connection: Connection, do: Callable[[Job], Result], log: str, nicene
 
 
 class Pool:
-    """At most `jobs` spawned workers, reused; one that dies is replaced, and its job comes back as failed."""
+    """At most `jobs` spawned workers, which are reused. One that dies is replaced, and its job fails."""
 
     def __init__(self, do: Callable[[Job], Result], jobs: int, out: Path, niceness: int) -> None:
         self.do, self.jobs, self.out, self.niceness = do, jobs, out, niceness
@@ -67,7 +67,7 @@ class Pool:
         self.busy[connection] = (process, job["name"])
 
     def finished(self, timeout: float) -> Iterator[tuple[str, dict[str, Any] | None, str | None]]:
-        """(name, result, error) of the jobs that ended, waiting at most `timeout` seconds for the first."""
+        """(name, result, error) of the jobs that have ended; waits at most `timeout` seconds for the first."""
         for connection in wait(list(self.busy), timeout):
             assert isinstance(connection, Connection)
             process, name = self.busy.pop(connection)
@@ -98,7 +98,7 @@ class Pool:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """These variables for processes started meanwhile: one thread each, and none that spins."""
+    """Set environment variables for the processes that are started in this context."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: drawn here, so that they show without JavaScript; page.js only adds what a pointer asks for.
+"""Charts as inline SVG: drawn here, so that they show without JavaScript; page.js adds the readings under a pointer.
 
 Colours are classes (`c0` ... `c6` take the palette of page.css, light or dark); every method has a marker shape too.
 """
@@ -24,7 +24,7 @@ SHAPES = ("circle", "square", "triangle", "wedge", "plus", "star", "bar", "diamo
 
 @dataclass(frozen=True)
 class Style:
-    """How a method looks everywhere on the page. `index` is its number, by which page.js shows and hides it."""
+    """Color and marker of a method on the whole page; page.js shows and hides it by its `index`."""
 
     index: int
 
@@ -53,7 +53,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Chart:
-    """What one chart shows. `levels`: values with a line of their own; `markers`: at every point, not only the last."""
+    """The content of a chart. `levels`: values with a horizontal line; `markers`: at every point, not only the last."""
 
     key: str
     title: str
@@ -73,7 +73,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class _Frame:
-    """From values to the units of the viewBox."""
+    """Maps values to the units of the viewBox."""
 
     left: float
     right: float
@@ -170,7 +170,7 @@ def readings(chart: Chart, styles: Mapping[str, Style]) -> dict[str, object]:
 
 
 def describe(chart: Chart) -> str:
-    """The chart in words, for who does not see it."""
+    """The chart in words, for screen readers."""
     parts = []
     for curve in chart.curves:
         known = np.flatnonzero(np.isfinite(curve.y))
@@ -184,7 +184,7 @@ def describe(chart: Chart) -> str:
 
 
 def swatch(style: Style) -> Html:
-    """The legend's picture of a method: a piece of its line with its marker."""
+    """A method in the legend: a piece of its line with its marker."""
     line = el("path", d="M1 7H27", class_="line")
     mark = el("path", d=_marker(style.shape, 14, 7, 4), class_="mark")
     return el(

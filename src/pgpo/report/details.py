@@ -1,4 +1,4 @@
-"""What stands behind the numbers: alarms, settings, environment and commands of runs; plan and failures of a study."""
+"""Details behind the numbers: alarms, settings, environment and commands of runs; plan and failures of a study."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 from pgpo.report import methods as m
 from pgpo.report.charts import significant
 from pgpo.report.markup import Html, el, join
-from pgpo.report.methods import Setting
-from pgpo.report.sources import RunSource, StudySource, number
+from pgpo.report.methods import Comparison
+from pgpo.report.sources import StudySource, number
 from pgpo.report.tables import scrolling, settings_table
+from pgpo.runlog import Run
 
 MOST_ALARMS = 200
 _TEXTS = ("signal", "action", "reason")
@@ -26,18 +27,18 @@ def mapping(value: object) -> dict[str, Any]:
 # Runs ------------------------------------------------------------------------------------------------------------
 
 
-def alarm_marks(runs: Sequence[RunSource]) -> list[tuple[float, str]]:
+def alarm_marks(runs: Sequence[Run]) -> list[tuple[float, str]]:
     """Step and text of the alarms that have a step."""
     return [
-        (step, f"{source.name}, step {step:g}: {alarm.get('signal')}, {alarm.get('action')}")
-        for source in runs
-        for alarm in source.alarms[:MOST_ALARMS]
+        (step, f"{run.name}, step {step:g}: {alarm.get('signal')}, {alarm.get('action')}")
+        for run in runs
+        for alarm in run.alarms[:MOST_ALARMS]
         if math.isfinite(step := number(alarm.get("step")))
     ]
 
 
-def alarm_section(runs: Sequence[RunSource]) -> Html | None:
-    alarms = [(source.name, alarm) for source in runs for alarm in source.alarms]
+def alarm_section(runs: Sequence[Run]) -> Html | None:
+    alarms = [(run.name, alarm) for run in runs for alarm in run.alarms]
     if not alarms:
         return None
     names = ("step", "signal", "value", "limit", "action", "reason")
@@ -61,12 +62,12 @@ def _number_or_text(value: object) -> str:
     return significant(value) if isinstance(value, float) else m.short(value, 200)
 
 
-def configuration_section(runs: Sequence[RunSource], labels: Sequence[str]) -> Html:
-    """What differs first, then what was given, all of it, the environment, the commands."""
-    configs = [{k: v for k, v in source.run.config.items() if k != "arguments"} for source in runs]
-    given = [mapping(source.run.config.get("arguments")) for source in runs]
-    environments = [flat(source.run.environment) | {"pgpo": source.run.version} for source in runs]
-    names = [label if labels.count(label) == 1 else f"{label} ({source.name})" for label, source in zip(labels, runs)]
+def configuration_section(runs: Sequence[Run], labels: Sequence[str]) -> Html:
+    """Settings that differ, settings that were given, all settings, environment, commands."""
+    configs = [{k: v for k, v in run.config.items() if k != "arguments"} for run in runs]
+    given = [mapping(run.config.get("arguments")) for run in runs]
+    environments = [flat(run.environment) | {"pgpo": run.version} for run in runs]
+    names = [label if labels.count(label) == 1 else f"{label} ({run.name})" for label, run in zip(labels, runs)]
     told = [name for name in m.differing(configs) if name not in _NOT_TOLD[1:]]
     changed = m.differing(environments)
     parts: list[Html] = []
@@ -83,9 +84,7 @@ def configuration_section(runs: Sequence[RunSource], labels: Sequence[str]) -> H
     parts.append(settings_table("All settings", names, configs, every))
     known = list(dict.fromkeys(name for environment in environments for name in environment))
     parts.append(settings_table("Environment", names, environments, known))
-    commands = [
-        {"command": " ".join(map(str, source.run.command)), "folder": str(source.run.directory)} for source in runs
-    ]
+    commands = [{"command": " ".join(map(str, run.command)), "folder": str(run.directory)} for run in runs]
     parts.append(settings_table("Commands and folders", names, commands, ["command", "folder"]))
     return el("section", el("h2", "Configuration"), *parts, id="configuration")
 
@@ -101,14 +100,14 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # Studies ---------------------------------------------------------------------------------------------------------
 
 
-def plan_section(study: StudySource, settings: Sequence[Setting], key: str) -> Html:
+def plan_section(study: StudySource, comparisons: Sequence[Comparison], key: str) -> Html:
     document = flat(mapping(study.summary.get("study")))
     environment = flat(mapping(study.summary.get("environment")))
     return el(
         "section",
         el("h2", "Plan and environment"),
         _failures(study),
-        join(_arguments(study, setting) for setting in settings),
+        join(_arguments(study, comparison) for comparison in comparisons),
         settings_table("The study as it was written", [""], [document], list(document)),
         settings_table("Environment", [""], [environment], list(environment)),
         el("p", "Folder: ", el("code", str(study.directory)), class_="note"),
@@ -134,20 +133,20 @@ def _failures(study: StudySource) -> Html | None:
     return el("details", summary, scrolling(table, "Failed runs"), open=True)
 
 
-def _arguments(study: StudySource, setting: Setting) -> Html | None:
-    """The arguments that differ between the methods of a setting; one that depends on the seed lists its values."""
+def _arguments(study: StudySource, comparison: Comparison) -> Html | None:
+    """The arguments that differ between methods; one that depends on the seed lists its values."""
     values: dict[str, dict[str, list[str]]] = {}
     for record in study.records:
-        if str(record["setting"]) == setting.name and record.get("status") == "ok":
+        if str(record["setting"]) == comparison.name and record.get("status") == "ok":
             of_method = values.setdefault(str(record["method"]), {})
             for name, value in mapping(record.get("arguments")).items():
                 seen = of_method.setdefault(name, [])
                 if (written := m.short(value, 100)) not in seen:
                     seen.append(written)
-    names = [method for method in setting.methods if method in values]
+    names = [method for method in comparison.methods if method in values]
     columns = [{name: _listed(seen) for name, seen in values[method].items()} for method in names]
     told = [name for name in m.differing(columns) if name not in _NOT_TOLD]
-    return settings_table(f"Arguments that differ in {setting.name}", names, columns, told) if told else None
+    return settings_table(f"Arguments that differ in {comparison.name}", names, columns, told) if told else None
 
 
 def _listed(values: Sequence[str], most: int = 3) -> str:

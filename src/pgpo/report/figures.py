@@ -1,8 +1,10 @@
-"""One picture of a run or of several: what was learned, and what the multiplier did meanwhile."""
+"""All figures that matplotlib draws: of a few runs (`plot_runs`), and of each comparison (`plot_comparisons`)."""
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,19 @@ import numpy.typing as npt
 
 from pgpo import runlog
 from pgpo.errors import UserError
+from pgpo.report import charts
+from pgpo.report.charts import OUTLINES, Style, shortened, styles_of
+from pgpo.report.methods import (
+    SMOOTHING_SHARE,
+    Comparison,
+    Curve,
+    accuracy_curve,
+    metric_curve,
+    objective_label,
+    smooth,
+)
 from pgpo.runlog import Run
+from pgpo.study_files import FINAL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +34,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito 2008, safe for the colour-blind, without the yellow that white paper swallows.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LONGEST = 60  # characters of a name in the legend of a comparison
 SPLIT_STYLES = ("-", "--", ":", "-.")
-SMOOTHING_SHARE = 0.05  # ours: the window of the smoothed line as a share of the run
 STYLE = {
     "font.size": 10.5,
     "axes.titlesize": 11,
@@ -151,15 +165,6 @@ def _draw_metric(
         _draw_level(axes, level, label)
 
 
-def smooth(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Centered mean over SMOOTHING_SHARE of the values, over fewer at the ends; nan is left out, not spread."""
-    window = np.ones(2 * round(len(values) * SMOOTHING_SHARE / 2) + 1)
-    known = np.isfinite(values)
-    counts = np.convolve(known, window, mode="same")
-    sums = np.convolve(np.where(known, values, 0.0), window, mode="same")
-    return np.where(known, sums / np.maximum(counts, 1), np.nan)
-
-
 def _draw_level(axes: Axes, level: float, label: str) -> None:
     axes.axhline(level, color="#555555", linewidth=0.9, linestyle="--" if label else "-", zorder=1)
     if label:
@@ -200,14 +205,9 @@ def _draw_legend(figure: Figure, runs: Sequence[Run]) -> None:
 
 def _labels(runs: Sequence[Run]) -> list[str]:
     """Objective and alpha from the configuration, the directory name where that is missing or not unique."""
-    names = [run.directory.resolve().name for run in runs]
-    labels = [_objective(run) or name for run, name in zip(runs, names)]
+    names = [run.name for run in runs]
+    labels = [objective_label(run.config) or run.name for run in runs]
     return [label if labels.count(label) == 1 else f"{label} ({name})" for label, name in zip(labels, names)]
-
-
-def _objective(run: Run) -> str:
-    objective, alpha = str(run.config.get("objective") or "").upper(), run.config.get("alpha")
-    return f"{objective} α = {alpha:g}" if objective == "PGPO" and alpha is not None else objective
 
 
 def _is_capped(run: Run) -> bool:
@@ -243,3 +243,127 @@ def _column(lines: Sequence[dict[str, Any]], name: str) -> npt.NDArray[np.float6
 def _note_absence(axes: Axes) -> None:
     axes.set_yticks([])
     axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color="#777777")
+
+
+# Comparisons ----------------------------------------------------------------------------------------------------------
+
+
+def plot_comparisons(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
+    """Writes NAME.png and NAME.svg for each setting that has curves; returns the paths.
+
+    Raises UserError without matplotlib, or when the folder cannot be written.
+    """
+    require_matplotlib()
+    import matplotlib
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be made ({error.strerror}); choose another --figures.") from error
+    styles = styles_of([method for comparison in comparisons for method in comparison.methods])
+    written: list[Path] = []
+    for comparison in comparisons:
+        if not comparison.runs:
+            continue
+        name = stem = re.sub(r"[^\w.-]+", "-", comparison.name).strip("-.").lower() or "setting"
+        number = 2
+        while folder / f"{name}.png" in written:
+            name, number = f"{stem}-{number}", number + 1
+        with matplotlib.rc_context(STYLE):
+            figure = draw_comparison(comparison, styles)
+            for suffix in (".png", ".svg"):
+                save(figure, folder / f"{name}{suffix}")
+                written.append(folder / f"{name}{suffix}")
+    return written
+
+
+def draw_comparison(comparison: Comparison, styles: Mapping[str, Style]) -> Figure:
+    """Accuracy curves, final accuracy of every run, I_k, rho_k, entropies, gradient norm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    accuracy, final, information, rho, entropy, norm = figure.subplots(2, 3).flat
+    by_method = {method: [t for t in comparison.runs if t.method == method] for method in comparison.methods}
+    by_method = {method: runs for method, runs in by_method.items() if runs}
+    for method, runs in by_method.items():
+        style = styles[method]
+        if curve := accuracy_curve(runs, comparison.split):
+            _draw(accuracy, curve, style, marker=True)
+        for axes, name, log, dashed in (
+            (information, runlog.INFORMATION, False, False),
+            (rho, runlog.RHO, False, False),
+            (entropy, runlog.STUDENT_ENTROPY, False, False),
+            (entropy, runlog.TEACHER_ENTROPY, False, True),
+            (norm, runlog.GRAD_NORM, True, False),
+        ):
+            if curve := metric_curve(runs, name, method, log=log, dashed=dashed):
+                _draw(axes, curve, style)
+    _draw_final(final, comparison, styles)
+    accuracy.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    titles = {
+        accuracy: f"Accuracy, {comparison.split or 'not evaluated'}",
+        information: "Information $I_k$ (nats)",
+        rho: r"Step multiplier $\rho_k$",
+        entropy: "Entropy (nats), teacher dashed",
+        norm: "Gradient norm (log scale)",
+    }
+    for axes, title in titles.items():
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("optimizer step")
+    information.axhline(0, color="#555555", linewidth=0.9, zorder=1)
+    rho.axhline(1, color="#555555", linewidth=0.9, zorder=1)
+    if norm.lines:
+        norm.set_yscale("log")
+    handles = [
+        accuracy.plot([], [], label=shortened(method, LONGEST), **_look(styles[method]))[0] for method in by_method
+    ]
+    several = any(len(runs) > 1 for runs in by_method.values())
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(5, len(handles), max(1, 130 // max(len(handle.get_label()) + 6 for handle in handles))),
+        frameon=False,
+        title="Band: lowest to highest seed; 95% interval over questions where a method has one run."
+        if several
+        else None,
+        title_fontsize=9,
+    )
+    figure.suptitle(comparison.name, x=0.01, ha="left", fontsize=13)
+    return figure
+
+
+def _look(style: Style) -> dict[str, Any]:
+    """Colour and marker are those of the page; matplotlib takes the outline of a marker as points."""
+    marker = [(x, -y) for x, y in OUTLINES[style.shape]] if style.shape in OUTLINES else "o"
+    return {"color": COLORS[style.index % charts.COLORS], "marker": marker, "markersize": 5, "linewidth": 1.8}
+
+
+def _draw(axes: Axes, curve: Curve, style: Style, marker: bool = False) -> None:
+    look = _look(style)
+    color = look["color"]
+    if curve.raw is not None:
+        axes.plot(*curve.raw, color=color, alpha=0.2, linewidth=0.7)
+    if curve.low is not None and curve.high is not None:
+        axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.12, linewidth=0)
+    last = int(np.flatnonzero(np.isfinite(curve.y))[-1])
+    axes.plot(curve.x, curve.y, linestyle="--" if curve.dashed else "-", markevery=None if marker else [last], **look)
+
+
+def _draw_final(axes: Axes, comparison: Comparison, styles: Mapping[str, Style]) -> None:
+    """One mark per run, a cross for a collapsed one; the mean and its interval beside them."""
+    axes.set_title(f"Final accuracy, {'test' if comparison.outcome == FINAL else comparison.split}", loc="left")
+    for place, result in enumerate(comparison.results):
+        values = result.values.get(comparison.outcome, np.empty(0))
+        color = COLORS[styles[result.method].index % charts.COLORS]
+        for value, crossed in zip(values, [*result.collapsed, *[False] * len(values)]):
+            axes.plot(place - 0.12, value, color=color, marker="x" if crossed else "o", markersize=5, alpha=0.7)
+        interval = result.interval(comparison.outcome)
+        if interval is not None and math.isfinite(result.mean(comparison.outcome)):
+            axes.plot([place + 0.15] * 2, interval, color=color, linewidth=1.4)
+            axes.plot(
+                place + 0.15, result.mean(comparison.outcome), color=color, marker="_", markersize=9, markeredgewidth=2
+            )
+    names = [shortened(result.method, 18) for result in comparison.results]
+    axes.set_xticks(range(len(names)), names, rotation=25, ha="right")
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")

@@ -1,4 +1,4 @@
-"""From tracks to what a reader compares: methods, their numbers with intervals, collapses, curves over seeds."""
+"""From runs to what a reader compares: methods, their numbers with intervals, collapses, curves over seeds."""
 
 from __future__ import annotations
 
@@ -13,19 +13,30 @@ import numpy as np
 import numpy.typing as npt
 
 from pgpo import runlog
-from pgpo.report.figures import smooth
-from pgpo.report.sources import Array, RunSource, StudySource, Track, number, numbers
+from pgpo.intervals import student_t
+from pgpo.report.sources import Array, RunCurves, StudySource, number, numbers
+from pgpo.runlog import Run
+from pgpo.study_files import (
+    AUC,
+    FINAL,
+    FINAL_VALIDATION,
+    INITIAL,
+    MEAN_RHO,
+    NEGATIVE_INFORMATION_SHARE,
+    PEAK,
+    SECONDS_PER_STEP,
+    SELECTED,
+    area,
+)
+from pgpo.study_files import collapsed as is_collapsed
 
-COLLAPSE = 0.10  # a run has collapsed when it ends this far below its own peak; ours, as in the study's summary
-LEVEL = 0.95
+SMOOTHING_SHARE = 0.05  # ours: the window of the smoothed line as a share of the run
 POINTS = 100  # ours: a chart of signals is 300 px wide; a point every 3 px draws the same line
 
-INITIAL, PEAK, FINAL_CURVE, FINAL, SELECTED = "initial", "peak", "final_validation", "final", "selected"
-AUC, MEAN_RHO, NEGATIVE, SECONDS = "auc", "mean_rho", "negative_information_share", "seconds_per_step"
-ACCURACIES = (INITIAL, PEAK, FINAL_CURVE, FINAL, SELECTED, AUC)  # shares: their intervals end at 0 and 1
-MEASURES = (*ACCURACIES, MEAN_RHO, NEGATIVE, SECONDS)
+ACCURACIES = (INITIAL, PEAK, FINAL_VALIDATION, FINAL, SELECTED, AUC)  # shares: their intervals end at 0 and 1
+MEASURES = (*ACCURACIES, MEAN_RHO, NEGATIVE_INFORMATION_SHARE, SECONDS_PER_STEP)
 
-# Settings that two runs of one method may differ in: their seed, and where and how they are written down.
+# Settings that may differ between runs of one method: seed, output and logging.
 _NOT_METHOD = (
     *("seed", "data_seed", "output_dir", "overwrite", "arguments", "run_name", "run_id", "project", "disable_tqdm"),
 )
@@ -36,7 +47,7 @@ _NOT_METHOD_PREFIXES = (
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedDifference:
     """Difference in final accuracy from another method, on paired runs and questions, with its 95 % interval."""
 
     value: float
@@ -47,8 +58,8 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method of a setting in numbers.
+class MethodResult:
+    """One method of a comparison in numbers.
 
     Attributes:
         values: measure -> one value per run; nan where a run has none.
@@ -65,7 +76,7 @@ class Row:
     collapsed: list[bool]
     bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
-    versus: dict[str, Comparison] = field(default_factory=dict)
+    versus: dict[str, PairedDifference] = field(default_factory=dict)
     reference: float = math.nan
 
     def known(self, measure: str) -> Array:
@@ -93,43 +104,43 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Comparison:
     """Methods that can be compared: the same task, model and budget.
 
     `split` is the split whose accuracy is evaluated during training, None where there is none.
     """
 
     name: str
-    tracks: list[Track]
-    rows: list[Row]
+    runs: list[RunCurves]
+    results: list[MethodResult]
     split: str | None
 
     @property
     def methods(self) -> list[str]:
-        return [row.method for row in self.rows]
+        return [result.method for result in self.results]
 
     @property
     def outcome(self) -> str:
-        """The measure that says how a method ends: on the test split where it is known, else on the curve."""
-        return FINAL if any(len(row.known(FINAL)) for row in self.rows) else FINAL_CURVE
+        """The measure of the final accuracy: on the test split if a method has it, else the end of the curve."""
+        return FINAL if any(len(result.known(FINAL)) for result in self.results) else FINAL_VALIDATION
 
 
 # Runs ------------------------------------------------------------------------------------------------------------
 
 
-def setting_of_runs(runs: Sequence[RunSource], name: str) -> Setting:
+def comparison_of_runs(runs: Sequence[Run], name: str) -> Comparison:
     """The runs, grouped into methods: those whose configurations differ in nothing but the seed."""
-    labels = method_labels([source.run.config for source in runs], [source.name for source in runs])
-    tracks = [source.track(label) for source, label in zip(runs, labels)]
-    split = curve_split(tracks)
-    rows = [_row([track for track in tracks if track.method == label], split) for label in dict.fromkeys(labels)]
-    return Setting(name, tracks, rows, split)
+    labels = method_labels([run.config for run in runs], [run.name for run in runs])
+    curves = [RunCurves.of_run(run, label) for run, label in zip(runs, labels)]
+    split = curve_split(curves)
+    results = [_result([run for run in curves if run.method == label], split) for label in dict.fromkeys(labels)]
+    return Comparison(name, curves, results, split)
 
 
 def method_labels(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """One label per run: the objective, and as many of the settings that differ as tell the methods apart.
 
-    A run that lacks a setting on which all others agree was written by another version of pgpo, not by another method.
+    A run without a setting on which all others agree comes from another version of pgpo, not from another method.
     """
     values: dict[str, set[str]] = {}
     for config in configs:
@@ -156,7 +167,7 @@ def method_labels(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
 
 
 def _telling(configs: Sequence[Mapping[str, Any]], most: int = 3) -> list[str]:
-    """The first settings, at most `most`, that each tell more of the configurations apart."""
+    """The first settings, at most `most`, each of which distinguishes further configurations."""
     chosen: list[str] = []
     apart = 1
     for name in differing(configs):
@@ -167,7 +178,7 @@ def _telling(configs: Sequence[Mapping[str, Any]], most: int = 3) -> list[str]:
 
 
 def _shaping(config: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:
-    """The settings that make a method."""
+    """The settings that distinguish methods."""
     return {
         name: value
         for name, value in config.items()
@@ -187,7 +198,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def short(value: object, limit: int = 40) -> str:
-    """A setting's value as a reader writes it."""
+    """The value of a setting, as text of at most `limit` characters."""
     if isinstance(value, float):
         text = f"{value:g}"
     elif value is None or isinstance(value, (str, int)):
@@ -197,26 +208,26 @@ def short(value: object, limit: int = 40) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def curve_split(tracks: Sequence[Track]) -> str | None:
+def curve_split(runs: Sequence[RunCurves]) -> str | None:
     """The split that is evaluated most often (the first of equals), None without evaluations."""
     counts: dict[str, int] = {}
-    for track in tracks:
-        for split in splits(track):
-            counts[split] = max(counts.get(split, 0), len(evaluated(track, split)))
+    for run in runs:
+        for split in splits(run):
+            counts[split] = max(counts.get(split, 0), len(evaluated(run, split)))
     return max(counts, key=lambda split: counts[split], default=None)
 
 
-def splits(track: Track) -> list[str]:
-    return list(dict.fromkeys(split_of(line) for line in track.evaluations))
+def splits(run: RunCurves) -> list[str]:
+    return list(dict.fromkeys(split_of(line) for line in run.evaluations))
 
 
 def split_of(line: Mapping[str, Any]) -> str:
     return str(line.get(runlog.SPLIT) or "held-out")
 
 
-def evaluated(track: Track, split: str | None) -> list[dict[str, Any]]:
+def evaluated(run: RunCurves, split: str | None) -> list[dict[str, Any]]:
     """The evaluations on a split by step; of two at one step the last."""
-    lines = {line[runlog.STEP]: line for line in track.evaluations if split_of(line) == split}
+    lines = {line[runlog.STEP]: line for line in run.evaluations if split_of(line) == split}
     return [lines[step] for step in sorted(lines)]
 
 
@@ -225,82 +236,46 @@ def accuracy(lines: Sequence[Mapping[str, Any]]) -> tuple[Array, Array]:
     return numbers([line[runlog.STEP] for line in lines]), numbers([line[runlog.AVG_AT_K] for line in lines])
 
 
-def has_collapsed(values: Array) -> bool:
-    """Does an evaluation curve end more than COLLAPSE below its peak?"""
-    return len(values) > 0 and bool(values[-1] < values.max() - COLLAPSE)
-
-
-def area_under(steps: Array, values: Array) -> float:
-    """Mean accuracy over training: the trapezoid area under the curve over its range of steps; nan for one point."""
-    if len(steps) < 2:
-        return math.nan
-    return float(np.sum((values[1:] + values[:-1]) / 2 * np.diff(steps)) / (steps[-1] - steps[0]))
-
-
-def student_t(freedom: int, level: float = LEVEL) -> float:
-    """The t with P(|T| < t) = level for whole degrees of freedom, by bisection on the distribution function.
-
-    The latter is the finite series of Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
-    """
-
-    def inside(t: float) -> float:
-        angle = math.atan(t / math.sqrt(freedom))
-        sine, cosine = math.sin(angle), math.cos(angle)
-        odd = freedom % 2 == 1
-        term = cosine if odd else 1.0
-        total = 0.0 if freedom == 1 else term
-        for j in range(3 if odd else 2, freedom - 1, 2):
-            term *= cosine**2 * ((j - 1) / j)
-            total += term
-        return 2 / math.pi * (angle + sine * total) if odd else sine * total
-
-    low, high = 0.0, 1e4
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < level else (low, middle)
-    return high
-
-
-def _row(tracks: Sequence[Track], split: str | None) -> Row:
-    measured = [_measures(track, split) for track in tracks]
+def _result(runs: Sequence[RunCurves], split: str | None) -> MethodResult:
+    measured = [_measures(run, split) for run in runs]
     values = {name: np.array([values[name] for values in measured], dtype=np.float64) for name in MEASURES}
-    collapsed = [has_collapsed(accuracy(evaluated(track, split))[1]) for track in tracks]
-    bounds = _question_bounds(tracks[0], split) if len(tracks) == 1 else {}
-    return Row(tracks[0].method, [track.seed or track.name for track in tracks], values, collapsed, bounds)
+    collapsed = [is_collapsed(accuracy(evaluated(run, split))[1].tolist()) for run in runs]
+    bounds = _question_bounds(runs[0], split) if len(runs) == 1 else {}
+    return MethodResult(runs[0].method, [run.seed or run.name for run in runs], values, collapsed, bounds)
 
 
-def _measures(track: Track, split: str | None) -> dict[str, float]:
+def _measures(run: RunCurves, split: str | None) -> dict[str, float]:
     """The numbers of one run; nan where it has none."""
-    steps, values = accuracy(evaluated(track, split))
-    test = _test_line(track, split)
+    steps, values = accuracy(evaluated(run, split))
+    test = _test_line(run, split)
     information, rho, seconds = (
-        _finite(track.series.get(name)) for name in (runlog.INFORMATION, runlog.RHO, runlog.STEP_SECONDS)
+        _finite(run.series.get(name)) for name in (runlog.INFORMATION, runlog.RHO, runlog.STEP_SECONDS)
     )
     return {
         INITIAL: values[0] if len(values) and steps[0] == 0 else math.nan,
         PEAK: values.max() if len(values) else math.nan,
-        FINAL_CURVE: values[-1] if len(values) else math.nan,
+        FINAL_VALIDATION: values[-1] if len(values) else math.nan,
         FINAL: number(test[runlog.AVG_AT_K]) if test else math.nan,
         SELECTED: math.nan,
-        AUC: area_under(steps, values),
+        AUC: area(steps.tolist(), values.tolist()) if len(steps) > 1 else math.nan,
         MEAN_RHO: rho.mean() if len(rho) else math.nan,
-        NEGATIVE: (information < 0).mean() if len(information) else math.nan,
-        SECONDS: float(np.median(seconds)) if len(seconds) else math.nan,
+        NEGATIVE_INFORMATION_SHARE: (information < 0).mean() if len(information) else math.nan,
+        SECONDS_PER_STEP: float(np.median(seconds)) if len(seconds) else math.nan,
     }
 
 
-def _test_line(track: Track, split: str | None) -> dict[str, Any] | None:
+def _test_line(run: RunCurves, split: str | None) -> dict[str, Any] | None:
     """The last evaluation on the test split, where that is not the curve and comes after training."""
-    lines = evaluated(track, "test") if split != "test" else []
+    lines = evaluated(run, "test") if split != "test" else []
     return lines[-1] if lines and lines[-1][runlog.STEP] > 0 else None
 
 
-def _question_bounds(track: Track, split: str | None) -> dict[str, tuple[float, float]]:
-    lines = evaluated(track, split)
-    found: dict[str, Any] = {FINAL: _test_line(track, split)}
+def _question_bounds(run: RunCurves, split: str | None) -> dict[str, tuple[float, float]]:
+    lines = evaluated(run, split)
+    found: dict[str, Any] = {FINAL: _test_line(run, split)}
     if lines:
         values = accuracy(lines)[1]
-        found |= {FINAL_CURVE: lines[-1], PEAK: lines[int(values.argmax())]}
+        found |= {FINAL_VALIDATION: lines[-1], PEAK: lines[int(values.argmax())]}
         found |= {INITIAL: lines[0]} if lines[0][runlog.STEP] == 0 else {}
     bounds = {
         name: (number(line.get(runlog.AVG_AT_K + runlog.LOW)), number(line.get(runlog.AVG_AT_K + runlog.HIGH)))
@@ -321,37 +296,37 @@ def _frozen(value: object) -> str:
 # Studies ---------------------------------------------------------------------------------------------------------
 
 
-def settings_of_study(study: StudySource) -> list[Setting]:
-    """One per setting of the summary, in its order."""
+def comparisons_of_study(study: StudySource) -> list[Comparison]:
+    """One comparison per setting of the summary, in its order."""
     document = study.summary.get("study")
     reference = document.get("reference") if isinstance(document, dict) else None
-    settings = []
+    comparisons = []
     for name, body in study.summary["settings"].items():
         methods = body.get("methods") if isinstance(body, dict) else None
         published = reference.get(name) if isinstance(reference, dict) else None
         published = published if isinstance(published, dict) else {}
-        rows = [
-            _summary_row(str(method), values, number(published.get(method)))
+        results = [
+            _summarized_result(str(method), values, number(published.get(method)))
             for method, values in (methods if isinstance(methods, dict) else {}).items()
             if isinstance(values, dict)
         ]
-        tracks = [track for track in study.tracks.get(name, []) if track.method in {row.method for row in rows}]
-        settings.append(Setting(str(name), tracks, rows, curve_split(tracks)))
-    return settings
+        runs = [run for run in study.runs.get(name, []) if run.method in {result.method for result in results}]
+        comparisons.append(Comparison(str(name), runs, results, curve_split(runs)))
+    return comparisons
 
 
-def _summary_row(method: str, values: Mapping[str, Any], reference: float) -> Row:
+def _summarized_result(method: str, values: Mapping[str, Any], reference: float) -> MethodResult:
     versus = values.get("versus")
     seeds, failed = values.get("seeds"), values.get("failed")
     collapsed = values.get("collapsed")
-    return Row(
+    return MethodResult(
         method=method,
         seeds=[str(seed) for seed in seeds] if isinstance(seeds, list) else [],
         values={name: numbers(values.get(name)) for name in MEASURES},
         collapsed=[bool(value) for value in collapsed] if isinstance(collapsed, list) else [],
         failed=[_seed(entry) for entry in failed] if isinstance(failed, list) else [],
         versus={
-            str(other): Comparison(
+            str(other): PairedDifference(
                 value=number(found.get("value")),
                 low=number(found.get("low")),
                 high=number(found.get("high")),
@@ -388,9 +363,9 @@ class Curve:
     runs: int = 1
 
 
-def accuracy_curve(tracks: Sequence[Track], split: str | None) -> Curve | None:
+def accuracy_curve(runs: Sequence[RunCurves], split: str | None) -> Curve | None:
     """Mean avg@k of the runs of a method with the range over runs, or of one run with its interval over questions."""
-    lines = [evaluated(track, split) for track in tracks]
+    lines = [evaluated(run, split) for run in runs]
     lines = [of_run for of_run in lines if of_run]
     if not lines:
         return None
@@ -401,17 +376,17 @@ def accuracy_curve(tracks: Sequence[Track], split: str | None) -> Curve | None:
         )
     else:
         low, high = _extremes(table)
-    return Curve(tracks[0].method, tracks[0].method, steps, _mean(table), low, high, runs=len(lines))
+    return Curve(runs[0].method, runs[0].method, steps, _mean(table), low, high, runs=len(lines))
 
 
 def metric_curve(
-    tracks: Sequence[Track], name: str, label: str, log: bool = False, dashed: bool = False, points: int = POINTS
+    runs: Sequence[RunCurves], name: str, label: str, log: bool = False, dashed: bool = False, points: int = POINTS
 ) -> Curve | None:
     """A metric of the runs of a method, smoothed; over several runs their mean and range; at most `points` points.
 
     `log` takes means of the logarithm (the line is a geometric mean) and leaves out what has none.
     """
-    found = [(track.steps, track.series[name]) for track in tracks if name in track.series]
+    found = [(run.steps, run.series[name]) for run in runs if name in run.series]
     if log:
         found = [(steps, np.log(np.where(values > 0, values, np.nan))) for steps, values in found]
     found = [(steps, values) for steps, values in found if np.isfinite(values).any()]
@@ -428,7 +403,16 @@ def metric_curve(
     if log:
         y, low, high = np.exp(y), None if low is None else np.exp(low), None if high is None else np.exp(high)
         spikes = spikes[0], np.exp(spikes[1])
-    return Curve(tracks[0].method, label, x, y, low, high, raw=spikes, dashed=dashed, runs=len(found))
+    return Curve(runs[0].method, label, x, y, low, high, raw=spikes, dashed=dashed, runs=len(found))
+
+
+def smooth(values: Array) -> Array:
+    """Centered mean over SMOOTHING_SHARE of the values, over fewer at the ends; nan is left out, not spread."""
+    window = np.ones(2 * round(len(values) * SMOOTHING_SHARE / 2) + 1)
+    known = np.isfinite(values)
+    counts = np.convolve(known, window, mode="same")
+    sums = np.convolve(np.where(known, values, 0.0), window, mode="same")
+    return np.where(known, sums / np.maximum(counts, 1), np.nan)
 
 
 def _table(series: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:

@@ -1,6 +1,6 @@
-"""`pgpo report`: one HTML page that holds everything, opens from disk and asks no network.
+"""`pgpo report`: one self-contained HTML page, which opens from disk and needs no network.
 
-    paths --sources--> runs, studies --methods--> settings: rows, curves --setting, tables--> HTML --page--> file
+    paths --sources--> runs, studies --methods--> comparisons of methods --comparison, tables--> HTML --page--> file
 
 The Content-Security-Policy of the page allows its own script and style by their hash and nothing else.
 """
@@ -19,15 +19,17 @@ from typing import Any
 
 from pgpo import __version__, runlog
 from pgpo.errors import UserError
+from pgpo.files import write_atomically
 from pgpo.report import methods as m
 from pgpo.report.charts import styles_of
+from pgpo.report.comparison import SIGNAL_CHARTS, Shared, comparison_section
 from pgpo.report.details import alarm_marks, alarm_section, configuration_section, mapping, plan_section
 from pgpo.report.markup import Html, data_block, el, join
-from pgpo.report.methods import Setting
+from pgpo.report.methods import Comparison
 from pgpo.report.samples import sample_section
-from pgpo.report.setting import SIGNALS, Shared, setting_section
-from pgpo.report.sources import RunSource, StudySource, number, read_sources
+from pgpo.report.sources import StudySource, number, read_sources
 from pgpo.report.tables import COLLAPSE_POINTS, overview_table, scrolling
+from pgpo.runlog import Run
 
 MOST_POINTS, FEWEST_POINTS = 25_000, 25  # on the page; of one curve
 LONGEST_TITLE = 80  # characters
@@ -62,40 +64,40 @@ def main(paths: Sequence[Path], out: Path, figures: Path | None = None) -> int:
     text = page(report)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        runlog.write_atomically(out, text)
+        write_atomically(out, text)
     except OSError as error:
         raise UserError(f"the report {out} cannot be written ({error.strerror}); choose another --out.") from error
     print(f"report: {out} ({len(text.encode()) / 1e6:.1f} MB)", file=sys.stderr)
     if figures is not None:
-        from pgpo.report.method_figures import plot_settings
+        from pgpo.report.figures import plot_comparisons
 
-        for path in plot_settings(report.settings, figures):
+        for path in plot_comparisons(report.comparisons, figures):
             print(f"figure: {path}", file=sys.stderr)
     return 0
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is reported: `of_runs` is the setting of all runs, None without runs; `of_studies` go with `studies`."""
+    """What is reported. `of_runs`: the comparison of all runs, None without runs; `of_studies`: those of each study."""
 
-    runs: list[RunSource]
+    runs: list[Run]
     studies: list[StudySource]
-    of_runs: Setting | None
-    of_studies: list[list[Setting]]
+    of_runs: Comparison | None
+    of_studies: list[list[Comparison]]
 
     @classmethod
-    def of(cls, runs: list[RunSource], studies: list[StudySource]) -> Report:
-        of_runs = m.setting_of_runs(runs, "Runs") if runs else None
-        return cls(runs, studies, of_runs, [m.settings_of_study(study) for study in studies])
+    def of(cls, runs: list[Run], studies: list[StudySource]) -> Report:
+        of_runs = m.comparison_of_runs(runs, "Runs") if runs else None
+        return cls(runs, studies, of_runs, [m.comparisons_of_study(study) for study in studies])
 
     @property
-    def settings(self) -> list[Setting]:
+    def comparisons(self) -> list[Comparison]:
         of_runs = [self.of_runs] if self.of_runs else []
-        return of_runs + [setting for settings in self.of_studies for setting in settings]
+        return of_runs + [comparison for comparisons in self.of_studies for comparison in comparisons]
 
     @property
     def methods(self) -> list[str]:
-        return list(dict.fromkeys(method for setting in self.settings for method in setting.methods))
+        return list(dict.fromkeys(method for comparison in self.comparisons for method in comparison.methods))
 
 
 def page(report: Report) -> str:
@@ -145,9 +147,9 @@ Section = tuple[str, str, Html]  # id, what the contents call it, markup
 def _sections_of_runs(shared: Shared, report: Report) -> list[Section]:
     if report.of_runs is None:
         return []
-    labels = [track.method for track in report.of_runs.tracks]
+    labels = [run.method for run in report.of_runs.runs]
     marks = alarm_marks(report.runs)
-    curves = setting_section(shared, report.of_runs, "runs", "Learning curves", marks, all_open=True)
+    curves = comparison_section(shared, report.of_runs, "runs", "Learning curves", marks, all_open=True)
     sections: list[tuple[str, str, Html | None]] = [
         ("runs", "Learning curves", curves),
         ("samples", "Samples", sample_section(report.runs, labels)),
@@ -160,16 +162,16 @@ def _sections_of_runs(shared: Shared, report: Report) -> list[Section]:
 def _sections_of_studies(shared: Shared, report: Report) -> list[Section]:
     sections = []
     alone = len(report.studies) == 1 and not report.runs
-    for number_, (study, settings) in enumerate(zip(report.studies, report.of_studies), 1):
+    for number_, (study, comparisons) in enumerate(zip(report.studies, report.of_studies), 1):
         key = f"study-{number_}"
         title = "Overview" if alone else f"Study {study.name}"
-        links = [_link(f"{key}-{place}", setting.name) for place, setting in enumerate(settings)]
-        table = overview_table(settings, links, shared.styles)
+        links = [_link(f"{key}-{place}", comparison.name) for place, comparison in enumerate(comparisons)]
+        table = overview_table(comparisons, links, shared.styles)
         sections.append((key, title, el("section", el("h2", title), table, id=key)))
-        for place, setting in enumerate(settings):
-            place_key, name = f"{key}-{place}", f"Setting {setting.name}"
-            sections.append((place_key, setting.name, setting_section(shared, setting, place_key, name, [])))
-        sections.append((f"{key}-plan", "Plan and environment", plan_section(study, settings, f"{key}-plan")))
+        for place, comparison in enumerate(comparisons):
+            place_key, name = f"{key}-{place}", f"Setting {comparison.name}"
+            sections.append((place_key, comparison.name, comparison_section(shared, comparison, place_key, name, [])))
+        sections.append((f"{key}-plan", "Plan and environment", plan_section(study, comparisons, f"{key}-plan")))
     return sections
 
 
@@ -182,7 +184,7 @@ def _hash(text: str) -> str:
 
 
 def _legend_rules(indices: Iterable[int]) -> str:
-    """By these the boxes of a legend hide a method, and pointing at its name fades the others, without a script."""
+    """CSS by which a checkbox of a legend hides a method, and pointing at a name fades the others, without a script."""
     hide = 'section:has(.legend input[value="{0}"]:not(:checked)) svg [data-m="{0}"]{{display:none}}\n'
     asked = '[data-key="{0}"]:hover,[data-key="{0}"] :focus-visible'
     fade = f'section:has({asked}) figure [data-m]:not([data-m="{{0}}"]){{{{opacity:.1}}}}\n'
@@ -191,7 +193,9 @@ def _legend_rules(indices: Iterable[int]) -> str:
 
 def _points_for(report: Report) -> int:
     """Points per curve that keep the page below about 3 MB (measured: 100 bytes a point, with band and readings)."""
-    curves = sum(len(setting.rows) for setting in report.settings) * sum(len(signal.names) for signal in SIGNALS)
+    curves = sum(len(comparison.results) for comparison in report.comparisons) * sum(
+        len(signal.names) for signal in SIGNAL_CHARTS
+    )
     return max(FEWEST_POINTS, min(m.POINTS, MOST_POINTS // max(1, curves)))
 
 
@@ -231,18 +235,18 @@ def _lead() -> Html:
 
 
 def _facts(report: Report) -> Html:
-    tracks = [track for setting in report.settings for track in setting.tracks]
-    lines = [line for track in tracks for line in track.evaluations]
-    last = [max([*track.steps[-1:], *(line[runlog.STEP] for line in track.evaluations)], default=0) for track in tracks]
-    environments = [source.run.environment for source in report.runs]
+    runs = [run for comparison in report.comparisons for run in comparison.runs]
+    lines = [line for run in runs for line in run.evaluations]
+    last = [max([*run.steps[-1:], *(line[runlog.STEP] for line in run.evaluations)], default=0) for run in runs]
+    environments = [run.environment for run in report.runs]
     environments += [mapping(study.summary.get("environment")) for study in report.studies]
     ks, questions = (_span(line.get(name) for line in lines) for name in (runlog.K, runlog.QUESTIONS))
-    seeds = {track.seed for track in tracks if track.seed}
+    seeds = {run.seed for run in runs if run.seed}
     facts = {
         "Task": _listed(_tasks(report), 4),
-        "Settings": str(len(report.settings)) if report.studies else "",
+        "Settings": str(len(report.comparisons)) if report.studies else "",
         "Methods": str(len(report.methods)),
-        "Runs": f"{len(tracks)} with {len(seeds)} seeds" if len(seeds) > 1 else str(len(tracks)),
+        "Runs": f"{len(runs)} with {len(seeds)} seeds" if len(seeds) > 1 else str(len(runs)),
         "Steps": _span(last),
         "Evaluation": f"avg@{ks} on {questions} questions" if lines else "none",
         "Device": _listed(_values(environments, "device"), 2),
@@ -255,11 +259,11 @@ def _facts(report: Report) -> Html:
 
 def _tasks(report: Report) -> list[str]:
     """Task and domain of the runs, and of the settings of the studies where they name them."""
-    configs = [source.run.config for source in report.runs]
-    for study, settings in zip(report.studies, report.of_studies):
+    configs = [run.config for run in report.runs]
+    for study, comparisons in zip(report.studies, report.of_studies):
         document = mapping(study.summary.get("study"))
         common, written = mapping(document.get("common")), mapping(document.get("settings"))
-        configs += [common | mapping(written.get(setting.name)) for setting in settings]
+        configs += [common | mapping(written.get(comparison.name)) for comparison in comparisons]
     keys = ("task", "domain")
     found = [" ".join(str(config[key]) for key in keys if config.get(key) is not None) for config in configs]
     return [text for text in dict.fromkeys(found) if text]
@@ -270,19 +274,19 @@ def _values(dictionaries: Iterable[Mapping[str, Any]], name: str) -> list[str]:
 
 
 def _commits(environments: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A run has one, a study counts its runs of each."""
+    """Of runs, which have one each, and of studies, which may have several."""
     found = [[values.get("git_commit"), *mapping(values.get("commits"))] for values in environments]
     return list(dict.fromkeys(str(commit) for commits in found for commit in commits if commit not in (None, "None")))
 
 
 def _commit(text: str) -> str:
-    """Ten digits, and whether the source was changed since."""
+    """Ten digits, and whether the source had uncommitted changes."""
     name, _, changed = text.partition("-")
     return f"{name[:10]}{' (changed)' if changed else ''}"
 
 
 def _span(values: Iterable[Any]) -> str:
-    """The one value, or the smallest and the largest."""
+    """The value, or the range from the smallest to the largest."""
     known = sorted({value for value in map(number, values) if math.isfinite(value)})
     return "–".join(f"{value:.10g}" for value in dict.fromkeys((known[0], known[-1]))) if known else "?"
 

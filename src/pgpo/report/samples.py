@@ -1,4 +1,4 @@
-"""Sample completions, with what teacher and student disagree about, token by token."""
+"""Sample completions, with the disagreement of teacher and student token by token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from pgpo import runlog
 from pgpo.report.charts import fixed, significant
 from pgpo.report.markup import Html, el, join
-from pgpo.report.sources import RunSource, number
+from pgpo.report.sources import number
+from pgpo.runlog import Run
 
 # nats; ours: below the first a token says nothing, and a Jensen-Shannon divergence cannot exceed ln 2 = .69
 LEVELS = (0.01, 0.05, 0.2, 0.5)
@@ -18,17 +19,17 @@ STEPS_SHOWN, PER_STEP = 4, 4
 MOST_CHARACTERS, MOST_TOKENS, MOST_LISTED, LONG = 4000, 600, 10, 800
 
 
-def sample_section(runs: Sequence[RunSource], labels: Sequence[str]) -> Html | None:
-    """Of the first run of each method that has samples: a few steps, evenly spread, the first and the last open."""
+def sample_section(runs: Sequence[Run], labels: Sequence[str]) -> Html | None:
+    """A few steps, evenly spaced, of the first run of each method that has samples; the first and the last are open."""
     parts = []
     done: set[str] = set()
     coloured = False
-    for source, label in zip(runs, labels):
-        logged = [line for line in source.run.samples if isinstance(line.get("samples"), list) and line["samples"]]
+    for run, label in zip(runs, labels):
+        logged = [line for line in run.samples if isinstance(line.get("samples"), list) and line["samples"]]
         if label in done or not logged:
             continue
         done.add(label)
-        parts.append(el("h3", label if labels.count(label) == 1 else f"{label}, run {source.name}"))
+        parts.append(el("h3", label if labels.count(label) == 1 else f"{label}, run {run.name}"))
         chosen = _spread(logged, STEPS_SHOWN)
         for line in chosen:
             samples = [sample for sample in line["samples"][:PER_STEP] if isinstance(sample, dict)]
@@ -149,7 +150,7 @@ def _probability(logprob: float) -> str:
 
 
 def _largest(tokens: Sequence[tuple[str, float, float, float]]) -> Html | None:
-    """The numbers of the tokens that differ most, for who cannot point."""
+    """A table of the tokens that differ most, for readers without a pointer."""
     listed = sorted((token for token in tokens if token[1] >= LEVELS[0]), key=lambda token: -token[1])[:MOST_LISTED]
     if not listed:
         return None

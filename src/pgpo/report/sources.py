@@ -1,16 +1,14 @@
-"""What `pgpo report` is given, read: runs and studies, as arrays. What cannot be read is named and left out.
+"""The runs and studies that `pgpo report` was given, as arrays. What cannot be read is skipped with a message.
 
-run directory    runlog.read_run, and alarms.jsonl where the guard was on
-study folder     summary.json (tables) and records.jsonl.gz (curves), as written by `pgpo study`
+run directory    runlog.read_run
+study folder     study_files: summary.json (tables) and records.jsonl.gz (curves)
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import sys
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,23 +19,22 @@ import numpy.typing as npt
 
 from pgpo import runlog
 from pgpo.errors import UserError
+from pgpo.files import NON_FINITE
+from pgpo.runlog import Run
+from pgpo.study_files import RECORDS_FILE, SUMMARY_FILE, read_summary, readable_records, run_name
 
 Array = npt.NDArray[np.float64]
 
-ALARMS_FILE = "alarms.jsonl"
-SUMMARY_FILE = "summary.json"
-RECORDS_FILE = "records.jsonl.gz"
-STUDY_SCHEMA = 1
 LARGEST = 1e100
 LARGEST_STEP = 2**53  # the largest count that a float and a browser hold exactly
 
 
 @dataclass(frozen=True)
-class Track:
-    """One run as the charts need it.
+class RunCurves:
+    """The curves of one run.
 
     Attributes:
-        name: what a reader calls the run.
+        name: of the run, for readers.
         method: label of its method; runs of one method differ in their seed alone.
         seed: as text.
         steps: [n] optimizer steps, rising.
@@ -52,39 +49,46 @@ class Track:
     series: dict[str, Array]
     evaluations: list[dict[str, Any]]
 
-
-@dataclass(frozen=True)
-class RunSource:
-    """A run directory and the alarms of its guard (empty without one)."""
-
-    run: runlog.Run
-    alarms: list[dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        return self.run.directory.resolve().name
-
-    def track(self, method: str) -> Track:
-        lines = {line[runlog.STEP]: line for line in self.run.metrics if abs(line[runlog.STEP]) <= LARGEST_STEP}
-        steps = sorted(lines)  # a step that stands twice counts once, as it was written last
+    @classmethod
+    def of_run(cls, run: Run, method: str) -> RunCurves:
+        lines = {line[runlog.STEP]: line for line in run.metrics if abs(line[runlog.STEP]) <= LARGEST_STEP}
+        steps = sorted(lines)  # of a step with two lines the last one counts
         names = dict.fromkeys(name for line in lines.values() for name in line if name != runlog.STEP)
-        return Track(
-            name=self.name,
+        return cls(
+            name=run.name,
             method=method,
-            seed=str(self.run.config.get("seed", "")),
+            seed=str(run.config.get("seed", "")),
             steps=np.array(steps, dtype=np.float64),
             series={name: numbers(lines[step].get(name) for step in steps) for name in names},
-            evaluations=_evaluations(self.run.evaluations),
+            evaluations=_evaluations(run.evaluations),
+        )
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> RunCurves:
+        steps = numbers(record.get("steps"))
+        if not np.all(np.diff(steps, prepend=-np.inf) > 0):  # also false for nan
+            steps = np.empty(0)
+        metrics = record.get("metrics")
+        series = {str(k): numbers(v) for k, v in metrics.items()} if isinstance(metrics, dict) else {}
+        evaluations = record.get("evaluations")
+        return cls(
+            name=run_name(record["setting"], record["method"], record.get("seed")),
+            method=str(record["method"]),
+            seed=str(record.get("seed", "")),
+            steps=steps,
+            # Only a series with a value for every step can be placed on the step axis.
+            series={name: values for name, values in series.items() if len(values) == len(steps)},
+            evaluations=_evaluations(evaluations if isinstance(evaluations, list) else []),
         )
 
 
 @dataclass(frozen=True)
 class StudySource:
-    """A study folder: summary.json as it is, one track per finished run of each setting, the failed runs."""
+    """A study folder: summary.json as it is, the curves of every finished run by setting, the failed runs."""
 
     directory: Path
     summary: dict[str, Any]
-    tracks: dict[str, list[Track]]
+    runs: dict[str, list[RunCurves]]
     records: list[dict[str, Any]] = field(repr=False)  # without their series and evaluations
 
     @property
@@ -92,13 +96,13 @@ class StudySource:
         return str(self.summary.get("name") or self.directory.resolve().name)
 
 
-def read_sources(paths: Sequence[Path]) -> tuple[list[RunSource], list[StudySource]]:
-    """The runs and studies among the paths, in order; the others are told on stderr, one line each, and left out.
+def read_sources(paths: Sequence[Path]) -> tuple[list[Run], list[StudySource]]:
+    """The runs and studies at the paths, in order; the others are skipped, with one line on stderr each.
 
-    Left out are folders that cannot be read, runs without metrics, and runs whose task or domain is not that of the
-    first. Raises UserError when nothing is left.
+    Skipped are folders that cannot be read, runs without metrics, and runs whose task or domain differs from that of
+    the first. Raises UserError when nothing is left.
     """
-    runs: list[RunSource] = []
+    runs: list[Run] = []
     studies: list[StudySource] = []
     seen: set[Path] = set()
     for path in paths:
@@ -112,7 +116,7 @@ def read_sources(paths: Sequence[Path]) -> tuple[list[RunSource], list[StudySour
                 run = _read_run(path)
                 if runs and _task(run) != _task(runs[0]):
                     raise UserError(
-                        f"its task is {' '.join(_task(run))}, that of {runs[0].run.directory} is"
+                        f"its task is {' '.join(_task(run))}, that of {runs[0].directory} is"
                         f" {' '.join(_task(runs[0]))}; report them apart."
                     )
                 runs.append(run)
@@ -126,9 +130,9 @@ def read_sources(paths: Sequence[Path]) -> tuple[list[RunSource], list[StudySour
 
 
 def number(value: object) -> float:
-    """A float; nan for what is none, infinity for what no axis can hold. runlog's names of non-finite numbers count."""
+    """The value as a float: nan for what is no number, infinity beyond LARGEST; "NaN" and "Infinity" are numbers."""
     if isinstance(value, str):
-        return runlog.NON_FINITE.get(value, math.nan)
+        return NON_FINITE.get(value, math.nan)
     if not isinstance(value, (int, float)):
         return math.nan
     if abs(value) > LARGEST:
@@ -137,14 +141,14 @@ def number(value: object) -> float:
 
 
 def numbers(values: object) -> Array:
-    """[n] floats, one per item; a single number is a list of one, anything else is empty."""
+    """[n] floats, one per item of a list; a number is a list of one, anything else an empty list."""
     if isinstance(values, (int, float)):
         values = [values]
     items = values if isinstance(values, Iterable) and not isinstance(values, (str, Mapping)) else []
     return np.array([number(value) for value in items], dtype=np.float64)
 
 
-def _read_run(path: Path) -> RunSource:
+def _read_run(path: Path) -> Run:
     try:
         run = runlog.read_run(path)
     except KeyError as error:
@@ -153,12 +157,11 @@ def _read_run(path: Path) -> RunSource:
         raise UserError(f"the config in {path / runlog.CONFIG_FILE} is not a JSON object; restore it from a copy.")
     if not run.metrics:
         raise UserError(f"it has no line in {runlog.METRICS_FILE}; let the run finish a step first.")
-    for name in (runlog.METRICS_FILE, runlog.EVALUATIONS_FILE, runlog.SAMPLES_FILE, ALARMS_FILE):
+    for name in runlog.LOG_FILES:
         file = path / name
         if file.exists() and (end := file.read_bytes().rpartition(b"\n")[2]) and not _is_json(end):
             _warn(f"the last line of {file} is cut and is left out.")
-    alarms = path / ALARMS_FILE
-    return RunSource(run, runlog.read_lines(alarms, unfinished_end=True) if alarms.exists() else [])
+    return run
 
 
 def _is_json(line: bytes) -> bool:
@@ -168,14 +171,14 @@ def _is_json(line: bytes) -> bool:
         return False
 
 
-def _task(run: RunSource) -> tuple[str, ...]:
+def _task(run: Run) -> tuple[str, ...]:
     """Task and domain, as words."""
-    named = (run.run.config.get(name) for name in ("task", "domain"))
+    named = (run.config.get(name) for name in ("task", "domain"))
     return tuple(str(value) for value in named if value is not None) or ("not named",)
 
 
 def _evaluations(lines: Iterable[Any]) -> list[dict[str, Any]]:
-    """The lines that have a whole step and an accuracy."""
+    """The lines with a whole number as step and a finite accuracy."""
     return [
         line
         for line in lines
@@ -187,74 +190,18 @@ def _evaluations(lines: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _read_study(path: Path) -> StudySource:
-    summary = _summary(path / SUMMARY_FILE)
-    tracks: dict[str, list[Track]] = {}
+    summary = read_summary(path / SUMMARY_FILE)
+    runs: dict[str, list[RunCurves]] = {}
     records = []
-    for record in _records(path / RECORDS_FILE):
+    found, problems = readable_records(path / RECORDS_FILE)
+    for problem in problems:
+        _warn(problem)
+    for record in found:
         setting = str(record.get("setting"))
         if record.get("status") == "ok":
-            tracks.setdefault(setting, []).append(_record_track(record))
+            runs.setdefault(setting, []).append(RunCurves.of_record(record))
         records.append({k: v for k, v in record.items() if k not in ("metrics", "evaluations", "steps", "test_scores")})
-    return StudySource(path, summary, tracks, records)
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"it has no {path.name}; let `pgpo study` write its tables first.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON; let `pgpo study` write it again.") from error
-    if not isinstance(summary, dict) or not isinstance(summary.get("settings"), dict):
-        raise UserError(f'{path} has no "settings"; let `pgpo study` write it again.')
-    if summary.get("schema") != STUDY_SCHEMA:
-        raise UserError(
-            f"{path} has schema version {summary.get('schema')}, this pgpo reads version {STUDY_SCHEMA};"
-            " use the pgpo version that wrote it."
-        )
-    return summary
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The records that can be read; a file that is missing or cut costs curves, not the tables."""
-    records: list[dict[str, Any]] = []
-    odd = 0
-    try:
-        with gzip.open(path, "rb") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    record = None
-                if isinstance(record, dict) and "setting" in record and "method" in record:
-                    records.append(record)
-                else:
-                    odd += 1
-    except FileNotFoundError:
-        _warn(f"{path.parent} has no {path.name}: its tables are shown without curves.")
-    except (OSError, EOFError, zlib.error):
-        _warn(f"{path} is damaged: the {len(records)} runs before the damage are drawn.")
-    if odd:
-        _warn(f"{path} has {odd} lines that are no records; they are left out.")
-    return records
-
-
-def _record_track(record: Mapping[str, Any]) -> Track:
-    steps = numbers(record.get("steps"))
-    if not np.all(np.diff(steps, prepend=-np.inf) > 0):  # also false for nan
-        steps = np.empty(0)
-    metrics = record.get("metrics")
-    series = {str(k): numbers(v) for k, v in metrics.items()} if isinstance(metrics, dict) else {}
-    evaluations = record.get("evaluations")
-    return Track(
-        name=f"{record['setting']}/{record['method']}/seed-{record.get('seed')}",
-        method=str(record["method"]),
-        seed=str(record.get("seed", "")),
-        steps=steps,
-        # Only a series with a value for every step can be placed on the step axis.
-        series={name: values for name, values in series.items() if len(values) == len(steps)},
-        evaluations=_evaluations(evaluations if isinstance(evaluations, list) else []),
-    )
+    return StudySource(path, summary, runs, records)
 
 
 def _warn(text: str) -> None:

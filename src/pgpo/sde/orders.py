@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pgpo.intervals import student_t
+
 from .experiments import Claim
 from .transfer import Unresolved
 
@@ -27,9 +29,6 @@ ZERO_A0, ZERO_A1 = 1e-5, 1e-4
 LAST_BAND, FINE_BAND = 0.1, 0.2
 GUARD_TOLERANCE = 0.01
 ROUNDING = 1e-10  # errors below this are floating-point noise, where relative agreement means nothing
-
-# Student's t, 97.5 % point, by degrees of freedom.
-T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def fit_slope(etas: Sequence[float], errors: Sequence[float]) -> tuple[float, fl
     if n < 3:
         return slope, math.inf
     residual = sum((b - my - slope * (a - mx)) ** 2 for a, b in zip(x, y, strict=True))
-    return slope, T_QUANTILE[n - 2] * math.sqrt(residual / (n - 2) / sxx)
+    return slope, student_t(n - 2) * math.sqrt(residual / (n - 2) / sxx)
 
 
 def expansion(etas: Sequence[float], signed: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 from trl import ModelConfig
 
-from pgpo.errors import UserError
+from pgpo.errors import SentenceParser, UserError
 from pgpo.tasks import Task, load_task
 from pgpo.train.config import PGPOConfig
 from pgpo.train.field_types import check_types, huge, reason, shown
@@ -147,14 +147,8 @@ class Parsed:
     given: dict[str, Any]
 
 
-class Parser(HfArgumentParser):
-    """Argparse without its page of usage after a mistake, and without guessing which flag a shorter one may mean."""
-
-    def __init__(self, kinds: Any, prog: str) -> None:
-        super().__init__(kinds, prog=prog, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message:.400}; see `{self.prog} --help`.")
+class Parser(SentenceParser, HfArgumentParser):
+    """The fields of argument dataclasses as flags; further arguments may be added."""
 
 
 def parse(argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed:

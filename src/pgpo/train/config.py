@@ -17,7 +17,8 @@ from pgpo.core.divergence import KINDS, check_divergence
 from pgpo.core.viscosity import ExponentialLaw, SmoothExponentialLaw, linear_schedule
 from pgpo.errors import UserError
 from pgpo.train.field_types import check_types
-from pgpo.train.guard import GUARDS, choose_limits
+from pgpo.train.guard import GUARDS
+from pgpo.train.signals import choose_limits
 
 OBJECTIVES = ("pgpo", "sdpo", "grpo")
 TEACHERS = ("ema", "live", "frozen", "trust_region")
@@ -147,7 +148,7 @@ class PGPOConfig(GRPOConfig):
         "the objective.",
     )
     guard_limits: str | None = _option(
-        None, "JSON file {signal: limit} from healthy runs (guard.calibrate); None = values of the lab's world."
+        None, "JSON file {signal: limit} from healthy runs (signals.calibrate); None = values of the lab's world."
     )
     guard_warmup: int = _option(5, "First steps that only feed the smoothing; no alarm.")
     guard_patience: int = _option(1, "Steps in a row beyond a limit that make an alarm.")
@@ -350,6 +351,11 @@ class PGPOConfig(GRPOConfig):
                 f"{self.objective!r} and {self.information_source!r}."
             )
 
+    @property
+    def distills(self) -> bool:
+        """PGPO and SDPO learn from the teacher; GRPO does not."""
+        return self.objective != "grpo"
+
     def _check_guard(self) -> None:
         _choice("guard", self.guard, GUARDS)
         for name, least in (("guard_warmup", 0), ("guard_patience", 1), ("guard_max_actions", 1)):
@@ -375,8 +381,8 @@ class PGPOConfig(GRPOConfig):
             )
 
     def guarded_signals(self) -> dict[str, float]:
-        """{signal: limit} that the guard watches; see guard.choose_limits."""
-        return choose_limits(self.guard_signals, self.guard_limits, self.objective != "grpo", self.watch_demonstrations)
+        """{signal: limit} that the guard watches; see signals.choose_limits."""
+        return choose_limits(self.guard_signals, self.guard_limits, self.distills, self.watch_demonstrations)
 
     def _fold_batch(self) -> None:
         """Make one Trainer step one optimizer step, whichever way the batch was given."""

@@ -93,6 +93,11 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "_", text).lstrip(".") or "_"
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether the text may name a model on the hub: `name` or `owner/name`."""
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", text) is not None
+
+
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)

@@ -1,327 +1,33 @@
-"""Collapse guard: watch what every step measures anyway, say when it leaves its healthy course, and act.
+"""Collapse guard: what an alarm of signals.py does to a trainer.
 
-    Signal, SIGNALS   a metric, the direction in which it goes when training collapses, and a limit
-    CollapseGuard     smoothed value against its own running best -> alarms         (pure, no torch)
-    calibrate         limits from healthy runs
-    GuardActions      what an alarm does to a trainer: freeze or roll back the teacher, halve the steps, roll back all
-
-A signal is smoothed, s_k = .8 s_{k-1} + .2 x_k, and compared with the best value it has had: an alarm says that it has
-been worse by more than its limit for `patience` steps. Smoothing, warm-up and the default limits come from a prototype
-study in the tiny language world (style variant, lr 3e-4: 8 runs with an EMA teacher, 6 of which decline, and 8 healthy
-ones with a frozen teacher). There the best alarms led the decline by a median of 2.5 steps, with 1 false alarm in 8
-healthy runs, and its limits are values OF THAT WORLD: on another model, calibrate on runs with a frozen teacher.
-
-    runs = [read_run(directory).metrics for directory in frozen_teacher_runs]
-    Path("limits.json").write_text(json.dumps(calibrate(runs)))         # then --guard_limits limits.json
+It freezes or rolls back the teacher, halves the steps, or rolls the whole run back.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import math
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pgpo.errors import UserError
+import torch
+
+from pgpo.train.signals import CollapseGuard, SignalState, calibrate
+
+__all__ = ["GUARDS", "GuardActions", "calibrate"]
 
 GUARDS = ("off", "warn", "freeze_teacher", "rollback_teacher", "halve_step", "rollback")
 SNAPSHOT_FILE = "pgpo_guard.pt"
 
-SMOOTHING = 0.8  # prototype study, all signals
-WARMUP = 5  # its running best starts at step 5
-MARGIN = 1.05  # its limits: the worst of the healthy runs times 1.05
 HALF = 0.5
 MIN_STEP_FACTOR = 0.125  # ours: three halvings; a run that still gets worse does so for another reason
 SNAPSHOT_INTERVAL = 5  # ours: copies the weights at most every fifth step; the smoothed value moves no faster
 
 
-@dataclass(frozen=True)
-class Signal:
-    """One thing to watch.
-
-    Attributes:
-        metric: its name in runlog.METRICS.
-        falls: collapse makes it fall; otherwise rise.
-        unit: of the metric, "" for a share or a number without unit.
-        relative: the limit is a share of the best value; otherwise it is in the metric's unit.
-        limit: default from the prototype study, or None where it gives no number: calibrate.
-        distills: only steps with a teacher measure it.
-    """
-
-    name: str
-    metric: str
-    falls: bool = False
-    unit: str = ""
-    relative: bool = False
-    limit: float | None = None
-    distills: bool = False
-
-    def excess(self, value: float, best: float) -> float:
-        """How much worse than its best a value is, in the metric's unit or as a share of the best; negative: better."""
-        worse = best - value if self.falls else value - best
-        return worse / best if self.relative else worse
-
-    def read(self, metrics: Mapping[str, Any]) -> float | None:
-        """Its value in the metrics of a step, or None where the step does not measure it.
-
-        That is: missing, None or not finite (no wrong sample; a gradient that overflowed in fp16), taken over tokens of
-        which there are none, or a gradient of 0 (a batch with nothing to learn), which would make any other look large.
-        """
-        x = metrics.get(self.metric)
-        if x is None or not math.isfinite(x) or (self.relative and x <= 0):
-            return None
-        return None if self.distills and metrics.get("active_share") == 0 else float(x)
-
-
-SIGNALS: dict[str, Signal] = {
-    s.name: s
-    for s in (
-        # Its guard on the batch reward fired at a fall of .06 (and too late).
-        Signal("reward", "reward", falls=True, limit=0.06),
-        Signal("length_tail", "length_tail", unit="tokens", relative=True),
-        Signal("clipped_share", "clipped_share"),
-        Signal("student_entropy_low", "student_entropy", falls=True, unit="nats", relative=True, distills=True),
-        Signal("student_entropy_high", "student_entropy", unit="nats", relative=True, distills=True),
-        # The norm "triples" in a collapse: three times its best is 200 % above it.
-        Signal("grad_norm", "grad_norm", relative=True, limit=2.0),
-        Signal("divergence", "divergence", unit="nats", distills=True),
-        # .044 was fitted to the exact KL(S||T); the sampled one has the same mean and more noise.
-        Signal("sampled_kl", "sampled_kl", unit="nats", limit=0.044, distills=True),
-        Signal("sampled_kl_wrong", "sampled_kl_wrong", unit="nats", limit=0.27, distills=True),
-        # .04 to .06 kept all 6 true alarms, with 2 and 1 false ones in 8 healthy runs.
-        Signal("demonstration_logprob", "demonstration_logprob", falls=True, unit="nats", limit=0.06, distills=True),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """A signal beyond its limit. value: smoothed; limit: the one crossed, as a share of the best if relative."""
-
-    step: int
-    signal: str
-    value: float
-    best: float
-    best_step: int
-    limit: float
-
-    @property
-    def reason(self) -> str:
-        """'sampled_kl 0.31 nats is 0.05 above its best 0.26 (step 30)'"""
-        signal = SIGNALS[self.signal]
-        unit = f" {signal.unit}" if signal.unit else ""
-        excess = signal.excess(self.value, self.best)
-        by = f"{100 * excess:.3g} %" if signal.relative else f"{excess:.3g}"
-        side = "below" if signal.falls else "above"
-        return f"{self.signal} {self.value:.3g}{unit} is {by} {side} its best {self.best:.3g} (step {self.best_step})"
-
-
-@dataclass
-class Track:
-    """The course of one signal so far; everything that decides about its next alarm."""
-
-    seen: int = 0  # finite values so far
-    value: float | None = None  # smoothed
-    best: float | None = None  # of the smoothed values after the warm-up
-    best_step: int | None = None
-    beyond: int = 0  # steps in a row beyond the limit
-    alarms: int = 0  # since the value was last within its limit
-
-    def follow(self, signal: Signal, step: int, x: float, warmup: int) -> float | None:
-        """Take in one value; how much worse than its best the smoothed value is now, None in the warm-up."""
-        self.seen += 1
-        self.value = x if self.value is None else SMOOTHING * self.value + (1 - SMOOTHING) * x
-        if self.seen <= warmup:
-            return None
-        if self.best is None or signal.excess(self.value, self.best) < 0:
-            self.best, self.best_step = self.value, step
-        return signal.excess(self.value, self.best)
-
-
-class CollapseGuard:
-    """Says when a signal has left its healthy course. Pure: numbers in, alarms out.
-
-    One alarm per excursion, and a further one each time that the excess has grown by another limit (2 limits, 3, ...);
-    back within its limit, a signal starts anew. The best value stays as it is while a signal is worse than it.
-
-    Args:
-        limits: {signal: limit}, in order of importance; the first one's best step is the run's best step.
-        warmup: first values of a signal that only feed its smoothing.
-        patience: steps in a row beyond the limit that make an alarm.
-
-    Raises:
-        ValueError: an unknown signal, no signal, or a number out of range.
-    """
-
-    def __init__(self, limits: Mapping[str, float], warmup: int = WARMUP, patience: int = 1) -> None:
-        if not limits:
-            raise ValueError("there is no signal to watch.")
-        for name, limit in limits.items():
-            if name not in SIGNALS:
-                raise ValueError(f"there is no signal {name!r}; choose among {', '.join(SIGNALS)}.")
-            if not (math.isfinite(limit) and limit > 0):
-                raise ValueError(f"the limit of {name} is {limit!r}; it must be a positive number.")
-        if warmup < 0 or patience < 1:
-            raise ValueError(f"warmup is {warmup} and patience {patience}; they must be at least 0 and 1.")
-        self.limits = dict(limits)
-        self.warmup, self.patience = warmup, patience
-        self.tracks = {name: Track() for name in limits}
-
-    def update(self, step: int, metrics: Mapping[str, Any]) -> list[Alarm]:
-        """Take in the metrics of one step (runlog.METRICS) and return its alarms, in the order of the limits.
-
-        A step that does not measure a signal leaves it as it is.
-        """
-        alarms = []
-        for name, limit in self.limits.items():
-            signal, track = SIGNALS[name], self.tracks[name]
-            x = signal.read(metrics)
-            excess = None if x is None else track.follow(signal, step, x, self.warmup)
-            if excess is None:
-                continue
-            if excess <= limit:
-                track.alarms = 0
-            crossed = limit * (track.alarms + 1)
-            track.beyond = track.beyond + 1 if excess > crossed else 0
-            if track.beyond == self.patience:
-                track.beyond, track.alarms = 0, track.alarms + 1
-                assert track.value is not None and track.best is not None and track.best_step is not None
-                alarms.append(Alarm(step, name, track.value, track.best, track.best_step, crossed))
-        return alarms
-
-    @property
-    def best_step(self) -> int | None:
-        """Step of the first signal's best value."""
-        return next(iter(self.tracks.values())).best_step
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on, in plain JSON; floats survive it exactly."""
-        return {
-            "limits": self.limits,
-            "warmup": self.warmup,
-            "patience": self.patience,
-            "tracks": {name: asdict(track) for name, track in self.tracks.items()},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`. Raises ValueError when it belongs to other signals, limits or settings."""
-        for name in ("limits", "warmup", "patience"):
-            if state[name] != getattr(self, name):
-                raise ValueError(f"the saved guard has {name} {state[name]}, this one {getattr(self, name)}")
-        self.tracks = {name: Track(**state["tracks"][name]) for name in self.limits}
-
-
-def excesses(signal: Signal, lines: Iterable[Mapping[str, Any]], warmup: int = WARMUP) -> list[float | None]:
-    """How much worse than its own running best the smoothed signal is at each step of a run; None in the warm-up.
-
-    lines: {"step": ..., metric: ...} as in metrics.jsonl. A step that does not measure it repeats the excess before.
-    """
-    track, excess, found = Track(), None, []
-    for line in lines:
-        if (x := signal.read(line)) is not None:
-            excess = track.follow(signal, line["step"], x, warmup)
-        found.append(excess)
-    return found
-
-
-def calibrate(runs: Iterable[Sequence[Mapping[str, Any]]], warmup: int = WARMUP) -> dict[str, float]:
-    """Limits from healthy runs, best with a frozen teacher: the largest excess that any of them shows, times 1.05.
-
-    Args:
-        runs: the lines of each run's metrics.jsonl ({"step": ..., metric: ...}).
-
-    Returns:
-        {signal: limit} for every signal that got worse than its own best at some time; one that never did (or never
-        was measured) has no scale, and is left out.
-
-    Raises:
-        ValueError: there is no run.
-    """
-    runs = list(runs)
-    if not runs:
-        raise ValueError("there is no healthy run to calibrate on.")
-    limits = {}
-    for name, signal in SIGNALS.items():
-        worst = max((e for lines in runs for e in excesses(signal, lines, warmup) if e is not None), default=0.0)
-        if worst > 0:
-            limits[name] = MARGIN * worst
-    return limits
-
-
-# Settings -------------------------------------------------------------------------------------------------------------
-
-
-def choose_limits(
-    signals: str | Sequence[str] | None, limits_file: str | None, distills: bool, watch_demonstrations: bool
-) -> dict[str, float]:
-    """{signal: limit} of a configuration: the named signals or those that suit the objective; limits from the file,
-    else the defaults.
-
-    Raises:
-        UserError: an unknown signal, one that this run does not measure or that has no limit, an unreadable file.
-    """
-    own = {} if limits_file is None else read_limits(limits_file)
-    if signals is None:
-        names = ["sampled_kl_wrong", "sampled_kl"] if distills else ["reward", "grad_norm"]
-        if distills and watch_demonstrations:
-            names.insert(0, "demonstration_logprob")
-    else:
-        names = signals.replace(",", " ").split() if isinstance(signals, str) else list(signals)
-    if not names:
-        raise UserError(f"guard_signals is {signals!r}; name at least one of {', '.join(SIGNALS)}.")
-    limits: dict[str, float] = {}
-    for name in names:
-        if name not in SIGNALS:
-            raise UserError(f"guard_signals names {name!r}; choose among {', '.join(SIGNALS)}.")
-        if SIGNALS[name].distills and not distills:
-            raise UserError(
-                f"guard_signals names {name}, which objective='grpo' does not measure; take reward, length_tail, "
-                "clipped_share or grad_norm."
-            )
-        if name == "demonstration_logprob" and not watch_demonstrations:
-            raise UserError("guard_signals names demonstration_logprob; set watch_demonstrations to measure it.")
-        limit = own.get(name, SIGNALS[name].limit)
-        if limit is None:
-            raise UserError(
-                f"guard_signals names {name}, which has no default limit; calibrate one on healthy runs "
-                "(pgpo.train.guard.calibrate) and give the file as guard_limits."
-            )
-        limits[name] = limit
-    return limits
-
-
-def read_limits(path: str | Path) -> dict[str, float]:
-    """{signal: limit} from a JSON file. Raises UserError when it cannot be read or holds anything else."""
-    try:
-        limits = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"guard_limits {path} cannot be read ({error.strerror}); check the path.") from error
-    except ValueError as error:
-        raise UserError(f"guard_limits {path} is not valid JSON; write it with json.dumps(calibrate(...)).") from error
-    if not isinstance(limits, dict) or not limits:
-        raise UserError(f'guard_limits {path} is not a JSON object such as {{"sampled_kl": 0.05}}.')
-    for name, limit in limits.items():
-        if name not in SIGNALS:
-            raise UserError(f"guard_limits {path} names {name!r}; choose among {', '.join(SIGNALS)}.")
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not (math.isfinite(limit) and limit > 0):
-            raise UserError(f"guard_limits {path} gives {name} the limit {limit!r}; it must be a positive number.")
-    return {name: float(limit) for name, limit in limits.items()}
-
-
-# Actions --------------------------------------------------------------------------------------------------------------
-
-
-def _print(line: Mapping[str, Any], text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 @dataclass
 class Snapshot:
-    """Run state after `step`, on the CPU. Parts that the action never restores are None."""
+    """State of the run after `step`, on the CPU; None for parts that the action does not restore."""
 
     step: int
     tracks: dict[str, dict[str, Any]]
@@ -331,29 +37,29 @@ class Snapshot:
 
 
 class GuardActions:
-    """Carries out what the guard asks for, on a trainer, at the end of a step.
+    """Carries out the action of an alarm on a trainer, at the end of a step.
 
     warn              nothing
-    freeze_teacher    the EMA teacher stays as it is from now on
-    rollback_teacher  it returns to its best snapshot, then stays (the prototype's guard: 8 runs, none collapsed)
+    freeze_teacher    the EMA teacher does not follow the student any more
+    rollback_teacher  the teacher returns to its best snapshot and is frozen (the prototype's guard: 8 runs, none
+                      collapsed)
     halve_step        all later steps * .5, down to 1/8
-    rollback          student, optimizer and teacher return to the best snapshot; so that the run does not only repeat
-                      itself, the teacher is frozen from then on, or the steps are halved where it is or does not move
+    rollback          student, optimizer and teacher return to the best snapshot. So that the run does not repeat
+                      itself, the teacher is frozen too, or the steps are halved if it is frozen already or never moved
 
     "Best" is the best smoothed value of the guard's first signal; a snapshot is taken at a new best, at most every
     fifth step. It lives in CPU memory (weights that train, fp32 teacher, optimizer state) and in checkpoints. A
-    rollback keeps the data order, the random numbers, the schedule of the learning rate and what the step multiplier
-    remembers: the run goes on with other questions. All ranks see the same metrics, hence do the same.
+    rollback does not touch the data order, the random numbers, the learning-rate schedule and the state of the step
+    multiplier: the run continues with new questions. All ranks see the same metrics, hence act alike.
 
     Args:
-        trainer: a PGPOTrainer; used are model, teacher and torch optimizer at the time of an action.
+        trainer: a PGPOTrainer; an action uses its model, teacher and torch optimizer, an alarm tells its host.
         kind: one of GUARDS but "off".
-        max_actions: after so many actions, alarms only warn.
+        max_actions: after this many actions, alarms only warn.
 
     Attributes:
         step_factor: multiplies every step, 1, 1/2, 1/4 or 1/8.
-        teacher_frozen: the teacher follows no more.
-        report: called with the line for alarms.jsonl and the sentence for people; by default it prints the sentence.
+        teacher_frozen: the teacher does not follow the student any more.
     """
 
     def __init__(self, trainer: Any, kind: str, guard: CollapseGuard, max_actions: int) -> None:
@@ -362,10 +68,9 @@ class GuardActions:
         self.teacher_frozen = False
         self.taken = 0
         self.snapshot: Snapshot | None = None
-        self.report: Callable[[dict[str, Any], str], None] = _print
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Judge the step that has just ended; act once, whichever and how many signals alarm."""
+        """Check the metrics of the step that has just ended; several alarms cause one action."""
         alarms = self.guard.update(step, metrics)
         if not alarms:
             self._keep_best(step)
@@ -373,10 +78,10 @@ class GuardActions:
             action, done = self._act() if i == 0 else ("warn", f"the action of {alarms[0].signal} stands for it")
             text = f"{alarm.reason}: {done}"
             if self.trainer.accelerator.is_main_process:
-                self.report(asdict(alarm) | {"action": action, "reason": text}, f"step {step}: {text}")
+                self.trainer.host.alarm(asdict(alarm) | {"action": action, "reason": text}, f"step {step}: {text}")
 
     def _act(self) -> tuple[str, str]:
-        """Action taken ("warn" for none), and what was done or why nothing."""
+        """The action taken ("warn" for none), and a phrase for what was done or why nothing was."""
         if self.kind == "warn":
             return "warn", "no action asked for"
         obstacle = self._obstacle()
@@ -398,6 +103,7 @@ class GuardActions:
         return self.kind, f"{what} {back}, {change}"
 
     def _obstacle(self) -> str | None:
+        """Why the action cannot be taken."""
         if self.taken >= self.max_actions:
             return f"guard_max_actions = {self.max_actions} were taken"
         if self.kind.endswith("teacher") and self.teacher_frozen:
@@ -443,12 +149,10 @@ class GuardActions:
 
     @property
     def _obstacle_for_good(self) -> bool:
-        """No snapshot will ever be used again."""
+        """No later alarm can use a snapshot."""
         return self.taken >= self.max_actions or (self.kind == "rollback_teacher" and self.teacher_frozen)
 
     def _restore(self, snapshot: Snapshot) -> None:
-        import torch
-
         if snapshot.teacher is not None:
             self.trainer.teacher.load_state_dict(snapshot.teacher)
         if snapshot.student is None:
@@ -462,7 +166,7 @@ class GuardActions:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate  # the schedule goes on
         # The weights are those of that step, so its signals go on from there.
-        self.guard.tracks = {name: Track(**track) for name, track in snapshot.tracks.items()}
+        self.guard.tracks = {name: SignalState(**track) for name, track in snapshot.tracks.items()}
 
     def _optimizer(self) -> Any:
         from pgpo.train.gate import torch_optimizer
@@ -483,15 +187,11 @@ class GuardActions:
         }
 
     def save_snapshot(self, directory: Path) -> None:
-        import torch
-
         if self.snapshot is not None:
             torch.save(vars(self.snapshot), directory / SNAPSHOT_FILE)
 
     def load(self, state: Mapping[str, Any], directory: Path) -> None:
-        """Go on from a checkpoint. Raises ValueError or OSError when it does not fit or lacks its snapshot."""
-        import torch
-
+        """Restore from a checkpoint. Raises ValueError or OSError if it does not fit or lacks its snapshot."""
         if state["kind"] != self.kind:
             raise ValueError(f"the saved guard is {state['kind']!r}, this one {self.kind!r}")
         snapshot = None
@@ -509,7 +209,7 @@ def _student_tensors(model: Any) -> dict[str, Any]:
 
 
 def _on_cpu(value: Any) -> Any:
-    """A copy with its own memory, tensors on the CPU."""
+    """A deep copy with its tensors on the CPU."""
     if isinstance(value, Mapping):
         return {key: _on_cpu(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -55,10 +55,12 @@ from pgpo.train import zero
 from pgpo.train.adapters import adapter_problem
 from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
 from pgpo.train.field_types import file_name
-from pgpo.train.guard import CollapseGuard, GuardActions
+from pgpo.train.guard import GuardActions
+from pgpo.train.host import Host
 from pgpo.train.multiplier import StepMultiplier
 from pgpo.train.seam import Batch, Prompt, Rollout, SeamTrainer, sampling_explained
 from pgpo.train.sharding import keep_precision, shard, sharding_problem
+from pgpo.train.signals import CollapseGuard
 
 TEACHER_FILE = "pgpo_teacher.safetensors"
 STATE_FILE = "pgpo_state.json"
@@ -124,6 +126,7 @@ class PGPOTrainer(SeamTrainer):
             own attempt. The teacher reads the first text found (`args.feedback_mode`).
         grade: (completion text, dataset row) -> pgpo.tasks.graders.Grade, for held-out evaluation; by default the
             weighted sum of the reward functions, one completion at a time.
+        host: where messages, alarms and checkpoints' names go (pgpo.train.host.Host); by default to stderr.
 
     Held-out evaluation (`eval_strategy`, `trainer.evaluate()`) samples `eval_k` completions per row of
     `eval_dataset` at `eval_temperature` and reports avg@k with an interval clustered by question.
@@ -143,6 +146,7 @@ class PGPOTrainer(SeamTrainer):
         *,
         feedback_funcs: Callable[..., Any] | list[Callable[..., Any]] | None = None,
         grade: Callable[[str, Any], Any] | None = None,
+        host: Host | None = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -165,8 +169,7 @@ class PGPOTrainer(SeamTrainer):
         self._negative_steps = 0
         self._signal_steps = 0
         self._stepped = False
-        self.watched: set[int] = set()  # rows of the rollout whose tokens are kept in `token_details`
-        self.token_details: dict[int, list[TokenDetail]] = {}
+        self.token_details: dict[int, list[TokenDetail]] = {}  # of the rows in host.watched
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -175,6 +178,7 @@ class PGPOTrainer(SeamTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             feedback_funcs=feedback_funcs,
+            host=host or Host(),
             **kwargs,
         )
         self._check_model(train_dataset)
@@ -200,7 +204,7 @@ class PGPOTrainer(SeamTrainer):
     @property
     def distills(self) -> bool:
         """PGPO and SDPO learn from the teacher; GRPO does not."""
-        return self.args.objective != "grpo"
+        return self.args.distills
 
     # Teacher contexts -----------------------------------------------------------------------------------------------
 
@@ -558,7 +562,7 @@ class PGPOTrainer(SeamTrainer):
         start = 0
         for row in rows:
             end = start + len(row.completion)
-            if row.index in self.watched:
+            if row.index in self.host.watched:
                 columns = (output.divergence, output.student_logprob, output.teacher_logprob)
                 values = torch.stack([t[start:end].detach().float() for t in columns], 1).tolist()  # type: ignore[index]
                 self.token_details[row.index] = [TokenDetail(t, *v) for t, v in zip(row.completion, values)]
@@ -930,7 +934,7 @@ class _GuardWatches(TrainerCallback):
 def _check_inputs(args: PGPOConfig, train_dataset: Any, reward_funcs: Any, kwargs: Mapping[str, Any]) -> None:
     if not reward_funcs:
         raise UserError("reward_funcs is empty; pass a function that grades completions (1.0 = right).")
-    if args.objective != "grpo":
+    if args.distills:
         for name in ("tools", "environment_factory"):
             if kwargs.get(name):
                 raise UserError(f"{name} is not supported with self-distillation; use objective='grpo'.")

@@ -37,7 +37,7 @@ def zero_problem(model: nn.Module, accelerator: Any, args: Any) -> str | None:
             return f"DeepSpeed's configuration has its own {section}; remove it, and pgpo's arguments hold."
     if args.fp16:
         return "DeepSpeed's own loss scaling does not know of skipped rhos; set fp16: false and bf16: true."
-    if plugin.zero_stage == 3 and args.objective != "grpo":
+    if plugin.zero_stage == 3 and args.distills:
         if args.teacher == "trust_region":
             return "teacher='trust_region' needs two whole heads at once, which ZeRO-3 cuts up; use stage 2 or FSDP2."
         if hasattr(model, "peft_config") and args.teacher != "live":

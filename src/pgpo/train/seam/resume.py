@@ -29,10 +29,7 @@ class SeamTrainer(StepSeam):
     """`StepSeam` whose checkpoints are whole, verified and exact. Subclass it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.run_id: str | None = None  # written into checkpoints
-        self.trusted: Path | None = None  # a checkpoint that was verified already
         self.failed_save: str | None = None  # why the newest checkpoint could not be written
-        self.before_seal: Callable[[], Any] = lambda: None
         self._scratch: str | None = None  # where a checkpoint is being written
         self._sampler: Any = None
         self._unlogged: dict[str, Any] | None = None  # of a checkpoint between two logs, until training goes on
@@ -84,8 +81,8 @@ class SeamTrainer(StepSeam):
 
         def seal() -> None:
             if self.args.should_save:
-                self.before_seal()
-                checkpoints.commit(folder, step, self.run_id)
+                self.host.before_seal()
+                checkpoints.commit(folder, step, self.host.run_id)
 
         push, self.args.push_to_hub = self.args.push_to_hub, False  # not before it has its name
         self._scratch = str(folder / checkpoints.WRITING)
@@ -102,7 +99,7 @@ class SeamTrainer(StepSeam):
             if self.args.should_save:
                 checkpoints.remove_leftovers(folder)
             if self.accelerator.is_main_process:
-                self.say(
+                self.host.say(
                     f"{name} could not be written in {folder} ({self.failed_save}); training goes on and the next save "
                     "tries again: free some space there."
                 )
@@ -171,7 +168,7 @@ class SeamTrainer(StepSeam):
         file = directory / self._own_file("progress", "json")
         progress: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if progress.get("ranks") != self.accelerator.num_processes:
-            self.say(
+            self.host.say(
                 f"{directory.name} was written by another number of processes: the run goes on, but not bit for bit "
                 "as one that was never stopped."
             )
@@ -232,14 +229,14 @@ class SeamTrainer(StepSeam):
     def _whole_checkpoint(self, resume: Any) -> str:
         if resume is True:
             folder = Path(self.args.output_dir)
-            path = checkpoints.newest_whole(folder, self.run_id, say=self.say)
+            path = checkpoints.newest_whole(folder, self.host.run_id, say=self.host.say)
             if path is None:
                 raise UserError(f"{folder} has no whole checkpoint; give the path of one, or start from the beginning.")
             return str(path)
         path = Path(resume).resolve()
         if not path.is_dir():
             raise UserError(f"there is no checkpoint {resume}; give its folder, or True for the newest one.")
-        if path == self.trusted or (problem := checkpoints.problem(path, self.run_id)) is None:
+        if path == self.host.trusted or (problem := checkpoints.problem(path, self.host.run_id)) is None:
             return str(resume)
         if not (path / checkpoints.MANIFEST_FILE).exists():
             if not any(path.glob(f"{_OWN}*")):
@@ -247,9 +244,9 @@ class SeamTrainer(StepSeam):
                     f"{resume} is no checkpoint of pgpo (it has no {checkpoints.MANIFEST_FILE}), so teacher and "
                     "schedule cannot be continued; give it to the trainer as the model, to train on from its weights."
                 )
-            self.say(f"{path.name} has no {checkpoints.MANIFEST_FILE}: whether it is whole cannot be verified.")
+            self.host.say(f"{path.name} has no {checkpoints.MANIFEST_FILE}: whether it is whole cannot be verified.")
             return str(resume)
-        older = checkpoints.newest_whole(path.parent, self.run_id, before=checkpoints.named_step(path))
+        older = checkpoints.newest_whole(path.parent, self.host.run_id, before=checkpoints.named_step(path))
         go_on = "no older one is whole, so restore it from a copy" if older is None else f"continue from {older}"
         raise UserError(f"the checkpoint {resume} is not as it was written ({problem}); {go_on}.")
 

@@ -15,7 +15,6 @@ import contextlib
 import functools
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,6 +27,7 @@ from trl.models import unwrap_model_for_generation
 from pgpo.errors import UserError
 from pgpo.train import zero
 from pgpo.train.gate import StepGate
+from pgpo.train.host import Host
 from pgpo.train.ranks import watch_ranks
 from pgpo.train.user_functions import call, call_async, check_rewards, check_texts, is_async
 
@@ -67,8 +67,9 @@ class StepSeam(GRPOTrainer):
     _name = "PGPO"
     _paper: ClassVar = {"title": "Physics-Guided Policy Optimization with Self-Distillation", "id": "2606.03620"}
 
-    def __init__(self, *args: Any, feedback_funcs: list[Callable[..., Any]], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, feedback_funcs: list[Callable[..., Any]], host: Host, **kwargs: Any) -> None:
         self.feedback_funcs = feedback_funcs
+        self.host = host
         reward_funcs = kwargs.get("reward_funcs") or []
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         kwargs["reward_funcs"] = [self._guarded(f) for f in reward_funcs]
@@ -84,8 +85,6 @@ class StepSeam(GRPOTrainer):
         self.skips_in_a_row = 0
         self.last_rollout: Rollout | None = None
         self.gate = StepGate(kwargs["args"].modulated_weight_decay)
-        self.say: Callable[[str], Any] = warnings.warn
-        self.advice: Callable[[], str] = lambda: f"after step {self.state.global_step}."  # when a rank is lost
         self._watching = False
         super().__init__(*args, **kwargs)
 
@@ -258,7 +257,7 @@ class StepSeam(GRPOTrainer):
             return
         self._watching = True
         try:
-            with watch_ranks(self.args.rank_timeout, self.advice, self.say):
+            with watch_ranks(self.args.rank_timeout, lambda: self.host.advice(self.state.global_step), self.host.say):
                 yield
         finally:
             self._watching = False
@@ -462,7 +461,7 @@ class StepSeam(GRPOTrainer):
         if self.skips_in_a_row >= MOST_SKIPS:
             raise UserError(f"{text}; the {MOST_SKIPS} last steps were skipped, so training stops. Look for the cause.")
         if self.accelerator.is_main_process:
-            self.say(text)
+            self.host.say(text)
 
 
 def _name(function: Any) -> str:

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from pgpo import runlog
+from pgpo.command.directory import last_checkpoint
+from pgpo.command.models import check_prompts, load_model
+from pgpo.command.terminal import quiet, say
 from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import Record, summarize
 from pgpo.evaluate.run import Generate, evaluate, write_records
@@ -17,7 +20,6 @@ from pgpo.evaluate.runners import TEMPERATURE, TOP_P, TransformersRunner, VLLMRu
 from pgpo.tasks import Row
 from pgpo.teacher import build_contexts
 from pgpo.train.arguments import PRESETS, Parser, TaskArguments, make
-from pgpo.train.run import check_prompts, last_checkpoint, load_model, quiet, say
 
 _OF_THE_RUN = ("task", "domain", "variant", "data_path", "data_revision", "prompt_style", "data_check")
 
@@ -108,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def model_folder(name: str) -> str:
-    """A run directory stands for its newest checkpoint; anything else is taken as it is."""
+    """The newest checkpoint of a run directory; any other name unchanged."""
     if _is_run(name):
         return str(last_checkpoint(Path(name))[1])
     return name
@@ -119,7 +121,7 @@ def _is_run(name: str) -> bool:
 
 
 def right_solutions(rows: Sequence[Row], records: Sequence[Record]) -> dict[str, str]:
-    """Per question the task's own solution, else the model's first right completion (as in training)."""
+    """Question id -> the solution in the task, else the first right completion of the model (as in training)."""
     found: dict[str, str] = {}
     for record in records:
         if record["reward"] >= 1.0:
@@ -128,7 +130,7 @@ def right_solutions(rows: Sequence[Row], records: Sequence[Record]) -> dict[str,
 
 
 def hinted_prompt(row: Row, solution: str) -> Any:
-    """What the self-teacher reads: the question with a right solution; None if that is nothing but thinking."""
+    """The self-teacher's prompt: the question with a right solution; None if that is nothing but thinking."""
     return build_contexts([row["prompt"]] * 2, [solution, ""], [1.0, 0.0], 2)[1].prompt
 
 

@@ -1,0 +1,1 @@
+"""What the commands `pgpo train` and `pgpo eval` do; `cli.py` only dispatches."""

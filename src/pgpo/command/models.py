@@ -1,0 +1,81 @@
+"""The model and the tokenizer of a command: found, loaded, and checked against the questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pgpo.command.terminal import progress, say
+from pgpo.errors import UserError
+from pgpo.runlog import BASE_FOLDER
+from pgpo.tasks import Row, Task, lab_world
+from pgpo.train.arguments import Parsed
+from pgpo.train.field_types import is_hub_id
+from pgpo.train.seam import nonfinite_parameter
+
+
+def model_source(parsed: Parsed, task: Task, scratch: Path, resumed: Path | None) -> Path | str:
+    """Folder or hub id of the model: the one named, the lab's base model, or a small one that is trained here first.
+
+    `resumed`: the run directory of a run that goes on, which has that small model already.
+    """
+    if parsed.model.model_name_or_path:
+        return parsed.model.model_name_or_path
+    if parsed.run.task == "lab_world":
+        return lab_world.checkpoint_path(parsed.run.variant)
+    if resumed is not None:
+        return resumed / BASE_FOLDER
+    from pgpo.train.warm_start import warm_start
+
+    say("no model given: a small one is made on the spot and shown the answer format (one to three minutes).")
+    with progress("warm start") as (bar, line):
+        return warm_start(
+            task.train,
+            parsed.run.prompt_style,
+            scratch / BASE_FOLDER,
+            seed=parsed.config.seed,
+            progress=lambda step, steps, loss: bar.update(
+                line, total=steps, completed=step, shown=f"loss {loss:.2f} nats per token"
+            ),
+        )
+
+
+def load_model(source: Path | str, dtype: str | None = None, **options: Any) -> tuple[Any, Any]:
+    """Model (float32 by default) and tokenizer. Raises UserError with the reason if they cannot be loaded."""
+    if not Path(source).exists() and not is_hub_id(str(source)):
+        raise UserError(f"there is no model folder {source}; give one with config, weights and tokenizer, or a hub id.")
+    shared = {k: options[k] for k in ("revision", "trust_remote_code") if k in options}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **shared)
+        precision = "auto" if dtype == "auto" else getattr(torch, dtype or "float32")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=precision, **options)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the model {str(source)!r} cannot be loaded ({type(error).__name__}: {reason}); give a folder or hub id "
+            "with config, weights and tokenizer."
+        ) from error
+    if (weight := nonfinite_parameter(model)) is not None:
+        raise UserError(f"the weight {weight} of the model {str(source)!r} holds nan or inf; give an intact copy.")
+    return model, tokenizer
+
+
+def check_prompts(tokenizer: Any, rows: Sequence[Row], limit: int | None, template: dict[str, Any]) -> None:
+    """Raise UserError without a chat template or a pad token, or if a prompt has more than `limit` tokens."""
+    if not tokenizer.chat_template:
+        raise UserError("the model's tokenizer has no chat template; use an instruction-tuned model or set one.")
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError("the model's tokenizer has no pad token and no eos token; set tokenizer.pad_token.")
+    prompts = [row["prompt"] for row in rows]
+    encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True, **template)[
+        "input_ids"
+    ]
+    for row, ids in zip(rows, encoded, strict=True):
+        if limit is not None and len(ids) > limit:
+            raise UserError(
+                f"question {row['id']} has {len(ids)} prompt tokens, more than max_prompt_length = {limit}; raise it."
+            )

@@ -1,0 +1,229 @@
+"""`pgpo train`: task + model + trainer + run directory, from arguments to the last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import get_peft_config, get_quantization_config
+
+from pgpo import runlog
+from pgpo.command import directory as run_directory
+from pgpo.command.interrupt import INTERRUPTED, TERMINATED, stopped_by_sigterm
+from pgpo.command.models import check_prompts, load_model, model_source
+from pgpo.command.session import Session
+from pgpo.command.terminal import ignore_renamed_fields, quiet, say
+from pgpo.errors import UserError
+from pgpo.runlog import BASE_FOLDER, RUN_ID, RunLog
+from pgpo.tasks import Task
+from pgpo.train import checkpoint as checkpoints
+from pgpo.train.arguments import Parsed, parse
+from pgpo.train.host import Host
+from pgpo.train.trainer import PGPOTrainer
+
+# What --resume may change: how long the run goes on, and what it logs.
+RESUMABLE = {
+    "max_steps",
+    "num_train_epochs",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "eval_rows",
+    "test_rows",
+    "samples_per_step",
+    "report_to",
+    "data_path",
+}
+NOT_SAVED = 1  # the last checkpoint could not be written
+
+
+def main(argv: Sequence[str]) -> tuple[int, Path]:
+    """Run `pgpo train` with these flags; exit status and run directory.
+
+    0: done. 130 or 143: stopped after a step, and saved, by Ctrl-C or SIGTERM. 1: the last checkpoint was not written.
+    """
+    with stopped_by_sigterm():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str]) -> tuple[int, Path]:
+    ignore_renamed_fields()
+    argv, resume = _take_resume(list(argv))
+    if resume is None:
+        parsed = parse(argv)
+        directory = Path(parsed.config.output_dir or "")
+        if "output_dir" not in parsed.given:
+            directory = run_directory.new_name(parsed)
+        return train(parsed, directory)
+    config = runlog.read_run(resume).config
+    if "arguments" not in config:
+        raise UserError(f"{resume} was not written by `pgpo train`, so it cannot be resumed.")
+    parsed = parse(argv, stored=config["arguments"])
+    changed = {k for k, v in parsed.given.items() if config["arguments"].get(k) != v} - {"output_dir"}
+    if refused := sorted(changed - RESUMABLE):
+        raise UserError(
+            f"--resume continues the run as it was, so {', '.join(f'--{name}' for name in refused)} cannot change; "
+            f"start a new run for that. What may change: {', '.join(sorted(RESUMABLE))}."
+        )
+    return train(parsed, resume, resume=True)
+
+
+def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, Path]:
+    """Train, evaluate and log in `directory`; see `main`.
+
+    Raises:
+        UserError: a mistake of the user. A new directory without a finished step is removed again.
+    """
+    if parsed.config.process_index != 0:  # the other ranks write no run log
+        return _train(parsed, directory, resume)
+    existing = run_directory.nearest_existing(directory)
+    if not resume:
+        run_directory.require_free(directory, existing, parsed.run.overwrite)
+    with run_directory.locked(directory, existing):
+        return _train(parsed, directory, resume)
+
+
+def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
+    run, args = parsed.run, parsed.config
+    quiet()
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # models that fit a CPU gain nothing from more, and spinning threads lose a lot
+    main = args.process_index == 0
+    task = run.load()
+    _prepare_selection(parsed, task)
+    if len(task.train) < args.prompts_per_step:
+        raise UserError(
+            f"the task has {len(task.train)} training questions, fewer than prompts_per_step = "
+            f"{args.prompts_per_step}; lower --prompts_per_step or give more questions."
+        )
+    if resume and main:
+        run_directory.remove_leftovers(directory)
+    run_id = runlog.read_run(directory).config.get(RUN_ID) if resume else uuid.uuid4().hex
+    checkpoint = run_directory.last_checkpoint(directory) if resume else None
+    with tempfile.TemporaryDirectory() as scratch:
+        source = model_source(parsed, task, Path(scratch), directory if resume else None)
+        model, tokenizer = _load(parsed, task, source)
+        if source == Path(scratch) / BASE_FOLDER:
+            model.name_or_path = str(directory / BASE_FOLDER)  # where it will lie; adapters note it as their base
+        args.disable_tqdm = True
+        args.output_dir = scratch  # nothing is written in the run directory before all parts fit together
+        host = Host(say=say, advice=lambda step: run_directory.after_a_lost_rank(directory, step, main))
+        trainer = _trainer(parsed, task, model, tokenizer, host)
+        args.output_dir = str(directory / runlog.CHECKPOINTS_FOLDER)
+        host.run_id = run_id = trainer.gather_objects([run_id])[0]
+        log = RunLog(directory)
+        if main:
+            base = Path(scratch) / BASE_FOLDER
+            log = run_directory.open_log(parsed, directory, base, run_id, None if checkpoint is None else checkpoint[0])
+        try:
+            with trainer.rank_watch(), run_directory.full_disk_explained(directory), log:
+                status = Session(trainer, log, run, task).go(checkpoint)
+        except BaseException:
+            if main and checkpoint is None and trainer.state.global_step == 0:
+                run_directory.discard(directory)
+            raise
+    return _conclude(trainer, directory, status) if main else status, directory
+
+
+def _load(parsed: Parsed, task: Task, source: Path | str) -> tuple[Any, Any]:
+    """Model and tokenizer, checked against all questions of the task."""
+    m, args = parsed.model, parsed.config
+    model, tokenizer = load_model(
+        source,
+        m.dtype,
+        revision=m.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        attn_implementation=m.attn_implementation,
+        quantization_config=get_quantization_config(m),
+    )
+    rows = [*task.train, *task.validation, *task.test]
+    check_prompts(tokenizer, rows, args.max_prompt_length, args.chat_template_kwargs)
+    return model, tokenizer
+
+
+def _conclude(trainer: PGPOTrainer, directory: Path, status: int) -> int:
+    """Say where the run is and how to go on; the exit status."""
+    if trainer.failed_save is not None:
+        saved = checkpoints.steps(directory / runlog.CHECKPOINTS_FOLDER)
+        say(
+            f"step {trainer.state.global_step} is not saved ({trainer.failed_save}), the newest checkpoint is of step "
+            f"{saved[-1] if saved else 0}; the log is complete. Free some space, then: pgpo train --resume {directory}"
+        )
+        return NOT_SAVED
+    if status in (INTERRUPTED, TERMINATED):
+        say(f"stopped after step {trainer.state.global_step}; continue with: pgpo train --resume {directory}")
+    else:
+        say(f"run directory: {directory}")
+    return status
+
+
+def _prepare_selection(parsed: Parsed, task: Task) -> None:
+    """Set up the trainer for `--protocol`: a checkpoint at every evaluation, of which the best one is kept."""
+    run, args = parsed.run, parsed.config
+    if run.protocol == "last":
+        return
+    if args.eval_strategy == "no":
+        raise UserError(f"--protocol {run.protocol} selects a step by its evaluation; add --eval_strategy steps.")
+    if run.protocol == "paper":
+        return
+    if not task.validation:
+        raise UserError("--protocol strict selects by validation questions; give --validation_fraction above 0.")
+    args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps
+    args.metric_for_best_model, args.greater_is_better = f"eval_{runlog.AVG_AT_K}", True
+
+
+def rewards_of(task: Task) -> Any:
+    """The task's grader as a TRL reward function."""
+
+    def grade(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        rows = [{k: v[i] for k, v in columns.items() if isinstance(v, list)} for i in range(len(prompts))]
+        return [task.grade(c[-1]["content"], row).reward for c, row in zip(completions, rows)]
+
+    grade.__name__ = f"{task.name}_grade"
+    return grade
+
+
+def _trainer(parsed: Parsed, task: Task, model: Any, tokenizer: Any, host: Host) -> PGPOTrainer:
+    validation = task.validation[: parsed.run.eval_rows]
+    if parsed.run.protocol == "paper":
+        validation = task.test[: parsed.run.test_rows]
+    elif not validation:
+        validation = task.test[: parsed.run.eval_rows]
+    try:
+        trainer = PGPOTrainer(
+            model,
+            rewards_of(task),
+            parsed.config,
+            Dataset.from_list(task.train),
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            grade=task.grade,
+            host=host,
+            peft_config=get_peft_config(parsed.model),
+        )
+    except UserError:
+        raise
+    except (ImportError, RuntimeError, ValueError) as error:  # vLLM, PEFT or a logger, missing or with a wrong value
+        raise UserError(f"these arguments cannot be used: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _take_resume(argv: list[str]) -> tuple[list[str], Path | None]:
+    for i, word in enumerate(argv):
+        if word == "--resume":
+            if i + 1 >= len(argv):
+                raise UserError("--resume needs the run directory to continue.")
+            return argv[:i] + argv[i + 2 :], Path(argv[i + 1])
+        if word.startswith("--resume="):
+            return argv[:i] + argv[i + 1 :], Path(word.split("=", 1)[1])
+    return argv, None
