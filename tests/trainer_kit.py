@@ -78,7 +78,7 @@ def config(path, **options) -> PGPOConfig:
 
 def trainer(path, model: nn.Module | None = None, reward=parity_reward, rollout=fake_rollout, rows=PROMPTS, **options):
     trainer_options = {
-        k: options.pop(k) for k in ("feedback_funcs", "grade", "eval_dataset", "peft_config") if k in options
+        k: options.pop(k) for k in ("feedback_funcs", "grade", "eval_dataset", "peft_config", "host") if k in options
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -28,6 +28,7 @@ from pgpo import PGPOTrainer, UserError
 from pgpo.forward.batching import split
 from pgpo.forward.passes import _CACHED
 from pgpo.tasks.graders import Grade
+from pgpo.train.host import Host
 from pgpo.train.trainer import Row
 
 
@@ -355,3 +356,11 @@ def test_joined_rows_are_counted_as_padded_where_other_rows_are_packed(tmp_path)
     t = trainer(tmp_path, max_tokens_per_microbatch=60, packing=True, join_siblings=True)
     rows = [Row([2] * 10, [3], [5] * 15), Row([2] * 10, [3], [6] * 15), Row([4] * 10, [3], [5] * 10)]
     assert t._bundles(rows, t._limits()) == [[[0, 1]], [[2]]]  # 40 + 20 tokens packed, 80 padded
+
+
+def test_every_trainer_has_a_host_of_its_own(tmp_path):
+    """A default that trainers shared would send the messages and alarms of one run to another."""
+    first, second = trainer(tmp_path / "1"), trainer(tmp_path / "2")
+    assert first.host is not second.host and first.host.watched is not second.host.watched
+    mine = Host(run_id="mine")
+    assert trainer(tmp_path / "3", host=mine).host is mine
