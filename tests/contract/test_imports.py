@@ -21,21 +21,22 @@ ALLOWED: dict[str, frozenset[str]] = {
     "pgpo.__main__": EVERYTHING,
     "pgpo.cli": EVERYTHING,
     "pgpo.lab": frozenset({"train", "evaluate", "tasks", "report", "runlog"}),
-    "pgpo.train": frozenset({"core", "teacher", "tasks", "evaluate", "runlog", "report"}),
+    "pgpo.train": frozenset({"core", "teacher", "tasks", "evaluate", "runlog", "report", "visible"}),
     "pgpo.minimal": frozenset({"core", "teacher", "tasks"}),
     "pgpo.sde": frozenset({"core", "runlog"}),
-    "pgpo.evaluate": frozenset({"tasks", "runlog"}),
+    "pgpo.evaluate": frozenset({"tasks", "runlog", "visible"}),
     "pgpo.report": frozenset({"runlog"}),
     "pgpo.tasks": frozenset(),
-    "pgpo.tasks.graders": frozenset(),
+    "pgpo.tasks.graders": frozenset({"visible"}),
     "pgpo.teacher": frozenset(),
-    "pgpo.teacher.contexts": frozenset(),
+    "pgpo.teacher.contexts": frozenset({"visible"}),
+    "pgpo.visible": frozenset(),
     "pgpo.core": frozenset(),
     "pgpo.runlog": frozenset(),
     "pgpo.errors": frozenset(),
 }
-# Usable as a single file outside this project: not even the error class.
-LEAVES = {"pgpo.core", "pgpo.teacher.contexts", "pgpo.tasks.graders", "pgpo.errors"}
+# Usable outside this project as a single file, contexts and graders with visible.py beside it: not even the error class.
+LEAVES = {"pgpo.core", "pgpo.teacher.contexts", "pgpo.tasks.graders", "pgpo.errors", "pgpo.visible"}
 
 HEAVY = {"transformers", "trl", "accelerate", "peft", "datasets"}
 HEAVY_ANYWHERE = ("train/", "lab/", "evaluate/runners.py")
@@ -184,6 +185,8 @@ def test_the_rules_are_about_files_that_exist() -> None:
         ("runlog.py", "from pgpo.core import Information"),
         ("runlog.py", "__import__('pgpo.report')"),
         ("errors.py", "from pgpo import runlog"),
+        ("visible.py", "from pgpo.errors import UserError"),
+        ("tasks/science_qa.py", "from pgpo.visible import visible_text"),
         ("evaluate/run.py", "from pgpo.train.trainer import PGPOTrainer"),
         ("evaluate/run.py", "import transformers"),
         ("evaluate/run.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from trl import GRPOConfig"),
@@ -221,7 +224,7 @@ def test_a_planted_bad_import_is_found(file: str, source: str) -> None:
         ("core/__init__.py", "from .information import token_entropy"),
         ("core/triton_kernels.py", "import triton\nfrom . import fused_head"),
         ("core/x.py", "def f():\n    from . import triton_kernels"),
-        ("teacher/contexts.py", "import re"),
+        ("teacher/contexts.py", "import re\nfrom pgpo.visible import visible_text"),
         ("teacher/weights.py", "def f():\n    from peft import LoraConfig"),
         ("teacher/__init__.py", "from .contexts import build_contexts\nfrom .weights import Teacher"),
         ("tasks/science_qa.py", "def f():\n    import datasets\nfrom pgpo.errors import UserError"),
