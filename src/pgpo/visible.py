@@ -56,6 +56,7 @@ _CLOSING_IF_OPEN = r"Here(?:'s| is) my response:"
 _TAG = re.compile(
     f"(?P<opening>{'|'.join(_OPENING)})|(?P<closing>{'|'.join(_CLOSING)})|{_CLOSING_IF_OPEN}", re.IGNORECASE
 )
+_OUR_TAGS = re.compile("|".join([*_OPENING, *_CLOSING]), re.IGNORECASE)
 _OPEN_END = re.compile(rf"(?:{'|'.join(_OPENING)})\s*\Z", re.IGNORECASE)
 _LONGEST_TAG = 80  # characters, ours: more than any opening has
 _BLANK = re.compile(r"\s*")
@@ -94,6 +95,11 @@ def visible_text(completion: str, opened: bool = False) -> str:
     if depth == 0:
         seen.append(completion[begin:])
     return "".join(seen)
+
+
+def is_thinking_tag(token: str) -> bool:
+    """Whether a token is an opening or closing tag. Where it is a special token, a decoded text does not show it."""
+    return _OUR_TAGS.fullmatch(token) is not None
 
 
 def opens_thinking(prompt: str) -> bool:

@@ -55,8 +55,8 @@ def grade_tagged(
 ) -> Grade:
     """Grade `<reasoning>..</reasoning><answer>LETTER</answer>`; `answer` is the right one of the letters `labels`.
 
-    The last complete answer block after the last reasoning tag decides; it must name one label. `options`, `opened`: see
-    `grade_boxed` and the module.
+    The last complete answer block after the last reasoning tag decides; it must name one label. `options`: see
+    `grade_boxed`.
 
     | completion                                            | reward      | answer | well_formed |
     |-------------------------------------------------------|-------------|--------|-------------|
@@ -323,7 +323,8 @@ _LAST = re.compile(
 # before "or". A slash is no comma: "45 N/C".
 _NAMED = re.compile(
     r"(?:^|[ \n,;])[(\[] ?([A-Z]) ?[)\]]"
-    r"|(?:^|[\n,;&]|\band\b|\bor\b|\boption\b|\bchoice\b) ?[(\[]? ?([A-Z])(?= ?[)\].:,;&\n]| ?$| - | ?[–—]| and\b| or\b)"
+    r"|(?:^|[\n,;&]|\band\b|\bor\b|\boption\b|\bchoice\b) ?[(\[]? ?([A-Z])"
+    r"(?= ?[)\].:,;&\n]| ?$| - | ?[–—]| and\b| or\b)"
     r"|\b([A-Z]) (?:and|or|&) ",
 )
 # What turns the letter behind which, or before which, it stands into another statement.
