@@ -35,7 +35,7 @@ _OPENING = (
     r"<\|channel>(?:thought)?",
     r"<unused94>(?:thought)?",
     r"Here(?:'s| is) my thought process:",
-    r"<\|channel\|>(?:analysis|commentary)",
+    r"<\|channel\|>(?:analysis|commentary)(?:<\|message\|>)?",
     r'\Aanalysis(?=(?-i:[A-Z0-9"(\\]))',
 )
 _CLOSING = (

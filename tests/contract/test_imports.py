@@ -35,7 +35,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "pgpo.runlog": frozenset(),
     "pgpo.errors": frozenset(),
 }
-# Usable outside this project as a single file, contexts and graders with visible.py beside it: not even the error class.
+# Usable outside this project as a single file (contexts and graders: with visible.py): not even the error class.
 LEAVES = {"pgpo.core", "pgpo.teacher.contexts", "pgpo.tasks.graders", "pgpo.errors", "pgpo.visible"}
 
 HEAVY = {"transformers", "trl", "accelerate", "peft", "datasets"}

@@ -1,7 +1,8 @@
 """What the self-teacher reads: the question plus a correct sibling completion and/or feedback on the attempt.
 
 Messages in, messages out: no tokenizer, no tensors, standard library and `pgpo.visible` only. A row with nothing to
-show has prompt None and takes no part in the loss. The texts are SDPO's (arXiv 2601.20802; science settings of its code).
+show has prompt None and takes no part in the loss. The texts are SDPO's (arXiv 2601.20802; science settings of its
+code).
 
 Departures from the reference code (lasgroup/SDPO), each with its reason:
 * Over-long teacher prompts: there the token sequence is cut on its right, which removes the final instruction and the

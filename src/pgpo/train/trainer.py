@@ -909,7 +909,7 @@ class PGPOTrainer(SeamTrainer):
             )
         if (tags := self.unseen_thinking_tags) and self.accelerator.is_main_process:
             self.say(
-                f"the tokenizer has {' and '.join(tags)} as special tokens, which are missing from decoded completions: "
+                f"the tokenizer has {' and '.join(tags)} as special tokens, which decoded completions do not show: "
                 "reward functions and demonstrations cannot tell thinking from answer. Switch thinking off in "
                 "chat_template_kwargs, or set tokenizer.response_template, by which TRL separates the two."
             )

@@ -260,7 +260,16 @@ class SeamTrainer(GRPOTrainer):
 
     def opens_thinking(self, prompt: Prompt) -> bool:
         """Whether a prompt, rendered for generation, ends inside a thinking block, as behind a template's `<think>`."""
-        return opens_thinking(prompt if isinstance(prompt, str) else self.answer_prefix(prompt))
+        if isinstance(prompt, str):
+            return opens_thinking(prompt)
+        text = self.processing_class.apply_chat_template(
+            conversation=prompt,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=False,
+            **self.chat_template_kwargs,
+        )
+        return opens_thinking(str(text))
 
     @contextlib.contextmanager
     def generation_model(self) -> Iterator[nn.Module]:
