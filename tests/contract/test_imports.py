@@ -24,18 +24,19 @@ ALLOWED: dict[str, frozenset[str]] = {
     "pgpo.cli": EVERYTHING,
     "pgpo.lab": frozenset({"command", "train", "evaluate", "tasks", *RECORDS}),
     "pgpo.command": frozenset({"train", "teacher", "tasks", "evaluate", *RECORDS}),
-    "pgpo.train": frozenset({"core", "teacher", "forward", "tasks", "evaluate", "runlog", "files"}),
+    "pgpo.train": frozenset({"core", "teacher", "forward", "tasks", "evaluate", "runlog", "files", "visible"}),
     "pgpo.train.signals": frozenset(),
     "pgpo.forward": frozenset({"core", "teacher"}),
     "pgpo.memory": frozenset({"runlog", "files"}),
     "pgpo.minimal": frozenset({"core", "teacher", "tasks"}),
     "pgpo.sde": frozenset({"core", "intervals"}),
-    "pgpo.evaluate": frozenset({"tasks", "runlog", "files"}),
+    "pgpo.evaluate": frozenset({"tasks", "runlog", "files", "visible"}),
     "pgpo.report": frozenset({"intervals", *RECORDS}),
     "pgpo.tasks": frozenset(),
-    "pgpo.tasks.graders": frozenset(),
+    "pgpo.tasks.graders": frozenset({"visible"}),
     "pgpo.teacher": frozenset(),
-    "pgpo.teacher.contexts": frozenset(),
+    "pgpo.teacher.contexts": frozenset({"visible"}),
+    "pgpo.visible": frozenset(),
     "pgpo.core": frozenset(),
     "pgpo.study_files": frozenset({"runlog"}),
     "pgpo.runlog": frozenset({"files", "provenance"}),
@@ -44,8 +45,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "pgpo.intervals": frozenset(),
     "pgpo.errors": frozenset(),
 }
-# Usable as a single file outside this project: not even the error class.
-LEAVES = {"pgpo.core", "pgpo.teacher.contexts", "pgpo.tasks.graders", "pgpo.errors"}
+# Usable outside this project as a single file (contexts and graders: with visible.py): not even the error class.
+LEAVES = {"pgpo.core", "pgpo.teacher.contexts", "pgpo.tasks.graders", "pgpo.errors", "pgpo.visible"}
 
 HEAVY = {"transformers", "trl", "accelerate", "peft", "datasets"}
 HEAVY_ANYWHERE = ("command/", "train/", "forward/", "lab/", "evaluate/runners.py")
@@ -229,6 +230,8 @@ def test_the_rules_are_about_files_that_exist() -> None:
         ("lab/study.py", "from pgpo.report.methods import MethodResult"),
         ("runlog.py", "__import__('pgpo.report')"),
         ("errors.py", "from pgpo import runlog"),
+        ("visible.py", "from pgpo.errors import UserError"),
+        ("tasks/science_qa.py", "from pgpo.visible import visible_text"),
         ("evaluate/run.py", "from pgpo.train.trainer import PGPOTrainer"),
         ("evaluate/run.py", "import transformers"),
         ("evaluate/run.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from trl import GRPOConfig"),
@@ -271,7 +274,7 @@ def test_a_planted_bad_import_is_found(file: str, source: str) -> None:
         ("core/__init__.py", "from .information import token_entropy"),
         ("core/triton_kernels.py", "import triton\nfrom . import _head_formulas"),
         ("core/x.py", "def f():\n    from . import triton_kernels"),
-        ("teacher/contexts.py", "import re"),
+        ("teacher/contexts.py", "import re\nfrom pgpo.visible import visible_text"),
         ("teacher/weights.py", "def f():\n    from peft import LoraConfig"),
         ("teacher/__init__.py", "from .contexts import build_contexts\nfrom .weights import Teacher"),
         ("tasks/science_qa.py", "def f():\n    import datasets\nfrom pgpo.errors import UserError"),

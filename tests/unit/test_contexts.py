@@ -239,7 +239,11 @@ def test_random_choice_is_the_same_in_another_process() -> None:
         ("x <think>a</think> y <think>b</think>z", "x y z"),
         ("opened by the template</think>\n4", "4"),
         ("a </think> <think>b</think>4", "4"),
-        ("4 <think>never closed", "4 <think>never closed"),
+        ("4 <think>never closed", "4 "),
+        ("<think>a <think>b</think> c</think>4", "4"),
+        ("[THINK]a[/THINK]4", "4"),
+        ("<seed:think>a</seed:think>\n4", "4"),
+        ("<reasoning>a</reasoning> 4", "<reasoning>a</reasoning> 4"),
         (" no thinking \n", " no thinking \n"),
     ],
 )
@@ -250,9 +254,23 @@ def test_thinking_is_removed_from_demonstrations(completion: str, shown: str) ->
     assert kept.prompt == f"Q\nCorrect solution:\n\n{completion}\n\n{END}"
 
 
-def test_success_that_shows_nothing_is_passed_over() -> None:
-    rows = build_contexts(["Q"] * 3, ["w", "<think>4</think>\n", "4"], [0, 1, 1], 3)
+@pytest.mark.parametrize("remove_thinking", [True, False])
+@pytest.mark.parametrize("nothing", ["<think>4</think>\n", "<think>4", "4</think>", "[THINK]4", "<THINK>4</THINK>"])
+def test_success_that_shows_nothing_is_passed_over(nothing: str, remove_thinking: bool) -> None:
+    rows = build_contexts(["Q"] * 3, ["w", nothing, "4"], [0, 1, 1], 3, remove_thinking=remove_thinking)
     assert [r.demonstration for r in rows] == [2, 2, None]
+
+
+def test_thinking_that_the_prompt_opened_and_that_is_cut_off_is_no_demonstration() -> None:
+    completions = ["w", "cut off", "thought</think>4"]
+    rows = build_contexts(["Q"] * 3, completions, [0, 1, 1], 3, opened=[True, True, True])
+    assert [r.demonstration for r in rows] == [2, 2, None]
+    assert rows[0].prompt == f"Q\nCorrect solution:\n\n4\n\n{END}"
+    # a flag of its own for each sample: here the second one's prompt opened nothing
+    rows = build_contexts(["Q"] * 3, completions, [0, 1, 1], 3, opened=[True, False, True])
+    assert [r.demonstration for r in rows] == [1, 2, 1]
+    with pytest.raises(ValueError, match="3 prompts but 2 opened"):
+        build_contexts(["Q"] * 3, completions, [0, 1, 1], 3, opened=[True, True])
 
 
 def test_removing_thinking_takes_linear_time() -> None:

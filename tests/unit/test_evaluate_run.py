@@ -56,6 +56,28 @@ def test_records_pair_each_completion_with_its_own_row() -> None:
     assert asked == [([row["prompt"] for row in ROWS], 2, 17)]
 
 
+@pytest.mark.parametrize("by_the_generator", [True, False])
+def test_the_grader_hears_where_the_prompt_opened_the_thinking(by_the_generator: bool) -> None:
+    opens = lambda prompt: prompt[0]["content"] == "2 * 3"  # noqa: E731
+
+    def generate(prompts: list[Any], k: int, seed: int) -> list[list[str]]:
+        return [["x"] * k for _ in prompts]
+
+    seen: list[tuple[str, bool]] = []
+
+    def grade(text: str, row: dict[str, Any]) -> Grade:
+        seen.append((row["id"], row.get("thinking_opened", False)))
+        return _grade(text, row)
+
+    if by_the_generator:
+        generate.opens_thinking = opens  # type: ignore[attr-defined]
+        evaluate(ROWS, generate, grade, k=2, seed=0)
+    else:
+        evaluate(ROWS, generate, grade, k=2, seed=0, opens=opens)
+    assert seen == [("p-1", True), ("p-1", True), ("c-1", False), ("c-1", False)]
+    assert "thinking_opened" not in ROWS[0]
+
+
 def test_context_replaces_the_prompt_and_only_that() -> None:
     def context(row: dict[str, Any]) -> list[dict[str, str]]:
         return [{"role": "user", "content": f"{row['prompt'][0]['content']} hint: {row['solution']}"}]

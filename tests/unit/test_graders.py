@@ -74,10 +74,10 @@ REASONED = "<reasoning>since q = Er^2/k</reasoning>"
         (f"{REASONED}<answer></answer>", NOTHING),
         (f"{REASONED}<answer>b</answer>", NOTHING),
         (f"{REASONED}<ANSWER>B</ANSWER>", NOTHING),
-        (f"{REASONED}<answer>B.</answer>", NOTHING),
-        (f"{REASONED}<answer>B: 64 pC</answer>", NOTHING),
-        (f"{REASONED}<answer>\\boxed{{B}}</answer>", NOTHING),
-        (f"{REASONED}<answer>$B$</answer>", NOTHING),
+        (f"{REASONED}<answer>B.</answer>", RIGHT_BUT_LOOSE),
+        (f"{REASONED}<answer>A: 64 pC</answer>", WRONG_AND_LOOSE),
+        (f"{REASONED}<answer>\\boxed{{B}}</answer>", RIGHT_BUT_LOOSE),
+        (f"{REASONED}<answer>$B$</answer>", RIGHT_BUT_LOOSE),
         (f"{REASONED}<answer>A, B</answer>", NOTHING),
         (f"{REASONED}<answer>BB</answer>", NOTHING),
         (f"{REASONED}<answer>E</answer>", NOTHING),
@@ -93,89 +93,472 @@ def test_tagged_takes_only_the_letters_that_the_question_has() -> None:
     assert tagged(completion, labels=ABCD) == (0.0, "C", True)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "B",
-        " B ",
-        "(B)",
-        "[B]",
-        "B)",
-        "B.",
-        "B:",
-        "$B$",
-        "**B**",
-        "{B}",
-        "{{B}}",
-        r"\text{B}",
-        r"\text{ B }",
-        r"\textbf{B}",
-        r"\textbf{(B)}",
-        r"\mathrm{B}",
-        r"\mathbf{B}",
-        r"\mathbf{\text{B}}",
-        r"\boldsymbol{B}",
-        r"\left(B\right)",
-        r"\ B\,",
-        "B: 64 pC",
-        "B. 64 pC",
-        "B) 64 pC",
-        "(B) 64 pC",
-        "(B): 64 pC",
-        r"\text{B}: 64 \mathrm{~pC}",
-        r"\text{B: } 64 \, \text{pC}",
-        r"\text{(B) } 2.0 \times 10^{-9} \mathrm{~C}",
-        r"\text{Option B}",
-        r"\text{Answer: B}",
-        # option texts that hold another option's letter
-        "B: 45 N/C",
-        "B: vitamin A",
-        r"B: $\mathrm{C}_{6}\mathrm{H}_{6}$",
-        "B: CCOC(=O)/C(F)=C(/C)c1cc2c(cc1OC)OC(C)(C)C=C2CC",
-        "B. B",
-        r"\text{B: } \{x \mid x > 0",
-        r"\boxed{B}",
-    ],
-)
-def test_box_that_holds_one_letter(content: str) -> None:
-    reward, letter, _ = boxed(f"The charge is 64 pC.\n\n$$\\boxed{{{content}}}$$\nThat is all.")
-    assert (reward, letter) == (1.0, "B")
+# What models write into the place for the final answer of a question with the options A to D.
+A_READER_SAYS_B = [
+    # the letter alone, and what may stand behind it
+    "B",
+    "(B)",
+    "[B]",
+    "B)",
+    "B.",
+    "B:",
+    "B,",
+    "B;",
+    "B -",
+    "B - 64 pC",
+    "B – 64 pC",
+    "B — 64 pC",
+    "B—64 pC",
+    "B -- 64 pC",
+    "B: 64 pC",
+    "B. 64 pC",
+    "B) 64 pC",
+    "(B) 64 pC",
+    "[B] 64 pC",
+    "B, 64 pC",
+    "B; 64 pC",
+    "B (64 pC)",
+    "(B: 64 pC)",
+    # LaTeX fonts, sizes, colours, boxes
+    r"\text{B}",
+    r"\textbf{(B)}",
+    r"\mathrm{B}",
+    r"\mathbf{B}",
+    r"\mathsf{B}",
+    r"\mathcal{B}",
+    r"\mathbb{B}",
+    r"\boldsymbol{B}",
+    r"\bm{B}",
+    r"\operatorname{B}",
+    r"\Large B",
+    r"\Huge{B}",
+    r"\LARGE \textbf{B}",
+    r"{\Large B}",
+    r"\big(B\big)",
+    r"\Bigl(B\Bigr)",
+    r"\left(B\right)",
+    r"\displaystyle B",
+    r"\textcolor{red}{B}",
+    r"\color{blue}{B}",
+    r"\color{red} B",
+    r"{\color{red}B}",
+    r"\colorbox{yellow}{B}",
+    r"\fcolorbox{red}{yellow}{B}",
+    r"\textcolor[rgb]{1,0,0}{\textbf{B}}",
+    r"\bbox[yellow]{B}",
+    r"\underline{B}",
+    r"\emph{B}",
+    r"\textit{B}",
+    r"\texttt{B}",
+    r"\textsf{B}",
+    r"\text{ B }",
+    r"\ B\,",
+    r"\quad B \quad",
+    r"\boxed{B}",
+    r"\fbox{B}",
+    r"\mbox{B}",
+    r"{\bf B}",
+    # math and markdown marks, quotes, other forms of the character
+    "$B$",
+    r"$\mathbf{B}$",
+    "**B**",
+    "*B*",
+    "__B__",
+    "_B_",
+    '"B"',
+    "'B'",
+    "“B”",
+    "‘B’",
+    "`B`",
+    "``B''",
+    '"B: 64 pC"',
+    "Ｂ",
+    "（B）",
+    "Ⓑ",
+    "B：64 pC",
+    # words before it
+    "The answer is B",
+    "the answer is B",
+    "THE ANSWER IS B",
+    "The correct answer is B.",
+    "The correct answer is (B)",
+    "The final answer is: B",
+    "Final answer: B",
+    "Answer: B",
+    "ANSWER: B",
+    "answer B",
+    "Answer = B",
+    "Answer is option B",
+    "Option B",
+    "option B",
+    "OPTION B",
+    "Option (B)",
+    "Option B: 64 pC",
+    "Option B 64 pC",
+    "Choice B",
+    "choice (B): 64 pC",
+    "The correct option is B",
+    "The correct choice is B",
+    "The best answer is B",
+    "Correct: B",
+    "Therefore, B",
+    "Thus, the answer is B",
+    "So the answer is B",
+    "Hence B",
+    "It is B",
+    "I choose B",
+    r"\text{The answer is } B",
+    r"\text{The answer is } \textbf{B}",
+    r"\text{Option B}",
+    r"\text{Answer: B}",
+    "The answer is\nB",
+    # the letter last
+    "64 pC (B)",
+    "64 pC [B]",
+    "$64$ pC (B)",
+    r"64\ \mathrm{pC}\ (B)",
+    "64 pC, option B",
+    "64 pC, which is option B",
+    "64 pC, so the answer is B",
+    "64 pC (option B)",
+    "64 pC → B",
+    r"64 pC \rightarrow B",
+    r"64 pC \implies \text{B}",
+    "64 pC => B",
+    "64 pC\nB",
+    "64 pC – B",
+    # a line break inside
+    "B\n64 pC",
+    r"B \\ 64 pC",
+    r"\text{B}\\64 pC",
+    "B\newline 64 pC",
+    "B<br>64 pC",
+    "\nB\n",
+    # option texts that hold another option's letter
+    "B: 45 N/C",
+    "B: vitamin A",
+    r"B: $\mathrm{C}_{6}\mathrm{H}_{6}$",
+    "B: CCOC(=O)/C(F)=C(/C)c1cc2c(cc1OC)OC(C)(C)C=C2CC",
+    "B. B",
+    r"\text{B: } \{x \mid x > 0",
+    # words and marks behind it
+    "B is correct",
+    "B is the correct answer",
+    "B is the answer",
+    "(B) is correct",
+    "✅ B",
+    "B ✓",
+    r"\checkmark B",
+    "<b>B</b>",
+    "<strong>B</strong>",
+    r"\\text{B}",
+    r"B.\ 64",
+    "(B). 64",
+    "(B), 64",
+    "B) ",
+    "(B",
+    "B!",
+    "B...",
+    "B, because C is wrong",
+    "B, not C",
+    "B (not C)",
+    r"\text{(B) } 2.0 \times 10^{-9} \mathrm{~C}",
+    r"\text{B}: 64 \mathrm{~pC}",
+    "A good conductor (B)",
+    "45 N/C (B)",
+    "does not change (B)",
+    r"The answer is: $\boxed{B}$",
+    r"\mathbf{\text{B}}",
+    "The magnitude is 64 pC (B).",
+    "B:64",
+    "B.64 pC",
+    'The answer is "B"',
+    "The answer is **B**",
+    "The correct answer is option (B): 64 pC",
+]
+A_READER_SAYS_NOTHING = [
+    # no letter of an option
+    "",
+    "b",
+    r"\text{b}",
+    "E",
+    "64 pC",
+    "B 64 pC",
+    "A good conductor",
+    # a letter that is something else
+    "B = 64",
+    "B=64 pC",
+    r"\beta",
+    r"\frac{B}{2}",
+    r"\textB",
+    "BB",
+    # several letters
+    "A, B",
+    "A,B",
+    "B, C",
+    "A and B",
+    "B and C",
+    "B & C",
+    "A/B",
+    "B/C",
+    "(A)(B)",
+    "(A), (B)",
+    "(B) or (C)",
+    "B or C",
+    "Either B or C",
+    "either A or (B)",
+    "A. B",
+    "B: C",
+    "A: 32 pC, B: 64 pC",
+    r"\text{B: } 64; \text{C: } 32",
+    "neither A nor B",
+    "B_2",
+    "B_{2}",
+    r"B_{\text{max}}",
+    r"\vec{B}",
+    r"\hat{B}",
+    r"\overline{B}",
+    r"\tilde{B}",
+    r"\dot{B}",
+    "B^2",
+    "B^{-1}",
+    "B'",
+    "B+C",
+    "B + C",
+    "B - C",
+    "B-12",
+    "B12",
+    "2B",
+    "B/2",
+    "B(t)",
+    r"B\cdot A",
+    r"\sqrt{B}",
+    # denied
+    "not B",
+    "The answer is not B",
+    "Not (B)",
+    "all except (B)",
+    "cannot be (B)",
+    "isn't (B)",
+    "B is wrong",
+    "(B) is wrong",
+    "B is incorrect",
+    "both B and C",
+    "Options B and C",
+    "Option B or C",
+    "option A or option B",
+    "A, B, and C",
+    "A\nB",
+    r"B\\C",
+    "32 pC (A), 64 pC (B)",
+    "A: 32 pC (B)",
+    "A (B)",
+    "A → B",
+    "ABCD",
+    "B, C, D",
+    "A; B",
+    "(A,B)",
+    "(A, B)",
+    "[A, B]",
+    "{A, B}",
+    r"\{A, B\}",
+    r"A \text{ and } B",
+    r"A \text{ or } B",
+    r"\text{A}\text{B}",
+    "Bob",
+    "Bohr",
+    "BC",
+    "none",
+    "None of the above",
+    "B?",
+    "B cells",
+    "A-B",
+    "AB",
+    "x = B",
+    "v(B)",
+    r"B\%",
+    "B < C",
+    "B > A",
+    "A = B",
+    "B ≈ 64",
+    r"B \approx 64",
+    r"B \times 2",
+    "The answer is A good conductor",
+    "The B field",
+    "Vitamin B",
+    "vitamin B",
+    "Group B",
+    "B or not",
+    "B and D only",
+    "I",
+    "$B$ and $C$",
+    "(B) and (C)",
+    "(B), (C)",
+    "B) C)",
+    "B. C.",
+    "B: 64 pC, C: 32 pC",
+    r"\text{A} \& \text{B}",
+    r"A \lor B",
+    r"B\,C",
+    "B~C",
+    r"B \quad C",
+]
+TABLE = [(content, "B") for content in A_READER_SAYS_B] + [(content, None) for content in A_READER_SAYS_NOTHING]
+
+
+def test_the_table_is_long_and_names_each_output_once() -> None:
+    assert len(A_READER_SAYS_B) >= 150 and len(A_READER_SAYS_NOTHING) >= 100
+    assert len({content for content, _ in TABLE}) == len(TABLE)
+
+
+@pytest.mark.parametrize(("content", "letter"), TABLE)
+def test_final_answer_in_a_box(content: str, letter: str | None) -> None:
+    # For every letter: "A, B" must not earn the reward of A either, as it would if the first letter were taken.
+    for answer in ABCD:
+        grade = grade_boxed(f"The charge is 64 pC.\n\n$$\\boxed{{{content}}}$$\nThat is all.", answer, ABCD)
+        assert (grade.reward, grade.answer) == (float(answer == letter), letter)
+
+
+@pytest.mark.parametrize(("content", "letter"), TABLE)
+def test_final_answer_in_tags(content: str, letter: str | None) -> None:
+    for answer in ABCD:
+        grade = grade_tagged(f"{REASONED}\n<answer>{content}</answer>", answer, ABCD)
+        assert (grade.reward, grade.answer) == (float(answer == letter), letter)
+        assert grade.well_formed == (content.strip() == "B")  # the asked format is the letter alone
+
+
+# What math-verify takes for B and a reader does not: it ignores case and primes, and takes the right of an equation.
+MATH_VERIFY_TAKES_TOO = {"b", r"\text{b}", "B'", "x = B", "A = B"}
+
+
+def test_what_math_verify_takes_for_b_is_taken_and_what_is_refused_it_refuses() -> None:
+    math_verify = pytest.importorskip("math_verify")
+    right, wrong = math_verify.parse("$B$"), math_verify.parse("$A$")
+    taken = set()
+    short_ones = [(content, letter) for content, letter in TABLE if len(content) < 16]  # sentences take it long
+    for content, letter in short_ones:
+        text = f"so \\boxed{{{content}}}"
+        read = math_verify.parse(text)
+        if math_verify.verify(right, read):
+            taken.add(content)
+        if letter:
+            assert not math_verify.verify(wrong, read), content
+    assert {content for content in taken if not boxed(f"\\boxed{{{content}}}")[0]} == MATH_VERIFY_TAKES_TOO
+    assert len(taken) > 20  # both apply to the plain forms
+
+
+VITAMINS = ["vitamin A", "vitamins A and C", "B vitamins", "none of A, B and C"]
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "options", "letter"),
     [
-        "",
-        " ",
-        r"\text{}",
-        "b",
-        r"\text{b}",
-        "E",
-        "64 pC",
-        "B 64 pC",
-        "A good conductor",
-        "B = 64",
-        r"\beta",
-        r"\frac{B}{2}",
-        r"\textcolor{red}{B}",
-        r"\textB",
-        "BB",
-        "A, B",
-        "A and B",
-        "A/B",
-        "(A)(B)",
-        "(B) or (C)",
-        "A. B",
-        "B: C",
-        "A: 32 pC, B: 64 pC",
-        r"\text{B: } 64; \text{C: } 32",
-        "neither A nor B",
+        # an option text that itself names letters
+        ("B: vitamins A and C", VITAMINS, "B"),
+        ("B vitamins A and C", VITAMINS, "B"),
+        (r"\textbf{B. vitamins A and C}", VITAMINS, "B"),
+        ("vitamins A and C (B)", VITAMINS, "B"),
+        ("vitamins A and C: B", VITAMINS, "B"),
+        ("The answer is D: none of A, B and C", VITAMINS, "D"),
+        ("none of A, B and C (D)", VITAMINS, "D"),
+        ("B: vitamins A and D", VITAMINS, None),
+        # the letter and its text, without a mark between them
+        ("B 64 pC", ["32 pC", "64 pC", "1 C", "2 C"], "B"),
+        (r"B $64\,\mathrm{pC}$", ["32 pC", r"$64 \mathrm{pC}$", "1 C", "2 C"], "B"),
+        ("64 pC - B", ["32 pC", "64 pC", "1 C", "2 C"], "B"),
+        ("A good conductor", ["good conductor", "bad conductor", "x", "y"], "A"),
+        # the letter with another option's text, or that text alone
+        ("B: 32 pC", ["32 pC", "64 pC", "1 C", "2 C"], None),
+        ("32 pC (B)", ["32 pC", "64 pC", "1 C", "2 C"], None),
+        ("64 pC", ["32 pC", "64 pC", "1 C", "2 C"], None),
+        ("B. subtilis", ["E. coli", "yeast", "x", "B. subtilis"], None),
+        ("magnetic field (B)", ["x", "y", "magnetic field", "z"], None),
+        # a text in other words decides nothing
+        ("B: sixty-four", ["32 pC", "64 pC", "1 C", "2 C"], "B"),
+        ("A good conductor", ["a metal", "64 pC", "1 C", "2 C"], None),
+        # options that are letters or marks themselves
+        ("B", ["B", "A", "D", "C"], "B"),
+        ("(B)", ["B", "A", "D", "C"], "B"),
+        ("B: A", ["B", "A", "D", "C"], "B"),
+        ("B", ["=", "<", "-", ">"], "B"),
+        ("(B)", ["=", "<", "-", ">"], "B"),
+        ("B: <", ["=", "<", "-", ">"], "B"),
     ],
 )
-def test_box_that_does_not_hold_one_letter(content: str) -> None:
-    # "A" would be right for the contents that begin with A, so a grader that takes the first letter fails here too
-    for answer in ("A", "B"):
-        assert boxed(f"so \\boxed{{{content}}}", answer) == NOTHING
+def test_the_option_texts_tell_letters_from_words(content: str, options: list[str], letter: str | None) -> None:
+    for answer in ABCD:
+        expected = (float(answer == letter), letter)
+        grade = grade_boxed(f"\\boxed{{{content}}}", answer, ABCD, options=options)
+        assert (grade.reward, grade.answer) == expected
+        grade = grade_tagged(f"{REASONED}<answer>{content}</answer>", answer, ABCD, options=options)
+        assert (grade.reward, grade.answer) == expected
+
+
+def test_a_text_that_stands_twice_is_right_under_either_letter() -> None:
+    options = ["8 s", "2 s", "4 s", " 8  s"]
+    for right, other in ("AD", "DA"):
+        assert grade_boxed(f"\\boxed{{{other}}}", right, ABCD, options=options) == Grade(1.0, right, True, None)
+        grade = grade_tagged(f"{REASONED}<answer>{other}</answer>", right, ABCD, options=options)
+        assert grade == Grade(1.0, right, True, None)
+    # votes for a wrong text count together; case makes another text: 1 mW is not 1 MW
+    assert [grade_boxed(f"\\boxed{{{x}}}", "B", ABCD, options=options).answer for x in "AD"] == ["A", "A"]
+    assert grade_boxed(r"\boxed{A}", "B", ABCD, options=["1 mW", "1 MW", "2 W", "3 W"]).reward == 0.0
+
+
+@pytest.mark.parametrize("grade", [grade_tagged, grade_boxed])
+def test_options_and_labels_of_unequal_number_are_an_error(grade) -> None:
+    with pytest.raises(ValueError, match="3 options for 4 labels"):
+        grade("anything", "B", ABCD, options=["x", "y", "z"])
+
+
+# Thinking: what the user does not see is no answer. Each with the answer's own marks in the thinking.
+OPENED = True
+
+
+@pytest.mark.parametrize(
+    ("completion", "opened", "reward"),
+    [
+        ("<think>Perhaps ANSWER? No.</think>The answer is C.", False, 0.0),
+        ("<think>Perhaps ANSWER", False, 0.0),
+        ("Perhaps ANSWER</think>The answer is C.", False, 0.0),
+        ("Perhaps ANSWER</think>", False, 0.0),
+        ("Perhaps ANSWER", OPENED, 0.0),
+        ("<think>Perhaps ANSWER", OPENED, 0.0),
+        ("<think>a <think>b</think> ANSWER</think>The answer is C.", False, 0.0),
+        ("<think>a <think>b</think> ANSWER", False, 0.0),
+        ("<think>a</think>Well. <think>ANSWER</think>", False, 0.0),
+        ("<THINK>ANSWER</THINK>", False, 0.0),
+        ("[THINK]ANSWER[/THINK]C", False, 0.0),
+        ("<think>a</think>ANSWER", False, 1.0),
+        ("<think>ANSWERS? C? No.</think>ANSWER", False, 1.0),
+        ("a</think>ANSWER", OPENED, 1.0),
+        ("ANSWER<think>was that right", False, 1.0),
+        ("ANSWER", False, 1.0),
+    ],
+)
+def test_an_answer_in_the_thinking_is_none(completion: str, opened: bool, reward: float) -> None:
+    for answer, grade in (
+        (r"\boxed{B}", grade_boxed(completion.replace("ANSWER", r"\boxed{B}"), "B", ABCD, opened=opened)),
+        ("tags", grade_tagged(completion.replace("ANSWER", "<answer>B</answer>"), "B", ABCD, opened=opened)),
+        ("short", grade_short_answer(completion.replace("ANSWER", "<answer>28</answer>"), "28", opened=opened)),
+    ):
+        assert grade.reward == reward, answer
+        if reward == 0.0:
+            assert (grade.answer, grade.well_formed) == (None, False)
+
+
+def test_thinking_before_the_asked_format_keeps_the_format() -> None:
+    assert tagged(f"<think>hm</think>\n{REASONED}<answer>B</answer>") == RIGHT
+    assert boxed(r"<think>\boxed{A}?</think>\boxed{B}") == RIGHT
+    assert short("<think><answer>1</answer></think><answer> 28 </answer>") == (1.0, "28", True)
+
+
+def test_feedback_says_that_there_was_only_thinking() -> None:
+    expected = "The attempt shows nothing but thinking, so no answer follows it."
+    assert grade_boxed(r"<think>\boxed{B}", "B", ABCD).feedback == expected
+    assert grade_tagged("<think>a</think>\n", "B", ABCD).feedback == expected
+    assert grade_short_answer("28", "28", opened=True).feedback == expected
+    assert grade_boxed(" ", "B", ABCD, opened=True).feedback == "The attempt is empty."
 
 
 @pytest.mark.parametrize(
@@ -346,7 +729,21 @@ LONG = 300_000  # characters: more than 8192 tokens hold, and at this length a q
         "A and ",
         "B",
         "(",
+        "(B) ",
         "Option ",
+        "the ",
+        "not be ",
+        "'",
+        "`",
+        "_",
+        "-",
+        "\\\\",
+        "\\color[",
+        "\\fcolorbox{",
+        "<think>",
+        "<think>a",
+        "</think>",
+        "<a:",
     ],
 )
 def test_long_texts_take_linear_time(piece: str) -> None:
@@ -357,10 +754,11 @@ def test_long_texts_take_linear_time(piece: str) -> None:
         f"\\boxed{{{filling}}}",
         f"\\boxed{{B: {filling}}}",
         f"\\boxed{filling}",
+        f"\\boxed{{not {filling} (B)}}",
     ]
     start = time.process_time()
     for text in texts:
-        grade_tagged(text, "B", ABCD)
-        grade_boxed(text, "B", ABCD)
+        grade_tagged(text, "B", ABCD, options=ABCD)
+        grade_boxed(text, "B", ABCD, options=ABCD)
         grade_short_answer(text, "28")
-    assert time.process_time() - start < 20.0  # seconds for 15 grades; a linear pass takes about 1
+    assert time.process_time() - start < 20.0  # seconds for 18 grades; a linear pass takes about 1

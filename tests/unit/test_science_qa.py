@@ -253,8 +253,57 @@ def test_two_questions_with_one_number_are_an_error(tmp_path: Path) -> None:
 
 def test_a_file_without_the_domain_is_an_error(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "all.jsonl", [record(0, "Chemistry"), record(1, details={"level": "L1"})])
-    assert f"{file} holds no question of domain Physics" in error_of(path=file)
+    message = error_of(path=file)
+    assert f"{file} holds no question of domain Physics" in message
+    assert "but 1 of domain 'Chemistry', 1 of level 'L1'; pass path=" in message
     assert "only 1 question" in error_of(domain="chemistry", path=file)
+
+
+def test_an_error_names_the_spellings_that_it_saw(tmp_path: Path) -> None:
+    records = [record(n, domain) for n, domain in enumerate(["physics"] * 3 + ["PHYSICS", "Physics "])]
+    message = error_of(path=write_jsonl(tmp_path / "all.jsonl", records))
+    assert "but 3 of domain 'physics', 1 of domain 'PHYSICS', 1 of domain 'Physics '" in message
+
+
+def losing(lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [*(record(n) for n in range(20)), *lost]
+
+
+@pytest.mark.parametrize(
+    ("changes", "counted"),
+    [
+        ({"domain": "physics"}, "2 of domain 'physics'"),
+        ({"domain": "Astronomy"}, "2 of domain 'Astronomy'"),
+        ({"type": "mcq-5-choices"}, "2 of type 'mcq-5-choices'"),
+        ({"details": {"level": "l3"}}, "2 of level 'l3'"),
+    ],
+)
+def test_rows_that_are_left_out_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], counted: str
+) -> None:
+    records = losing([record(100 + n, **changes) for n in range(2)])
+    file = write_jsonl(tmp_path / "all.jsonl", records)
+    with pytest.warns(UserWarning, match=f"20 physics questions are used, 2 rows are left out, .*: {counted}[.]"):
+        train, test = load_split("physics", path=file, check=False)
+    assert len(train + test) == 20
+    assert f"left out: {counted};" in error_of(path=file, check=True)
+    hub(monkeypatch, records)
+    with pytest.warns(UserWarning, match=f"not the published ones: .*; left out: {counted}; scores will not compare"):
+        load_split("physics")
+
+
+def test_many_kinds_of_rows_that_are_left_out_make_one_short_sentence(tmp_path: Path) -> None:
+    records = losing([record(100 + n, type=f"type-{n // 2}") for n in range(40)])
+    with pytest.warns(UserWarning, match="40 rows are left out, .*: 2 of type 'type-0', .*, 24 of others[.]") as caught:
+        load_split("physics", path=write_jsonl(tmp_path / "all.jsonl", records), check=False)
+    assert len(caught) == 1
+
+
+def test_rows_of_the_other_science_domains_are_no_loss(tmp_path: Path) -> None:
+    others = [record(100 + n, domain) for n, domain in enumerate(["Biology", "Chemistry", "Material"])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_split("physics", path=write_jsonl(tmp_path / "all.jsonl", losing(others)), check=False)
 
 
 # The hub, replaced by a table in memory
@@ -408,6 +457,7 @@ def test_the_boxed_prompt_is_the_papers(tmp_path: Path) -> None:
         "answer": "ABCD"[number % 4],
         "domain": "physics",
         "labels": ["A", "B", "C", "D"],
+        "options": [f"{number}.{i} m" for i in range(4)],
     }
 
 
@@ -431,6 +481,41 @@ def test_each_style_has_its_own_grader_and_uses_the_rows_letters(tmp_path: Path)
     assert boxed.grade(in_tags, row).reward == tagged.grade(in_box, row).reward == 0.0
     assert boxed.grade("\\boxed{C}", row).answer is None
     assert [row["id"] for row in boxed.test] == [row["id"] for row in tagged.test]
+
+
+@pytest.mark.parametrize("style", ["boxed", "sdpo"])
+def test_a_letter_with_the_right_options_text_is_right(tmp_path: Path, style: str) -> None:
+    records = [record(n, choices={"label": FOUR, "text": [f"{n} s", "x", f"{n} s", "y"]}) for n in range(20)]
+    task = load("physics", path=write_jsonl(tmp_path / "a.jsonl", records), style=style, check=False)
+    for row in task.train + task.validation + task.test:
+        graded = [
+            task.grade(f"<reasoning>.</reasoning><answer>{letter}</answer> \\boxed{{{letter}}}", row) for letter in FOUR
+        ]
+        right = {"A": "AC", "B": "B", "C": "AC", "D": "D"}[row["answer"]]
+        assert "".join(letter for letter, grade in zip(FOUR, graded) if grade.reward) == right
+        assert {grade.answer for grade in graded if grade.reward} == {row["answer"]}
+
+
+@needs_published
+def test_the_published_questions_with_a_text_twice_take_either_letter() -> None:
+    task = load("physics", path=PUBLISHED, validation_fraction=0)
+    rows = {int(row["id"].split("-")[1]): row for row in task.train}
+    taken = {
+        number: "".join(x for x in FOUR if task.grade(f"\\boxed{{{x}}}", rows[number]).reward)
+        for number in (237, 632, 691)
+    }
+    assert taken == {237: "ABC", 632: "BD", 691: "BC"}
+
+
+@pytest.mark.parametrize("style", ["boxed", "sdpo"])
+def test_the_row_says_where_the_prompt_opened_the_thinking(tmp_path: Path, style: str) -> None:
+    task = load("physics", path=write_split(tmp_path), style=style, check=False)
+    row = task.test[0]
+    answer = f"<reasoning>.</reasoning><answer>{row['answer']}</answer> \\boxed{{{row['answer']}}}"
+    opened = {**row, "thinking_opened": True}
+    assert task.grade(answer, row).reward == task.grade(f"hm</think>{answer}", opened).reward == 1.0
+    assert task.grade(answer, opened) == task.grade(f"<think>{answer}", row)
+    assert task.grade(answer, opened).reward == 0.0
 
 
 def test_ids_follow_the_content(tmp_path: Path) -> None:

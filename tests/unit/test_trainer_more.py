@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import WORDS, build_model, build_tokenizer
 from datasets import Dataset
+from tokenizers import AddedToken
 from trainer_kit import (
     GROUP,
     Spy,
@@ -364,3 +366,81 @@ def test_every_trainer_has_a_host_of_its_own(tmp_path):
     assert first.host is not second.host and first.host.watched is not second.host.watched
     mine = Host(run_id="mine")
     assert trainer(tmp_path / "3", host=mine).host is mine
+
+
+OPENS = "{% if add_generation_prompt %} <think>{% endif %}"
+
+
+def asked_with(t, ending: str):
+    t.processing_class.chat_template += ending
+    t.chat_template = None
+    return t
+
+
+@pytest.mark.parametrize("ending", [OPENS, OPENS.replace("<think>", "<think> </think>"), ""])
+def test_thinking_that_the_template_opens_and_that_is_cut_off_teaches_nothing(tmp_path, ending):
+    """No completion here closes a thinking block: behind a template's <think> it is all thinking."""
+    flags, graded = [], []
+
+    def reward(prompts, completions, thinking_opened=None, **kwargs):
+        flags.append(thinking_opened)
+        return parity_reward(prompts, completions)
+
+    def feedback(prompts, completions, thinking_opened=None, **kwargs):
+        flags.append(thinking_opened)
+        return [None] * len(prompts)
+
+    def grade(text, row):
+        graded.append(row.get("thinking_opened", False))
+        return Grade(0.0, None, True, None)
+
+    held_out = [dict(r, id=f"q{i}") for i, r in enumerate(dataset(2))]
+    t = asked_with(
+        trainer(tmp_path, reward=reward, feedback_funcs=feedback, grade=grade, eval_dataset=held_out), ending
+    )
+    spy = Spy(t)
+    train(t)
+    t.evaluate()
+    opens = ending == OPENS
+    expected = [True] * len(spy.batches[0]["teacher_prompt_ids"]) if opens else None
+    assert flags == [expected, expected]
+    assert graded == [opens] * 8
+    assert any(ids is not None for ids in spy.batches[0]["teacher_prompt_ids"]) == (not opens)
+
+
+def test_thinking_that_trl_has_cut_off_already_is_not_looked_for(tmp_path):
+    """With a response template TRL hands on what follows </think>, so the text no longer begins in the thinking."""
+    t = asked_with(trainer(tmp_path), OPENS)
+    prompt, ids = [{"role": "user", "content": "w1"}], t.tokenizer("w1 w2 w3")["input_ids"]
+    assert t._begins_in_thinking([prompt] * 2 + ["w1"], ["w1 w2 w3", "w3", "w1 w2 w3"], [ids] * 3) == [
+        True,
+        False,
+        False,
+    ]
+    assert t._begins_in_thinking(["w1 <think>"], ["w1 w2 w3"], [ids]) == [True]
+
+
+def test_thinking_tags_that_decoding_drops_are_named(tmp_path):
+    def make(special: bool, **attributes):
+        tokenizer = build_tokenizer()
+        tokenizer.add_tokens([AddedToken("[THINK]", special=special), AddedToken("[/THINK]", special=special)])
+        for name, value in attributes.items():
+            setattr(tokenizer, name, value)
+        model = build_model()
+        model.resize_token_embeddings(len(tokenizer))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            PGPOTrainer(
+                model,
+                parity_reward,
+                config(tmp_path),
+                dataset(),
+                processing_class=tokenizer,
+                rollout_func=fake_rollout,
+            )
+        return [str(w.message) for w in caught if "special tokens" in str(w.message)]
+
+    (sentence,) = make(special=True)
+    assert "[/THINK] and [THINK]" in sentence and "response_template" in sentence
+    assert make(special=False) == []
+    assert make(special=True, response_template={"fields": {}}) == []

@@ -28,10 +28,13 @@ def evaluate(
     k: int,
     seed: int,
     context: Callable[[Any], Messages] | None = None,
+    opens: Callable[[Any], bool] | None = None,
 ) -> list[Record]:
     """k graded completions for each row, in the order of the rows.
 
     `context(row)` replaces the prompt of the row, for example by that of the self-teacher, which sees a solution.
+    `opens(prompt)` tells whether a prompt ends inside a thinking block; the grader then finds "thinking_opened": True
+    in the row. By default the generator's `opens_thinking`, if it has one (`pgpo.evaluate.runners` has).
     Raises UserError when k < 1, there are no rows or two of the same id, or `generate` returns another shape.
     """
     if k < 1:
@@ -46,9 +49,14 @@ def evaluate(
     prompts = [context(row) if context else row["prompt"] for row in rows]
     completions = generate(prompts, k, seed)
     _check_shape(completions, len(prompts), k, generate)
+    opens = opens or getattr(generate, "opens_thinking", None)
+    graded = [
+        {"thinking_opened": True, **row} if opens is not None and opens(prompt) else row
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
     return [
         _record(row, sample, text, grade(text, row))
-        for row, texts in zip(rows, completions, strict=True)
+        for row, texts in zip(graded, completions, strict=True)
         for sample, text in enumerate(texts)
     ]
 

@@ -10,6 +10,7 @@ import torch
 
 from pgpo.errors import UserError
 from pgpo.evaluate.run import Messages
+from pgpo.visible import opens_thinking
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -88,11 +89,20 @@ class TransformersRunner:
                     self.progress(start + len(batch), len(order))
         return [texts[prompt * k : (prompt + 1) * k] for prompt in range(len(prompts))]
 
-    def _encode(self, messages: Messages) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
+    def opens_thinking(self, messages: Messages) -> bool:
+        """Whether the rendered prompt ends inside a thinking block, as behind a template's `<think>`."""
+        return opens_thinking(self._render(messages))
+
+    def _render(self, messages: Messages) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
+            )
         )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has them already
+
+    def _encode(self, messages: Messages) -> list[int]:
+        # The template has the special tokens already.
+        return list(self.tokenizer(self._render(messages), add_special_tokens=False)["input_ids"])
 
     def _config(self) -> GenerationConfig:
         from transformers import GenerationConfig
@@ -157,6 +167,13 @@ class VLLMRunner:
         self._engine = LLM(model=model_path, **engine_options)
         self._sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens}
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
+
+    def opens_thinking(self, messages: Messages) -> bool:
+        """Whether the rendered prompt ends inside a thinking block, as behind a template's `<think>`."""
+        text = self._engine.get_tokenizer().apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **self._chat_template_kwargs
+        )
+        return opens_thinking(str(text))
 
     def __call__(self, prompts: list[Messages], k: int, seed: int) -> list[list[str]]:
         """k completion texts per prompt."""

@@ -116,7 +116,9 @@ def load(
         train=rows("train", n_train),
         validation=rows("validation", n_validation),
         test=rows("test", n_test),
-        grade=lambda completion, row: grade_short_answer(completion, row["answer"]),
+        grade=lambda completion, row: grade_short_answer(
+            completion, row["answer"], opened=row.get("thinking_opened", False)
+        ),
     )
 
 

@@ -26,7 +26,7 @@ that scores compare, and so does the training set unless `drop_overlap=True`. A 
 should use that option, or be given with and without the listed test questions.
 
 Six training questions of Physics give one text to several letters, three of them (idx 237, 632, 691) the right
-option's text, so that a right answer there can be graded wrong. They are kept.
+option's text. They are kept; a letter with the right option's text is right.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ DOMAINS = {
     "physics": ("Physics", "physics"),
 }
 
+_SHOWN = 8  # ours: so many kinds of rows that are left out are named
 _LONGEST_LINE = 2**20  # bytes, ours; the longest published line has 1622
 
 T = TypeVar("T")
@@ -147,16 +148,18 @@ def load_split(
     check: compare with the manifest. A local copy that differs is an error, because it is meant to be the published
     data. A hub version that differs is a warning, because its owners may correct a question. With False (for your own
     questions) there is neither.
+    Rows of unsplit data that are left out (another spelling of the domain, another type or level) are counted in a
+    warning, or in the error, unless what remains is the published data.
 
     Raises UserError.
     """
     domain = _known_domain(domain)
     if path is None:
         place = f"{HUB_DATASET} at revision {revision or 'main'}"
-        train, test = _from_hub(domain, revision, place)
+        train, test, left_out = _from_hub(domain, revision, place)
     elif revision is None:
         place = str(path)
-        train, test = _from_path(domain, Path(path).expanduser())
+        train, test, left_out = _from_path(domain, Path(path).expanduser())
     else:
         raise UserError(f"revision={revision!r} is for the hub but path={str(path)!r} is given too; pass only one.")
     number, uses = Counter(question.idx for question in train + test).most_common(1)[0]
@@ -165,9 +168,18 @@ def load_split(
     differences = check_manifest(domain, train, test) if check else []
     if differences:
         finding = f"The {domain} questions of {place} are not the published ones: {'; '.join(differences)}"
+        if left_out.any_of_ours:
+            finding += f"; left out: {left_out}"
         if path is not None:
             raise UserError(f"{finding}; restore the files, or pass check=False to use them as they are.")
         warnings.warn(f"{finding}; scores will not compare, so pin revision= or pass path=.", stacklevel=2)
+    elif left_out.any_of_ours and not check:
+        warnings.warn(
+            f"{place}: {len(train) + len(test)} {domain} questions are used, {left_out.total()} rows are left out, "
+            f"because only domain {DOMAINS[domain][0]!r}, level {LEVEL!r} and type {' or '.join(map(repr, TYPES))} "
+            f"count here: {left_out}.",
+            stacklevel=2,
+        )
     return train, test
 
 
@@ -259,6 +271,7 @@ def _row(question: Question, write_prompt: Callable[[Question], list[dict[str, s
         "answer": question.answer,
         "domain": question.domain,
         "labels": list(question.labels),
+        "options": list(question.options),
     }
 
 
@@ -280,15 +293,20 @@ def _sdpo_prompt(question: Question) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-def _grade_boxed(completion: str, row: Row) -> Grade:
-    return grade_boxed(completion, row["answer"], row["labels"])
+def _graded_by(grader: Callable[..., Grade]) -> Callable[[str, Row], Grade]:
+    def grade(completion: str, row: Row) -> Grade:
+        return grader(
+            completion,
+            row["answer"],
+            row["labels"],
+            options=row.get("options"),
+            opened=row.get("thinking_opened", False),
+        )
+
+    return grade
 
 
-def _grade_tagged(completion: str, row: Row) -> Grade:
-    return grade_tagged(completion, row["answer"], row["labels"])
-
-
-_STYLES = {"boxed": (_boxed_prompt, _grade_boxed), "sdpo": (_sdpo_prompt, _grade_tagged)}
+_STYLES = {"boxed": (_boxed_prompt, _graded_by(grade_boxed)), "sdpo": (_sdpo_prompt, _graded_by(grade_tagged))}
 
 
 # Manifest: what the published data looks like.
@@ -348,6 +366,21 @@ class _Record(NamedTuple):
     where: str
 
 
+class _LeftOut(Counter[tuple[str, str]]):
+    """Rows that are not asked for: (column, its value) -> how many."""
+
+    @property
+    def any_of_ours(self) -> bool:
+        """Whether there are others than those of the other science domains, which nobody misses."""
+        other_domains = {("domain", published) for published, _ in DOMAINS.values()}
+        return not self.keys() <= other_domains
+
+    def __str__(self) -> str:
+        shown = [f"{count} of {column} {value!r:.40}" for (column, value), count in self.most_common(_SHOWN)]
+        rest = sum(self.values()) - sum(count for _, count in self.most_common(_SHOWN))
+        return ", ".join(shown + [f"{rest} of others"] * (rest > 0))
+
+
 def _known_domain(domain: str) -> str:
     name = str(domain).lower()
     name = "materials" if name == "material" else name
@@ -356,7 +389,7 @@ def _known_domain(domain: str) -> str:
     return name
 
 
-def _from_hub(domain: str, revision: str | None, place: str) -> tuple[list[Question], list[Question]]:
+def _from_hub(domain: str, revision: str | None, place: str) -> tuple[list[Question], list[Question], _LeftOut]:
     try:
         import datasets  # slow to import, and not needed for local files
 
@@ -367,10 +400,10 @@ def _from_hub(domain: str, revision: str | None, place: str) -> tuple[list[Quest
             f"Cannot load {place} from the Hugging Face hub ({reason}); "
             "check the network and the revision, or pass path= (--data_path) with a local copy."
         ) from error
-    return split(_unsplit(domain, [_Record(row, f"{place}, row {i}") for i, row in enumerate(table)], place))
+    return _split_wanted(domain, [_Record(row, f"{place}, row {i}") for i, row in enumerate(table)], place)
 
 
-def _from_path(domain: str, path: Path) -> tuple[list[Question], list[Question]]:
+def _from_path(domain: str, path: Path) -> tuple[list[Question], list[Question], _LeftOut]:
     try:
         exists = path.exists()
     except OSError as error:  # such as a name that is too long
@@ -380,18 +413,18 @@ def _from_path(domain: str, path: Path) -> tuple[list[Question], list[Question]]
     if path.is_file():
         if _is_split_file(path):
             raise UserError(f"{path} is one file of a split; pass the folder that holds both, {path.parent}.")
-        return split(_unsplit(domain, list(_read_jsonl(path)), str(path)))
+        return _split_wanted(domain, list(_read_jsonl(path)), str(path))
     files = sorted(path.glob("*.jsonl"))
     if not files:
         raise UserError(f"The folder {path} holds no .jsonl file; pass path= with the SciKnowEval files.")
     if not any(map(_is_split_file, files)):
-        return split(_unsplit(domain, [record for file in files for record in _read_jsonl(file)], str(path)))
+        return _split_wanted(domain, [record for file in files for record in _read_jsonl(file)], str(path))
     pair = [path / f"{DOMAINS[domain][1]}-{name}.jsonl" for name in ("train", "test")]
     missing = [file.name for file in pair if not file.is_file()]
     if missing:
         raise UserError(f"The folder {path} lacks {' and '.join(missing)}; add what is missing.")
     train, test = ([_from_split_file(domain, record) for record in _read_jsonl(file)] for file in pair)
-    return train, test
+    return train, test, _LeftOut()
 
 
 def _is_split_file(file: Path) -> bool:
@@ -399,7 +432,7 @@ def _is_split_file(file: Path) -> bool:
 
 
 def _from_split_file(domain: str, record: _Record) -> Question:
-    if not _is_wanted(domain, record):
+    if _unwanted(domain, record):
         raise UserError(
             f"{record.where}: not of domain {DOMAINS[domain][0]}, level {LEVEL} and type {' or '.join(TYPES)}; "
             "remove it from this file."
@@ -407,17 +440,27 @@ def _from_split_file(domain: str, record: _Record) -> Question:
     return _question(domain, _number(record), record)
 
 
-def _unsplit(domain: str, records: Sequence[_Record], place: str) -> list[Question]:
-    """The wanted questions in order: by "idx" where all have one, else as they stand, numbered from 0."""
-    wanted = [record for record in records if _is_wanted(domain, record)]
+def _split_wanted(
+    domain: str, records: Sequence[_Record], place: str
+) -> tuple[list[Question], list[Question], _LeftOut]:
+    """(train, test) of the wanted questions, and what is left out. The questions are in order: by "idx" where all have
+    one, else as they stand, numbered from 0."""
+    wanted, left_out = [], _LeftOut()
+    for record in records:
+        if (reason := _unwanted(domain, record)) is None:
+            wanted.append(record)
+        else:
+            left_out[reason] += 1
     if not wanted:
         raise UserError(
-            f"{place} holds no question of domain {DOMAINS[domain][0]}, level {LEVEL} and type {' or '.join(TYPES)}; "
-            "pass path= with a file that does."
+            f"{place} holds no question of domain {DOMAINS[domain][0]}, level {LEVEL} and type {' or '.join(TYPES)}, "
+            f"but {left_out}; pass path= with a file that does, or correct the spelling."
         )
     if all("idx" in record.columns for record in wanted):
-        return [_question(domain, _number(record), record) for record in sorted(wanted, key=_number)]
-    return [_question(domain, position, record) for position, record in enumerate(wanted)]
+        questions = [_question(domain, _number(record), record) for record in sorted(wanted, key=_number)]
+    else:
+        questions = [_question(domain, position, record) for position, record in enumerate(wanted)]
+    return *split(questions), left_out
 
 
 def _read_jsonl(file: Path) -> Iterator[_Record]:
@@ -465,13 +508,16 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _is_wanted(domain: str, record: _Record) -> bool:
-    if _column(record, "domain", str) != DOMAINS[domain][0] or _column(record, "type", str) not in TYPES:
-        return False
+def _unwanted(domain: str, record: _Record) -> tuple[str, str] | None:
+    """The column that tells that a row is not asked for, and its value; None for a wanted row."""
+    if (found := _column(record, "domain", str)) != DOMAINS[domain][0]:
+        return "domain", found
+    if (found := _column(record, "type", str)) not in TYPES:
+        return "type", found
     details = _column(record, "details", dict)
     if "level" not in details:
         raise UserError(f'{record.where}: column "details" has no "level"; make it like {{"level": "{LEVEL}"}}.')
-    return bool(details["level"] == LEVEL)
+    return None if details["level"] == LEVEL else ("level", str(details["level"]))
 
 
 def _question(domain: str, idx: int, record: _Record) -> Question:

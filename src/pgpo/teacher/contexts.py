@@ -1,7 +1,8 @@
 """What the self-teacher reads: the question plus a correct sibling completion and/or feedback on the attempt.
 
-Messages in, messages out: no tokenizer, no tensors, standard library only. A row with nothing to show has prompt None
-and takes no part in the loss. The texts are SDPO's (arXiv 2601.20802; science settings of its code).
+Messages in, messages out: no tokenizer, no tensors, standard library and `pgpo.visible` only. A row with nothing to
+show has prompt None and takes no part in the loss. The texts are SDPO's (arXiv 2601.20802; science settings of its
+code).
 
 Departures from the reference code (lasgroup/SDPO), each with its reason:
 * Over-long teacher prompts: there the token sequence is cut on its right, which removes the final instruction and the
@@ -10,8 +11,8 @@ Departures from the reference code (lasgroup/SDPO), each with its reason:
   answer would be shown as "Correct solution".
 * The template is filled in one pass, so braces in a question, a solution or feedback are plain text; there a brace in
   a template raises.
-* A thinking block that the chat template opened (only its `</think>` is in the completion) is removed too, and a
-  success with no text left after that is passed over, because it shows nothing.
+* Thinking of every form is removed (`pgpo.visible`), also where the chat template opened it or where it was cut off;
+  there only whole <think>...</think> blocks. A success that is nothing but thinking is passed over: it shows nothing.
 * Earlier turns, turns after the last user message and parts of a message that are not text are kept; there everything
   but the last message is kept and the last message is taken to be the user's, in plain text.
 * The demonstration can be drawn at random among the successes, reproducibly.
@@ -22,9 +23,11 @@ from __future__ import annotations
 import bisect
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+
+from pgpo.visible import visible_text
 
 Prompt: TypeAlias = "str | list[dict[str, Any]]"
 """Plain text, or chat messages {"role": ..., "content": text or list of parts}."""
@@ -109,6 +112,7 @@ def build_contexts(
     allow_own_success: bool = False,
     feedback_mode: FeedbackMode = "without_demonstration",
     remove_thinking: bool = True,
+    opened: Sequence[bool] | None = None,
     templates: ContextTemplates = ContextTemplates(),
     max_length: int | None = None,
     length: Callable[[Prompt], int] | None = None,
@@ -131,7 +135,10 @@ def build_contexts(
         seed, step: used by "random" only; the draw depends on these and the row, on no global random state.
         allow_own_success: whether a sample may be shown its own completion.
         feedback_mode: feedback only where there is no demonstration, wherever there is some, or never.
-        remove_thinking: drop <think>...</think> from demonstrations.
+        remove_thinking: show only the visible text of a demonstration (`pgpo.visible.visible_text`). With False it is
+            shown whole; either way a completion without visible text is no demonstration.
+        opened: B flags, whether the sample's prompt ends inside a thinking block, as after a template's `<think>`;
+            None = nowhere.
         templates: the texts.
         max_length: longest teacher prompt in tokens; None = no limit.
         length: tokens of a rendered teacher prompt, chat template included; handed in together with max_length.
@@ -145,15 +152,16 @@ def build_contexts(
         ValueError: lists of unequal length, a batch that is not whole groups of one prompt, nothing to show possible
             (group_size 1, no feedback, no own success), a prompt without text of a user, an unknown option.
     """
-    _check(prompts, completions, rewards, group_size, feedback, choice, feedback_mode, allow_own_success)
+    _check(prompts, completions, rewards, group_size, feedback, opened, choice, feedback_mode, allow_own_success)
     if (max_length is None) != (length is None):
         raise ValueError("max_length and length belong together: hand in both (a limit in tokens needs a counter).")
 
     def fits(prompt: Prompt) -> bool:
         return max_length is None or length is None or length(prompt) <= max_length
 
-    demonstrations = [_without_thinking(text) if remove_thinking else text for text in completions]
-    usable = [reward >= success_threshold and bool(text.strip()) for reward, text in zip(rewards, demonstrations)]
+    visible = [visible_text(text, begun) for text, begun in zip(completions, opened or [False] * len(completions))]
+    demonstrations = visible if remove_thinking else completions
+    usable = [reward >= success_threshold and bool(text.strip()) for reward, text in zip(rewards, visible)]
     contexts = []
     for row, prompt in enumerate(prompts):
         start = row - row % group_size
@@ -236,46 +244,24 @@ def _choose(successes: list[int], choice: Choice, seed: int, step: int, row: int
     return successes[int.from_bytes(digest, "big") % len(successes)]
 
 
-def _without_thinking(text: str) -> str:
-    """The text without its <think> blocks and the blank space after each. Linear time.
-
-    A first </think> with no <think> before it ends a block that the chat template opened. A block that is never
-    closed is kept: the answer that was graded right stands inside it.
-    """
-    return "".join(_outside_thinking(text))
-
-
-def _outside_thinking(text: str) -> Iterator[str]:
-    opening, closing = "<think>", "</think>"
-    at = 0
-    end = text.find(closing)
-    begin = text.find(opening)
-    if end != -1 and (begin == -1 or end < begin):
-        at = _skip_blank(text, end + len(closing))
-    while (begin := text.find(opening, at)) != -1 and (end := text.find(closing, begin)) != -1:
-        yield text[at:begin]
-        at = _skip_blank(text, end + len(closing))
-    yield text[at:]
-
-
-def _skip_blank(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
-
-
 def _check(
     prompts: Sequence[Prompt],
     completions: Sequence[str],
     rewards: Sequence[float],
     group_size: int,
     feedback: Sequence[str | None] | None,
+    opened: Sequence[bool] | None,
     choice: str,
     feedback_mode: str,
     allow_own_success: bool,
 ) -> None:
     rows = len(prompts)
-    for name, values in (("completions", completions), ("rewards", rewards), ("feedback", feedback)):
+    for name, values in (
+        ("completions", completions),
+        ("rewards", rewards),
+        ("feedback", feedback),
+        ("opened", opened),
+    ):
         if values is not None and len(values) != rows:
             raise ValueError(f"There are {rows} prompts but {len(values)} {name}; hand in one per sample.")
     if choice not in ("first", "random"):

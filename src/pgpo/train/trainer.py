@@ -243,6 +243,7 @@ class PGPOTrainer(SeamTrainer):
                 allow_own_success=a.allow_own_success,
                 feedback_mode=a.feedback_mode,
                 remove_thinking=a.remove_thinking,
+                opened=rollout.opened,
                 templates=self.templates,
                 max_length=a.max_teacher_prompt_length,
                 length=None if a.max_teacher_prompt_length is None else lambda prompt: len(render(prompt)),
@@ -832,8 +833,9 @@ class PGPOTrainer(SeamTrainer):
         if len(mine) * ranks < len(rows) and (self.args.use_vllm or self.gathers_layers):
             # vLLM and FSDP need every rank in every call: a short rank repeats a question and drops it again.
             filled = [*mine, {**rows[0], "id": "filler"}]
+        opens = self.opens_thinking
         if self.args.use_vllm:
-            records = evaluate(filled, self._vllm_generate, self._grade, self.args.eval_k, seed)
+            records = evaluate(filled, self._vllm_generate, self._grade, self.args.eval_k, seed, opens=opens)
         else:
             with self.generation_model() as model, sampling_explained(f"after step {self.state.global_step}"):
                 runner = TransformersRunner(
@@ -845,7 +847,7 @@ class PGPOTrainer(SeamTrainer):
                     batch_size=self.args.eval_batch_size,
                     chat_template_kwargs=self.args.chat_template_kwargs,
                 )
-                records = evaluate(filled, runner, self._grade, self.args.eval_k, seed) if filled else []
+                records = evaluate(filled, runner, self._grade, self.args.eval_k, seed, opens=opens) if filled else []
         self.raise_together()
         return self.gather_objects(records[: len(mine) * self.args.eval_k])
 
@@ -893,6 +895,12 @@ class PGPOTrainer(SeamTrainer):
             raise UserError(
                 "the prompts are chat messages but the tokenizer has no chat template; set "
                 "tokenizer.chat_template, use an instruction-tuned model, or give prompts as plain strings."
+            )
+        if (tags := self.unseen_thinking_tags) and self.accelerator.is_main_process:
+            self.say(
+                f"the tokenizer has {' and '.join(tags)} as special tokens, which decoded completions do not show: "
+                "reward functions and demonstrations cannot tell thinking from answer. Switch thinking off in "
+                "chat_template_kwargs, or set tokenizer.response_template, by which TRL separates the two."
             )
         if (
             self.is_deepspeed_enabled

@@ -30,6 +30,7 @@ from pgpo.train.gate import StepGate
 from pgpo.train.host import Host
 from pgpo.train.ranks import watch_ranks
 from pgpo.train.user_functions import call, call_async, check_rewards, check_texts, is_async
+from pgpo.visible import is_thinking_tag, opens_thinking
 
 MOST_SKIPS = 5  # ours: after so many steps in a row that were skipped, training stops
 _OWN = "pgpo_"  # begin of the names of our own files in a checkpoint
@@ -50,6 +51,7 @@ class Rollout:
         feedback: N texts or None, or None if there are no feedback functions.
         local: this rank's rows.
         problem: what is not finite in the rewards, with on_nonfinite="skip".
+        opened: N flags, whether a completion begins inside a thinking block that its prompt opened; None = nowhere.
     """
 
     prompts: list[Prompt]
@@ -58,6 +60,7 @@ class Rollout:
     feedback: list[str | None] | None
     local: slice
     problem: str | None = None
+    opened: list[bool] | None = None
 
 
 class StepSeam(GRPOTrainer):
@@ -75,7 +78,7 @@ class StepSeam(GRPOTrainer):
         kwargs["reward_funcs"] = [self._guarded(f) for f in reward_funcs]
         if kwargs.get("rollout_func") is not None:
             kwargs["rollout_func"] = self._checked(kwargs["rollout_func"])
-        self._captured: tuple[list[Prompt], list[str], Tensor, list[str | None] | None] | None = None
+        self._captured: tuple[list[Prompt], list[str], list[bool], Tensor, list[str | None] | None] | None = None
         self._recorded_before: dict[str, int] = {}  # scalars per name when this training step began
         self._grad_norm: float | None = None
         self._failure: UserError | None = None  # of a user's function on this rank, until all ranks know of it
@@ -218,6 +221,32 @@ class StepSeam(GRPOTrainer):
         shared = (i for i, (a, b) in enumerate(zip(opened, plain)) if a != b)
         return str(opened[next(shared, min(len(opened), len(plain))) :])
 
+    @property
+    def unseen_thinking_tags(self) -> list[str]:
+        """Thinking tags that decoding drops as special tokens, where TRL does not parse the completion either."""
+        if any(getattr(self.tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
+            return []
+        return sorted(
+            {
+                t.content
+                for t in self.tokenizer.added_tokens_decoder.values()
+                if t.special and is_thinking_tag(t.content)
+            }
+        )
+
+    def opens_thinking(self, prompt: Prompt) -> bool:
+        """Whether a prompt, rendered for generation, ends inside a thinking block, as behind a template's `<think>`."""
+        if isinstance(prompt, str):
+            return opens_thinking(prompt)
+        text = self.processing_class.apply_chat_template(
+            conversation=prompt,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=False,
+            **self.chat_template_kwargs,
+        )
+        return opens_thinking(str(text))
+
     @contextlib.contextmanager
     def generation_model(self) -> Iterator[nn.Module]:
         """The student, gathered and unwrapped for `generate`."""
@@ -288,7 +317,7 @@ class StepSeam(GRPOTrainer):
         with sampling_explained(f"at step {self.state.global_step + 1}"):
             batch = super()._generate_and_score_completions(inputs)
         assert self._captured is not None
-        prompts, completions, rewards, feedback = self._captured
+        prompts, completions, opened, rewards, feedback = self._captured
         self._captured = None
         rows = len(prompts)
         gathered_prompts, gathered_texts = self.gather_objects(prompts), self.gather_objects(completions)
@@ -300,6 +329,7 @@ class StepSeam(GRPOTrainer):
             feedback=None if feedback is None else self.gather_objects(feedback),
             local=slice(start, start + rows),
             problem=next((p for p in self.gather_objects([self._problem]) if p is not None), None),
+            opened=flags if any(flags := self.gather_objects(opened)) else None,
         )
         return self.annotate(batch, rollout)
 
@@ -307,6 +337,10 @@ class StepSeam(GRPOTrainer):
         self, inputs: list[Batch], prompts: list[Prompt], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> Tensor:
         self._problem = None
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        opened = self._begins_in_thinking(prompts, texts, completion_ids_list)
+        if any(opened):
+            inputs = [{"thinking_opened": flag, **row} for flag, row in zip(opened, inputs, strict=True)]
         per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # all ranks
         weights = self.reward_weights.to(per_function.device)
         rewards = (per_function * weights).nansum(dim=1)
@@ -315,14 +349,22 @@ class StepSeam(GRPOTrainer):
             self._problem = self._problem or f"the weighted sum of the rewards is inf {self._place}"
             if self.args.on_nonfinite == "stop":
                 self._fail(UserError(f"{self._problem}; lower reward_weights, or the rewards."))
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         columns = {k: [row[k] for row in inputs] for k in inputs[0] if k not in ("prompt", "completion")}
         feedback = self._feedback(
             prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
         )
         self.raise_together()
-        self._captured = (prompts, texts, rewards, feedback)
+        self._captured = (prompts, texts, opened, rewards, feedback)
         return per_function
+
+    def _begins_in_thinking(self, prompts: list[Prompt], texts: list[str], ids: list[list[int]]) -> list[bool]:
+        """Whether each completion begins inside a thinking block that its prompt opened, and its text still holds it:
+        TRL cuts the thinking off where the tokenizer has a response template and the block is closed."""
+        opens = {repr(prompt): self.opens_thinking(prompt) for prompt in {repr(p): p for p in prompts}.values()}
+        return [
+            opens[repr(prompt)] and self.tokenizer.decode(tokens, skip_special_tokens=True).strip() == text.strip()
+            for prompt, text, tokens in zip(prompts, texts, ids, strict=True)
+        ]
 
     def _feedback(self, **kwargs: Any) -> list[str | None] | None:
         """First text that a feedback function gives for each completion of this rank."""
