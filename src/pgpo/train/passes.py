@@ -26,8 +26,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pgpo.core import HeadOutput
 from pgpo.teacher import Teacher
-from pgpo.train import batching
+from pgpo.train import batching, routers
 from pgpo.train.batching import Limits
+from pgpo.train.routers import Load
 
 _JOINED_CHECK = 24  # ours: tokens of the prompt and of each completion
 _WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "attention_types")
@@ -69,6 +70,10 @@ class States:
 
     def __getitem__(self, index: Tensor) -> States:
         return States(self.hidden[index], self.head)
+
+    def at(self, index: Tensor | None) -> States:
+        """Those of some tokens; None = all."""
+        return self if index is None else self[index.to(self.hidden.device)]
 
 
 # The model's own forward --------------------------------------------------------------------------------------------
@@ -182,16 +187,18 @@ class Inputs:
         mask: [B, 1, L, L], True where a token may look; or None where causal attention needs none: padding only
             behind, or a packed row, whose borders are where positions start again.
         keep: [N] places in the flattened [B * L] that predict the completion tokens, row after row.
+        serves: [B, L] how many completions a token belongs to: a joined prompt's to several, padding to none.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor | None
     keep: Tensor
+    serves: Tensor
 
     def to(self, device: torch.device) -> Inputs:
-        moved = [None if t is None else t.to(device) for t in (self.ids, self.positions, self.mask, self.keep)]
-        return Inputs(*moved)  # type: ignore[arg-type]
+        tensors = (self.ids, self.positions, self.mask, self.keep, self.serves)
+        return Inputs(*(None if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
 
 
 def padded(prompts: Sequence[Tokens], completions: Sequence[Tokens], pad: int) -> Inputs:
@@ -203,7 +210,9 @@ def padded(prompts: Sequence[Tokens], completions: Sequence[Tokens], pad: int) -
         end = i * width + len(rows[i])
         keep.extend(range(end - len(completion), end))
     ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
-    return Inputs(ids, torch.arange(width).expand(len(rows), -1), None, torch.tensor(keep))
+    positions = torch.arange(width).expand(len(rows), -1)
+    serves = (positions < torch.tensor([[len(row)] for row in rows])).long()
+    return Inputs(ids, positions, None, torch.tensor(keep), serves)
 
 
 def packed(prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> Inputs:
@@ -215,7 +224,7 @@ def packed(prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> Inputs:
         keep.extend(range(len(ids) + len(prompt) - 1, len(ids) + len(prompt) - 1 + len(completion)))
         ids += [*prompt, *completion[:-1]]
         positions += range(len(prompt) + len(completion) - 1)
-    return Inputs(torch.tensor([ids]), torch.tensor([positions]), None, torch.tensor(keep))
+    return Inputs(torch.tensor([ids]), torch.tensor([positions]), None, torch.tensor(keep), torch.ones(1, len(ids)))
 
 
 def joined(prompts: Sequence[Tokens], completions: Sequence[Tokens], counts: Sequence[int], pad: int) -> Inputs:
@@ -245,7 +254,9 @@ def joined(prompts: Sequence[Tokens], completions: Sequence[Tokens], counts: Seq
     mask = ((owner.transpose(1, 2) == owner) | (owner == 0)).tril_().unsqueeze(1)
     offsets = [i * width for i, count in enumerate(counts) for _ in range(count)]
     keep = [offset + k for offset, mine in zip(offsets, places, strict=True) for k in mine]
-    return Inputs(filled(0, pad), filled(1, 0), mask, torch.tensor(keep))
+    whose = owner.squeeze(1)
+    serves = (whose > 0) + (whose == 0) * torch.tensor(counts).unsqueeze(1)
+    return Inputs(filled(0, pad), filled(1, 0), mask, torch.tensor(keep), serves)
 
 
 # Passes -------------------------------------------------------------------------------------------------------------
@@ -267,6 +278,7 @@ class Passes:
         self, model: nn.Module, pad: int, device: torch.device, pack: bool = False, whole_logits: bool = False
     ) -> None:
         self.pad, self.device, self.pack, self.whole_logits = pad, device, pack, whole_logits
+        self._student = model
         self._takes_positions = "position_ids" in inspect.signature(type(causal_lm(model)).forward).parameters
 
     def layout(
@@ -284,10 +296,14 @@ class Passes:
         completions: Sequence[Tokens],
         finish: Callable[[Tensor, Head | None], T],
         counts: Sequence[int] | None = None,
+        loads: list[Load] | None = None,
     ) -> T:
         """finish(hidden [N, H] of the completion tokens, head), called inside the model's forward.
 
-        counts: so many completions in turn, of one prompt, share a row; None = one each.
+        Args:
+            counts: so many completions in turn, of one prompt, share a row; None = one each.
+            loads: gets the load of the student's routers, in which a joined prompt counts once per completion; None
+                for a model without routers, and for the teacher.
         """
         inputs = self.layout(prompts, completions, counts)
         extra: dict[str, Any] = {"use_cache": False}
@@ -295,6 +311,14 @@ class Passes:
             extra["attention_mask"] = self._attention_mask(model, inputs.mask)
         if self._takes_positions:
             extra["position_ids"] = inputs.positions
+        if loads is None:
+            return self._forward(model, inputs, extra, finish)
+        with routers.watched(causal_lm(self._student), loads, inputs.serves):
+            return self._forward(model, inputs, {**extra, "output_router_logits": True}, finish)
+
+    def _forward(
+        self, model: nn.Module, inputs: Inputs, extra: dict[str, Any], finish: Callable[[Tensor, Head | None], T]
+    ) -> T:
         if self.whole_logits:
             logits = model(input_ids=inputs.ids, **extra).logits
             return finish(logits.flatten(0, 1)[inputs.keep], None)
