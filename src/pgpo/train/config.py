@@ -24,9 +24,7 @@ TEACHERS = ("ema", "live", "frozen", "trust_region")
 DIVERGENCES = (*KINDS, "sampled_token")
 # Their update is not linear in lr (averages weighted by lr), or has no step() of its own to scale.
 _UNSCALABLE_OPTIMIZERS = ("schedule_free", "lomo", "adalomo", "rprop", "asgd", "layerwise")
-# Objective GRPO: losses that are sums or row means, hence exact when a batch is split into micro-batches.
-ROW_MEAN_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
-SPLITTABLE_LOSSES = ("dapo", "cispo", "vespo", *ROW_MEAN_LOSSES)
+LOSSES = ("grpo", "sapo", "dr_grpo", "luspo", "dapo", "cispo", "vespo", "bnpo")  # of TRL's GRPO
 ON_NONFINITE = ("stop", "skip")
 
 _Rule = tuple[Callable[[float], bool], str]
@@ -304,11 +302,8 @@ class PGPOConfig(GRPOConfig):
                 f"optim is {str(self.optim)!r}, whose update is not linear in the learning rate, so rho cannot act; "
                 "use adamw_torch, or objective='sdpo'."
             )
-        if self.objective == "grpo" and self.loss_type not in SPLITTABLE_LOSSES:
-            raise UserError(
-                f"loss_type is {self.loss_type!r}, which changes when a batch is split into micro-batches; use one of "
-                f"{', '.join(SPLITTABLE_LOSSES)}."
-            )
+        if self.objective == "grpo":
+            _choice("loss_type", self.loss_type, LOSSES)
         if self.objective != "grpo":
             for name, off in (
                 ("beta", 0.0),
