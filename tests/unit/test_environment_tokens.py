@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 from conftest import build_model
-from trainer_kit import GROUP, Spy, config, dataset, fake_rollout, largest_difference, train, trainer, weights
+from trainer_kit import GROUP, Spy, fake_rollout, largest_difference, train, trainer, weights
 
 from pgpo import UserError
 from pgpo.core import divergence, token_entropy

@@ -44,6 +44,7 @@ from pgpo.train.user_functions import call, call_async, check_rewards, check_tex
 
 MOST_SKIPS = 5  # ours: after so many steps in a row that were skipped, training stops
 _OWN = "pgpo_"  # begin of the names of our own files in a checkpoint
+_TIE = 1e-5  # ours: nats; entropies of equal tokens from two fp32 forwards differ by 1e-6
 # State of TRL's adaptive entropy coefficient, which its loss moves on.
 _CONTROLLER = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
 # What TRL's GRPO loss reads of every row, and what it takes for nothing behind a row's end.
@@ -273,6 +274,14 @@ class SeamTrainer(GRPOTrainer):
             for name, value in kept.items():
                 if not record or name == "accelerator":
                     setattr(self, name, value)
+
+    def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
+        """TRL's tokens of high entropy. Siblings begin with equal entropies, between which rounding must not choose
+        where they come from several forwards."""
+        chosen: Tensor = super().get_high_entropy_mask(entropies, mask, threshold)
+        if self._forwarded is None or not chosen.any():
+            return chosen
+        return mask.bool() & (entropies >= entropies[chosen].min() - _TIE)
 
     @property
     def couples_rows(self) -> bool:
