@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
@@ -17,23 +16,8 @@ from pgpo.train.trainer import Row, _own_places
 SGD = dict(optim="sgd", learning_rate=0.5, weight_decay=0.0, max_grad_norm=1e9, divergence_top_k=0)
 
 
-def env_mask(completion: list[int]) -> list[int]:
-    """A completion of three tokens or fewer is the environment's alone; of others, some tokens, the last included."""
-    if len(completion) <= 3:
-        return [0] * len(completion)
-    rng = random.Random(str(completion))
-    mask = [rng.randrange(2) for _ in completion]
-    mask[len(mask) // 2] = 1
-    return mask
-
-
-def rollout(prompts, t):
-    out = fake_rollout(prompts, t)
-    return {**out, "env_mask": [env_mask(c) for c in out["completion_ids"]]}
-
-
-def reference(batch, teacher_gets=None):
-    """The step by plain forwards, one row at a time: (loss, I, gradient, its rows). No padding, no mask, no kernel."""
+def reference(batch):
+    """The step by plain forwards, one row at a time: (loss, I, tokens, rows, student with its gradient)."""
     student, teacher = build_model(), build_model()
     rows = []
     for i, teacher_prompt in enumerate(batch["teacher_prompt_ids"]):
@@ -68,7 +52,7 @@ def reference(batch, teacher_gets=None):
     ids=str,
 )
 def test_a_step_takes_the_models_own_tokens_alone(tmp_path, objective, path):
-    t = trainer(tmp_path, rollout=rollout, objective=objective, alpha=1.5, **SGD | path)
+    t = trainer(tmp_path, rollout=environment_rollout, objective=objective, alpha=1.5, **SGD | path)
     spy = Spy(t)
     (log,) = train(t)
     loss, information, tokens, rows, student = reference(spy.batches[0])
@@ -97,7 +81,7 @@ def test_a_step_takes_the_models_own_tokens_alone(tmp_path, objective, path):
 )
 def test_the_split_changes_nothing(tmp_path, options):
     """Also on off-policy tokens, whose ratios are taken at the own tokens."""
-    options = SGD | dict(rollout=rollout, max_steps=2, watch_demonstrations=True) | options
+    options = SGD | dict(rollout=environment_rollout, max_steps=2, watch_demonstrations=True) | options
     whole, parts = trainer(tmp_path, **options), trainer(tmp_path, micro_batch_size=2, **options)
     one, many = train(whole), train(parts)
     assert largest_difference(weights(whole.model), weights(parts.model)) < 1e-5
@@ -108,7 +92,7 @@ def test_the_split_changes_nothing(tmp_path, options):
 
 def test_ratios_belong_to_the_own_tokens(tmp_path):
     """[B, T] of the batch -> [N] of the row, by value."""
-    t = trainer(tmp_path, rollout=rollout, num_iterations=2, max_steps=1, **SGD)
+    t = trainer(tmp_path, rollout=environment_rollout, num_iterations=2, max_steps=1, **SGD)
     spy = Spy(t)
     train(t)
     batch = spy.batches[0]
@@ -123,7 +107,7 @@ def test_ratios_belong_to_the_own_tokens(tmp_path):
 
 
 def test_details_lengths_and_watched_demonstrations(tmp_path):
-    t = trainer(tmp_path, rollout=rollout, watch_demonstrations=True, **SGD)
+    t = trainer(tmp_path, rollout=environment_rollout, watch_demonstrations=True, **SGD)
     spy = Spy(t)
     t.watched = set(range(4 * GROUP))
     seen = []
@@ -196,11 +180,11 @@ def test_an_env_mask_that_fits_no_token_is_refused(tmp_path, objective, masks, m
 @pytest.mark.parametrize("kind", [bool, float, torch.tensor])
 def test_masks_of_any_kind_are_taken(tmp_path, kind):
     def roll(prompts, t):
-        out = rollout(prompts, t)
+        out = environment_rollout(prompts, t)
         masks = out["env_mask"]
         return {**out, "env_mask": [kind(m) if kind is torch.tensor else [kind(v) for v in m] for m in masks]}
 
-    t, plain = trainer(tmp_path, rollout=roll, **SGD), trainer(tmp_path, rollout=rollout, **SGD)
+    t, plain = trainer(tmp_path, rollout=roll, **SGD), trainer(tmp_path, rollout=environment_rollout, **SGD)
     train(t), train(plain)
     assert largest_difference(weights(t.model), weights(plain.model)) == 0
 

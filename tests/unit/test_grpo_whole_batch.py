@@ -5,14 +5,22 @@ from __future__ import annotations
 
 import contextlib
 import io
-import random
 import warnings
 
 import pytest
-import torch
-from conftest import WORDS, build_model, build_tokenizer
-from trainer_kit import config, dataset, fake_rollout, largest_difference, parity_reward, train, trainer, weights
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from conftest import build_model, build_tokenizer
+from trainer_kit import (
+    build_experts,
+    config,
+    dataset,
+    env_mask,
+    fake_rollout,
+    largest_difference,
+    parity_reward,
+    train,
+    trainer,
+    weights,
+)
 
 from pgpo import UserError
 from pgpo.train.config import LOSSES
@@ -37,14 +45,6 @@ TERMS = {
 NOT_COMPARED = ("seconds", "step_time", "epoch", "runtime", "samples_per_second", "steps_per_second", "train_loss")
 
 
-def build_experts(seed: int = 0) -> Qwen3MoeForCausalLM:
-    torch.manual_seed(seed)
-    shape = dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, head_dim=8)
-    shape |= dict(num_experts=4, num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2)
-    words = dict(vocab_size=len(WORDS), pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=True)
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **words, max_position_embeddings=128, initializer_range=0.3))
-
-
 def rollout(environment: bool):
     """Completions of which some are cut off, and in which the environment wrote what `env_mask` says."""
 
@@ -58,15 +58,10 @@ def rollout(environment: bool):
         out["completion_ids"] = [c[:-1] if i % 5 == 4 else c for i, c in enumerate(out["completion_ids"])]
         out["logprobs"] = [[0.0] * len(c) for c in out["completion_ids"]]
         if environment:
-            out["env_mask"] = [masked(c) for c in out["completion_ids"]]
+            out["env_mask"] = [env_mask(c) for c in out["completion_ids"]]
         return out
 
     return roll
-
-
-def masked(completion: list[int]) -> list[int]:
-    rng = random.Random(str(completion))
-    return [int(rng.random() < 0.6) for _ in completion[:-1]] + [1]
 
 
 def terms(name: str) -> dict:
