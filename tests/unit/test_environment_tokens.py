@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 from conftest import build_model
-from trainer_kit import GROUP, Spy, fake_rollout, largest_difference, train, trainer, weights
+from trainer_kit import (
+    GROUP,
+    Spy,
+    env_mask,
+    environment_rollout,
+    fake_rollout,
+    largest_difference,
+    train,
+    trainer,
+    weights,
+)
 
 from pgpo import UserError
 from pgpo.core import divergence, token_entropy

@@ -117,6 +117,11 @@ class PGPOConfig(GRPOConfig):
     importance_clip: float | None = _option(
         2.0, "Upper clip of exp(logp_now - logp_rollout) on off-policy tokens. SDPO: 2.0; None = no ratio."
     )
+    distillation_weight: float = _option(
+        1.0,
+        "Loss = this share of self-distillation + the rest of TRL's policy loss (`loss_type`) over all samples. SDPO: "
+        "1.0.",
+    )
     teacher: str = _option("ema", "'ema', 'live' (the student), 'frozen' (the initial model) or 'trust_region'.")
     teacher_rate: float = _option(0.05, "EMA rate per step, or the trust region's share of student. SDPO: 0.05.")
     watch_demonstrations: bool = _option(
@@ -274,6 +279,7 @@ class PGPOConfig(GRPOConfig):
                 f"num_generations is {self.num_generations}; with fewer than 2 completions per question no sibling can "
                 "be a demonstration (and no group has an advantage); use 2 or more, the paper takes 8."
             )
+        self._check_mix()
         if self.importance_clip is not None and not self.importance_clip >= 1:
             raise UserError(f"importance_clip is {self.importance_clip}; a ratio's upper clip must be >= 1, or None.")
         if not math.isfinite(self.success_threshold):
@@ -322,6 +328,25 @@ class PGPOConfig(GRPOConfig):
                     "cast_lm_head_to_fp32 is True, but self-distillation computes divergence and entropy in fp32 from "
                     "the model's own logits; leave it False."
                 )
+
+    def _check_mix(self) -> None:
+        """Combinations of distillation_weight."""
+        weight = self.distillation_weight
+        if not 0 <= weight <= 1:
+            raise UserError(f"distillation_weight is {weight}; a share of the loss must lie in [0, 1].")
+        if weight == 1:
+            return
+        if self.objective == "grpo":
+            raise UserError(
+                f"distillation_weight is {weight}, but objective='grpo' has no distillation; leave it at 1, or use "
+                "'sdpo' or 'pgpo'."
+            )
+        if self.information_source == "cross_fit":
+            raise UserError(
+                f"distillation_weight is {weight}, but information_source='cross_fit' scales each half of the "
+                "distillation by itself, and the policy loss has no halves; use 'same_batch' or 'lagged'."
+            )
+        _choice("loss_type", self.loss_type, LOSSES)
 
     def _check_signal(self) -> None:
         """Combinations of information_source, information_baseline and rho_file."""

@@ -215,18 +215,23 @@ class PGPOTrainer(SeamTrainer):
         """PGPO and SDPO learn from the teacher; GRPO does not."""
         return self.args.objective != "grpo"
 
+    @property
+    def follows_rewards(self) -> bool:
+        """Whether TRL's policy loss, on advantages, is all of the loss or a part of it."""
+        return not self.distills or self.args.distillation_weight < 1
+
     # Teacher contexts -----------------------------------------------------------------------------------------------
 
     def annotate(self, batch: Batch, rollout: Rollout) -> Batch:
         mine = range(len(rollout.prompts))[rollout.local]
         self._log_rollout(rollout)
+        if self.follows_rewards and math.isinf(self.recorded("reward_std") or 0.0):
+            largest = max(map(abs, rollout.rewards))
+            raise UserError(
+                f"at step {self.state.global_step + 1}: the rewards, up to {largest:.3g}, have a variance beyond "
+                "single precision, so that every advantage would be 0; divide them."
+            )
         if not self.distills:
-            if math.isinf(self.recorded("reward_std") or 0.0):
-                largest = max(map(abs, rollout.rewards))
-                raise UserError(
-                    f"at step {self.state.global_step + 1}: the rewards, up to {largest:.3g}, have a variance beyond "
-                    "single precision, so that every advantage would be 0; divide them."
-                )
             return batch
         a = self.args
         rendered: dict[str, list[int]] = {}  # siblings share one or two teacher prompts
@@ -329,6 +334,7 @@ class PGPOTrainer(SeamTrainer):
     def optimize(self, model: nn.Module, batch: Batch) -> Tensor:
         if not self.distills:
             return self._optimize_grpo(model, batch)
+        share = self.args.distillation_weight
         rows = self._active_rows(batch)
         tokens = self._sum(sum(len(r.labels) for r in rows))
         sums = torch.zeros(len(Sums.__annotations__), dtype=torch.float64, device=self.accelerator.device)
@@ -354,22 +360,23 @@ class PGPOTrainer(SeamTrainer):
                 part, counts, states = next(micro_batches, (None, [1], None))
                 if idle := part is None:
                     part = [self._idle_row(batch)]
-                last = i == rounds - 1
+                last = i == rounds - 1 and not self.follows_rewards
                 with self.exchange(model, last):
                     states = states or self._teacher_states(part)
                     loss, stats = self._distill(model, part, counts, states, tokens, idle, load)
                     # Ranks average their gradients; the loss is a sum over ranks divided by the global token count.
-                    self.backward(model, loss * self.accelerator.num_processes, last)
+                    self.backward(model, loss * (share * self.accelerator.num_processes), last)
                 sums += stats
             if halves is not None and half == 0:
                 halves.stash()
-        self.finite_here = bool(sums.isfinite().all())
+        policy_loss = self._policy_gradient(model, batch, 1 - share) if self.follows_rewards else 0.0
+        self.finite_here = self.finite_here and bool(sums.isfinite().all())
         signal = self._modulate(halves)
-        self._stepped = tokens > 0
+        self._stepped = tokens > 0 or self.follows_rewards
         totals = Sums(*self._reduce(sums).tolist())
         if signal is not None:
-            self._log_step(*signal, totals, tokens)
-        return torch.tensor(totals.loss, device=self.accelerator.device)
+            self._log_step(*signal, totals, tokens, policy_loss)
+        return torch.tensor(share * totals.loss + (1 - share) * policy_loss, device=self.accelerator.device)
 
     def _active_rows(self, batch: Batch) -> list[Row]:
         """This rank's completions that have a teacher and at least one token of the model's own, padding removed."""
@@ -662,24 +669,32 @@ class PGPOTrainer(SeamTrainer):
             self.passes.whole_logits = True
 
     def _optimize_grpo(self, model: nn.Module, batch: Batch) -> Tensor:
-        """TRL's own loss, whether its batch goes through the model at once or in parts."""
+        loss = self._policy_gradient(model, batch)
+        if self.step_factor != 1:
+            self._arm(1.0)
+        return torch.tensor(loss, device=self.accelerator.device)
+
+    def _policy_gradient(self, model: nn.Module, batch: Batch, share: float = 1.0) -> float:
+        """TRL's own loss, whose gradient is taken `share` times; its batch goes through the model at once or in
+        parts."""
         count = len(batch["completion_ids"])
         sizes = list(zip(batch["prompt_mask"].sum(1).tolist(), batch["completion_mask"].sum(1).tolist()))
         # Image tensors are not indexed by row, so such a batch stays whole.
-        parts = [list(range(count))] if "num_images" in batch else batching.split(sizes, self._limits())
+        limits = replace(self._limits(), run_cost=math.inf, packed=False, apart=True)
+        parts = [list(range(count))] if "num_images" in batch else batching.split(sizes, limits)
         rounds = int(self._max(len(parts)))
         if rounds == self.accelerator.num_processes == 1:
             with self.exchange(model, last=True):
                 loss = self.grpo_loss(model, batch)
-                self.backward(model, loss, last=True)
+                self.backward(model, loss * share, last=True)
             self.finite_here = bool(loss.isfinite())
         else:
-            loss = self._grpo_in_parts(model, batch, parts, rounds)
-        if self.step_factor != 1:
-            self._arm(1.0)
-        return loss.detach()
+            loss = self._policy_gradient_in_parts(model, batch, parts, rounds, share)
+        return loss.item()
 
-    def _grpo_in_parts(self, model: nn.Module, batch: Batch, parts: list[list[int]], rounds: int) -> Tensor:
+    def _policy_gradient_in_parts(
+        self, model: nn.Module, batch: Batch, parts: list[list[int]], rounds: int, share: float
+    ) -> Tensor:
         """TRL's loss always sees the whole batch of all ranks: the rows of the part at work with their gradient, all
         others as numbers. So sums, means, quantiles and TRL's metrics do not depend on the parts, which add up to the
         gradient of the whole."""
@@ -698,7 +713,7 @@ class PGPOTrainer(SeamTrainer):
                 router_loss = None if own is None else own.loss(load)
                 loss = self.grpo_loss_of(whole, scores.placed(first + index, found), router_loss)
                 # Ranks average their gradients.
-                self.backward(model, loss * (0 if idle else ranks), last)
+                self.backward(model, loss * (0 if idle else share * ranks), last)
             if not idle:
                 local = local.placed(index, found.detached())
         self.finite_here = all(
@@ -813,7 +828,9 @@ class PGPOTrainer(SeamTrainer):
                 self._modulation.load_state_dict(self._modulation_state)
         self._modulation.arm(rho * self.step_factor)
 
-    def _log_step(self, information: Information, rho: float, sums: Sums, tokens: float) -> None:
+    def _log_step(
+        self, information: Information, rho: float, sums: Sums, tokens: float, policy_loss: float = 0.0
+    ) -> None:
         values = {
             "information": information.information,
             "rho": rho,
@@ -828,8 +845,10 @@ class PGPOTrainer(SeamTrainer):
             "effective_lr": self.base_learning_rate() * rho * self.step_factor,
             "negative_information_share": self._negative_steps / self._signal_steps,
         }
-        if self.aux_loss_enabled:
+        if self.aux_loss_enabled and not self.follows_rewards:  # else TRL has logged that of all rows
             values["aux_loss"] = sums.router_loss
+        if self.follows_rewards:
+            values["policy_loss"] = policy_loss
         if tokens:
             values["sampled_kl"] = sums.gap / tokens
         if sums.wrong_tokens:
