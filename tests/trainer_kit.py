@@ -9,7 +9,7 @@ import random
 import warnings
 
 import torch
-from conftest import build_model, build_tokenizer
+from conftest import WORDS, build_model, build_tokenizer
 from datasets import Dataset
 from torch import nn
 
@@ -45,6 +45,33 @@ def fake_rollout(prompts, trainer):
         "completion_ids": completions,
         "logprobs": [[0.0] * len(c) for c in completions],
     }
+
+
+def env_mask(completion: list[int]) -> list[int]:
+    """A completion of three tokens or fewer is the environment's alone; of others, some tokens, the last included."""
+    if len(completion) <= 3:
+        return [0] * len(completion)
+    rng = random.Random(str(completion))
+    mask = [rng.randrange(2) for _ in completion]
+    mask[len(mask) // 2] = 1
+    return mask
+
+
+def environment_rollout(prompts, trainer):
+    """Completions of which an environment wrote what `env_mask` says."""
+    out = fake_rollout(prompts, trainer)
+    return {**out, "env_mask": [env_mask(c) for c in out["completion_ids"]]}
+
+
+def build_experts(seed: int = 0) -> nn.Module:
+    """A mixture of experts with routers far from balance."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    shape = dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, head_dim=8)
+    shape |= dict(num_experts=4, num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2)
+    words = dict(vocab_size=len(WORDS), pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=True)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **words, max_position_embeddings=128, initializer_range=0.3))
 
 
 def parity_reward(prompts, completions, **kwargs):

@@ -16,6 +16,8 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 import pgpo
+from pgpo.train.config import LOSSES
+from pgpo.train.seam import step as seam_step
 
 SOURCE = Path(pgpo.__file__).parent
 SEAM = sorted((SOURCE / "train" / "seam").glob("*.py"))
@@ -35,6 +37,8 @@ OVERRIDES = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_tokenize_prompts": ["self", "prompts"],
+    "_generate": ["self", "prompts"],
+    "get_high_entropy_mask": ["self", "entropies", "mask", "threshold"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
@@ -65,7 +69,27 @@ def test_overridden_methods_have_the_expected_signature(name, parameters):
 
 def test_log_prob_helper_takes_a_batch_size():
     parameters = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
-    assert parameters[:3] == ["self", "model", "input_ids"] and "batch_size" in parameters
+    assert parameters[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
+    assert {"batch_size", "compute_entropy", "compute_aux_loss"} <= set(parameters)
+
+
+def test_the_loss_reads_and_changes_no_more_than_the_seam_knows():
+    """The seam hands it what all ranks hold, and takes back what it has changed."""
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    images = set(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    read = set(re.findall(r'inputs(?:\[|\.get\()"(\w+)"', source)) - images
+    assert read == {*seam_step._LOSS_INPUTS, "num_items_in_batch"}
+    assert set(re.findall(r"self\.(\w+) (?:=|\+=) ", source)) == set(seam_step._CONTROLLER)
+    asked = set(re.findall(r"self\.accelerator\.(\w+)", source + inspect.getsource(GRPOTrainer.get_high_entropy_mask)))
+    assert asked - {"sync_gradients"} <= {n for n in vars(seam_step._OneProcess) if not n.startswith("_")}
+    assert source.count("self._get_per_token_logps_and_entropies(") == 1
+
+
+def test_the_loss_has_the_types_that_the_configuration_names():
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    branches = source[source.index("mode = ") :]
+    named = re.findall(r"self\.loss_type (?:==|in) (\[[^]]*\]|\"\w+\")", branches)
+    assert set(re.findall(r"\w+", " ".join(named))) == set(LOSSES)
 
 
 @pytest.mark.parametrize("name", ["_compute_loss", "_prepare_inputs", "_get_learning_rate", "_push_from_checkpoint"])
@@ -106,7 +130,7 @@ def test_the_sampler_draws_one_permutation_per_pass():
 def test_every_private_name_of_the_seam_is_listed_here():
     """A new private member in the seam must come with its check."""
     own = methods() | {"_captured", "_grad_norm", "_recorded_before"}
-    own |= {"_scratch", "_sampler", "_unlogged", "_failure", "_problem", "_distrusted", "_watching"}
+    own |= {"_scratch", "_sampler", "_unlogged", "_failure", "_problem", "_distrusted", "_watching", "_forwarded"}
     listed = set(OVERRIDES) | {
         "_compute_loss",
         "_prepare_inputs",

@@ -74,6 +74,22 @@ CASES: dict[str, dict] = {
     "untied": dict(model=untied, micro_batch_size=3, max_grad_norm=0.1, eval_temperature=0.0, eval_batch_size=4),
     "checkpointed": dict(gradient_checkpointing=True, fused_head=False),
     "lora": dict(peft_config=lora),
+    "environment": dict(rollout=trainer_kit.environment_rollout, micro_batch_size=2, watch_demonstrations=True),
+    "experts": dict(model=trainer_kit.build_experts, router_aux_loss_coef=0.5, micro_batch_size=3),
+    # all that TRL's loss has beside its token sum, and a mean over the tokens of the batch
+    "grpo_terms": dict(
+        objective="grpo",
+        model=trainer_kit.build_experts,
+        rollout=trainer_kit.environment_rollout,
+        loss_type="bnpo",
+        use_adaptive_entropy=True,
+        entropy_coef=0.3,
+        entropy_target=9.0,
+        top_entropy_quantile=0.6,
+        router_aux_loss_coef=0.5,
+        micro_batch_size=3,
+        learning_rate=0.05,
+    ),
 }
 
 REFUSED = {"zero2": {"cross_fit"}, "zero3": {"cross_fit", "trust_region", "lora"}}

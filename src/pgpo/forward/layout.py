@@ -23,16 +23,18 @@ class Inputs:
         mask: [B, 1, L, L], True where a token may look; or None where causal attention needs none: padding only
             behind, or a packed row, whose borders are where positions start again.
         keep: [N] places in the flattened [B * L] that predict the completion tokens, row after row.
+        serves: [B, L] how many completions a token belongs to: a joined prompt's to several, padding to none.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor | None
     keep: Tensor
+    serves: Tensor
 
     def to(self, device: torch.device) -> Inputs:
-        moved = [None if t is None else t.to(device) for t in (self.ids, self.positions, self.mask, self.keep)]
-        return Inputs(*moved)  # type: ignore[arg-type]
+        tensors = (self.ids, self.positions, self.mask, self.keep, self.serves)
+        return Inputs(*(None if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
 
 
 def padded(prompts: Sequence[Tokens], completions: Sequence[Tokens], pad: int) -> Inputs:
@@ -44,7 +46,9 @@ def padded(prompts: Sequence[Tokens], completions: Sequence[Tokens], pad: int) -
         end = i * width + len(rows[i])
         keep.extend(range(end - len(completion), end))
     ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
-    return Inputs(ids, torch.arange(width).expand(len(rows), -1), None, torch.tensor(keep))
+    positions = torch.arange(width).expand(len(rows), -1)
+    serves = (positions < torch.tensor([[len(row)] for row in rows])).long()
+    return Inputs(ids, positions, None, torch.tensor(keep), serves)
 
 
 def packed(prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> Inputs:
@@ -56,7 +60,7 @@ def packed(prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> Inputs:
         keep.extend(range(len(ids) + len(prompt) - 1, len(ids) + len(prompt) - 1 + len(completion)))
         ids += [*prompt, *completion[:-1]]
         positions += range(len(prompt) + len(completion) - 1)
-    return Inputs(torch.tensor([ids]), torch.tensor([positions]), None, torch.tensor(keep))
+    return Inputs(torch.tensor([ids]), torch.tensor([positions]), None, torch.tensor(keep), torch.ones(1, len(ids)))
 
 
 def joined(prompts: Sequence[Tokens], completions: Sequence[Tokens], counts: Sequence[int], pad: int) -> Inputs:
@@ -86,7 +90,9 @@ def joined(prompts: Sequence[Tokens], completions: Sequence[Tokens], counts: Seq
     mask = ((owner.transpose(1, 2) == owner) | (owner == 0)).tril_().unsqueeze(1)
     offsets = [i * width for i, count in enumerate(counts) for _ in range(count)]
     keep = [offset + k for offset, mine in zip(offsets, places, strict=True) for k in mine]
-    return Inputs(filled(0, pad), filled(1, 0), mask, torch.tensor(keep))
+    whose = owner.squeeze(1)
+    serves = (whose > 0) + (whose == 0) * torch.tensor(counts).unsqueeze(1)
+    return Inputs(filled(0, pad), filled(1, 0), mask, torch.tensor(keep), serves)
 
 
 def padded_with_mask(rows: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor]:

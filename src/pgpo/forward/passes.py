@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pgpo.core import HeadOutput
-from pgpo.forward import batching
+from pgpo.forward import batching, routers
 from pgpo.forward.batching import Limits
 from pgpo.forward.layout import Inputs, Tokens, joined, packed, padded, padded_with_mask
 from pgpo.forward.open_model import Head, causal_lm
+from pgpo.forward.routers import Load
 from pgpo.teacher import Teacher
 
 _JOINED_CHECK = 24  # ours: tokens of the prompt and of each completion in `join_error`
@@ -42,6 +43,10 @@ class States:
     def __getitem__(self, index: Tensor) -> States:
         return States(self.hidden[index], self.head)
 
+    def at(self, index: Tensor | None) -> States:
+        """Those of some tokens; None = all."""
+        return self if index is None else self[index.to(self.hidden.device)]
+
 
 class Passes:
     """Forward passes of one trainer.
@@ -59,6 +64,7 @@ class Passes:
         self, model: nn.Module, pad: int, device: torch.device, pack: bool = False, whole_logits: bool = False
     ) -> None:
         self.pad, self.device, self.pack, self.whole_logits = pad, device, pack, whole_logits
+        self._student = model
         self._takes_positions = "position_ids" in inspect.signature(type(causal_lm(model)).forward).parameters
 
     def layout(
@@ -76,11 +82,14 @@ class Passes:
         completions: Sequence[Tokens],
         finish: Callable[[Tensor, Head | None], T],
         counts: Sequence[int] | None = None,
+        loads: list[Load] | None = None,
     ) -> T:
         """One forward: finish(hidden [N, H] of the completion tokens, head), called inside the model's own.
 
         Args:
             counts: completions of each row of the batch, in turn; those of a row have one prompt. None = one each.
+            loads: gets the load of the student's routers, in which a joined prompt counts once per completion; None
+                for a model without routers, and for the teacher.
         """
         inputs = self.layout(prompts, completions, counts)
         extra: dict[str, Any] = {"use_cache": False}
@@ -88,6 +97,14 @@ class Passes:
             extra["attention_mask"] = self._attention_mask(model, inputs.mask)
         if self._takes_positions:
             extra["position_ids"] = inputs.positions
+        if loads is None:
+            return self._forward(model, inputs, extra, finish)
+        with routers.watched(causal_lm(self._student), loads, inputs.serves):
+            return self._forward(model, inputs, {**extra, "output_router_logits": True}, finish)
+
+    def _forward(
+        self, model: nn.Module, inputs: Inputs, extra: dict[str, Any], finish: Callable[[Tensor, Head | None], T]
+    ) -> T:
         if self.whole_logits:
             logits = model(input_ids=inputs.ids, **extra).logits
             return finish(logits.flatten(0, 1)[inputs.keep], None)

@@ -25,9 +25,7 @@ TEACHERS = ("ema", "live", "frozen", "trust_region")
 DIVERGENCES = (*KINDS, "sampled_token")
 # Their update is not linear in lr (averages weighted by lr), or has no step() of its own to scale.
 _UNSCALABLE_OPTIMIZERS = ("schedule_free", "lomo", "adalomo", "rprop", "asgd", "layerwise")
-# Objective GRPO: losses that are sums or row means, hence exact when a batch is split into micro-batches.
-ROW_MEAN_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
-SPLITTABLE_LOSSES = ("dapo", "cispo", "vespo", *ROW_MEAN_LOSSES)
+LOSSES = ("grpo", "sapo", "dr_grpo", "luspo", "dapo", "cispo", "vespo", "bnpo")  # of TRL's GRPO
 ON_NONFINITE = ("stop", "skip")
 
 _Rule = tuple[Callable[[float], bool], str]
@@ -119,6 +117,11 @@ class PGPOConfig(GRPOConfig):
     divergence_tail: bool = _option(True, "With top-k, one bucket for the remaining mass. SDPO: yes.")
     importance_clip: float | None = _option(
         2.0, "Upper clip of exp(logp_now - logp_rollout) on off-policy tokens. SDPO: 2.0; None = no ratio."
+    )
+    distillation_weight: float = _option(
+        1.0,
+        "Loss = this share of self-distillation + the rest of TRL's policy loss (`loss_type`) over all samples. SDPO: "
+        "1.0.",
     )
     teacher: str = _option("ema", "'ema', 'live' (the student), 'frozen' (the initial model) or 'trust_region'.")
     teacher_rate: float = _option(0.05, "EMA rate per step, or the trust region's share of student. SDPO: 0.05.")
@@ -277,6 +280,7 @@ class PGPOConfig(GRPOConfig):
                 f"num_generations is {self.num_generations}; with fewer than 2 completions per question no sibling can "
                 "be a demonstration (and no group has an advantage); use 2 or more, the paper takes 8."
             )
+        self._check_mix()
         if self.importance_clip is not None and not self.importance_clip >= 1:
             raise UserError(f"importance_clip is {self.importance_clip}; a ratio's upper clip must be >= 1, or None.")
         if not math.isfinite(self.success_threshold):
@@ -305,11 +309,8 @@ class PGPOConfig(GRPOConfig):
                 f"optim is {str(self.optim)!r}, whose update is not linear in the learning rate, so rho cannot act; "
                 "use adamw_torch, or objective='sdpo'."
             )
-        if self.objective == "grpo" and self.loss_type not in SPLITTABLE_LOSSES:
-            raise UserError(
-                f"loss_type is {self.loss_type!r}, which changes when a batch is split into micro-batches; use one of "
-                f"{', '.join(SPLITTABLE_LOSSES)}."
-            )
+        if self.objective == "grpo":
+            _choice("loss_type", self.loss_type, LOSSES)
         if self.objective != "grpo":
             for name, off in (
                 ("beta", 0.0),
@@ -328,6 +329,25 @@ class PGPOConfig(GRPOConfig):
                     "cast_lm_head_to_fp32 is True, but self-distillation computes divergence and entropy in fp32 from "
                     "the model's own logits; leave it False."
                 )
+
+    def _check_mix(self) -> None:
+        """Combinations of distillation_weight."""
+        weight = self.distillation_weight
+        if not 0 <= weight <= 1:
+            raise UserError(f"distillation_weight is {weight}; a share of the loss must lie in [0, 1].")
+        if weight == 1:
+            return
+        if self.objective == "grpo":
+            raise UserError(
+                f"distillation_weight is {weight}, but objective='grpo' has no distillation; leave it at 1, or use "
+                "'sdpo' or 'pgpo'."
+            )
+        if self.information_source == "cross_fit":
+            raise UserError(
+                f"distillation_weight is {weight}, but information_source='cross_fit' scales each half of the "
+                "distillation by itself, and the policy loss has no halves; use 'same_batch' or 'lagged'."
+            )
+        _choice("loss_type", self.loss_type, LOSSES)
 
     def _check_signal(self) -> None:
         """Combinations of information_source, information_baseline and rho_file."""

@@ -49,16 +49,17 @@ from pgpo.forward import batching
 from pgpo.forward.batching import Bundle, Limits
 from pgpo.forward.open_model import causal_lm, head_error, head_problem, joins, open_forward
 from pgpo.forward.passes import Passes, States
+from pgpo.forward.routers import Load, router_problem
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
 from pgpo.teacher.weights import reshard
 from pgpo.train import zero
 from pgpo.train.adapters import adapter_problem
-from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
+from pgpo.train.config import PGPOConfig
 from pgpo.train.field_types import file_name
 from pgpo.train.guard import GuardActions
 from pgpo.train.host import Host
 from pgpo.train.multiplier import StepMultiplier
-from pgpo.train.seam import Batch, Prompt, Rollout, SeamTrainer, sampling_explained
+from pgpo.train.seam import Batch, Prompt, Rollout, Scores, SeamTrainer, sampling_explained
 from pgpo.train.sharding import keep_precision, shard, sharding_problem
 from pgpo.train.signals import CollapseGuard
 
@@ -74,16 +75,25 @@ _TRL_METRICS = {"completion_length": "completions/mean_length", "clipped_share":
 
 @dataclass(frozen=True)
 class Row:
-    """One active completion, without padding. weight [T] multiplies its tokens' loss (importance ratios)."""
+    """One active completion, without padding.
+
+    Its T tokens all stand in the context; loss and statistics take the N of them that the model wrote.
+    """
 
     prompt: list[int]
     teacher_prompt: list[int]
-    completion: list[int]
+    completion: list[int]  # [T]
     index: int = 0  # place in this rank's rollout
     half: int = 0  # half-batch of its question, 0 or 1 (cross-fitting)
     solved: bool = True
-    rollout_logprobs: Tensor | None = None  # [T] log-probs at rollout time, where the tokens are off-policy
-    weight: Tensor | None = None  # [T] or [1] vLLM / trainer mismatch correction
+    rollout_logprobs: Tensor | None = None  # [N] log-probs at rollout time, where the tokens are off-policy
+    weight: Tensor | None = None  # [N] or [1] vLLM / trainer mismatch correction
+    own: list[int] | None = None  # [N] places in the completion that the model wrote, not its environment; None = all
+
+    @property
+    def labels(self) -> list[int]:
+        """The tokens that count [N]."""
+        return self.completion if self.own is None else [self.completion[i] for i in self.own]
 
     @property
     def student_size(self) -> tuple[int, int]:
@@ -107,13 +117,14 @@ class TokenDetail(NamedTuple):
 
 class Sums(NamedTuple):
     """Sums over the active tokens of a step: weighted loss, divergence, log pi_S(y) - log pi_T(y) of the sampled token,
-    the same on completions that are not right, and their number of tokens."""
+    the same on completions that are not right, and their number of tokens; and the router loss, 0 without routers."""
 
     loss: float
     divergence: float
     gap: float
     wrong_gap: float
     wrong_tokens: float
+    router_loss: float
 
 
 class PGPOTrainer(SeamTrainer):
@@ -206,18 +217,23 @@ class PGPOTrainer(SeamTrainer):
         """PGPO and SDPO learn from the teacher; GRPO does not."""
         return self.args.distills
 
+    @property
+    def follows_rewards(self) -> bool:
+        """Whether TRL's policy loss, on advantages, is all of the loss or a part of it."""
+        return not self.distills or self.args.distillation_weight < 1
+
     # Teacher contexts -----------------------------------------------------------------------------------------------
 
     def annotate(self, batch: Batch, rollout: Rollout) -> Batch:
         mine = range(len(rollout.prompts))[rollout.local]
-        self._log_rollout(rollout, batch["completion_mask"])
+        self._log_rollout(rollout)
+        if self.follows_rewards and math.isinf(self.recorded("reward_std") or 0.0):
+            largest = max(map(abs, rollout.rewards))
+            raise UserError(
+                f"at step {self.state.global_step + 1}: the rewards, up to {largest:.3g}, have a variance beyond "
+                "single precision, so that every advantage would be 0; divide them."
+            )
         if not self.distills:
-            if math.isinf(self.recorded("reward_std") or 0.0):
-                largest = max(map(abs, rollout.rewards))
-                raise UserError(
-                    f"at step {self.state.global_step + 1}: the rewards, up to {largest:.3g}, have a variance beyond "
-                    "single precision, so that every advantage would be 0; divide them."
-                )
             return batch
         a = self.args
         rendered: dict[str, list[int]] = {}  # siblings share one or two teacher prompts
@@ -289,23 +305,21 @@ class PGPOTrainer(SeamTrainer):
                     f"messages, which begin with {str(prompt)[:60]!r}."
                 )
 
-    def _log_rollout(self, rollout: Rollout, completion_mask: Tensor) -> None:
+    def _log_rollout(self, rollout: Rollout) -> None:
         rewards = [r for r in rollout.rewards if not math.isnan(r)]
         self.record("success_share", sum(r >= self.args.success_threshold for r in rewards) / max(len(rewards), 1))
         for ours, trl in _TRL_METRICS.items():
             if (value := self.recorded(trl)) is not None:
                 self.record(ours, value)
-        lengths = self.accelerator.gather(completion_mask.sum(1)).float()
+        lengths = torch.tensor(self.gather_objects(self.completion_lengths)).float()
         self.record("length_tail", torch.quantile(lengths, 0.95).item())
         self.last_rollout = rollout
 
     @torch.no_grad()
     def _watch_demonstrations(self, batch: Batch, shown: Mapping[int, list[int]]) -> None:
         """Mean log-probability per token that the teacher gives to demonstrations shown in its own prompt."""
-        rows = [
-            Row([], prompt, batch["completion_ids"][j][batch["completion_mask"][j].bool()].tolist())
-            for j, prompt in list(shown.items())[:_DEMONSTRATION_ROWS]
-        ]
+        written = _completions(batch)
+        rows = [Row([], prompt, **written[j]) for j, prompt in shown.items() if j in written][:_DEMONSTRATION_ROWS]
         idle = not rows
         if idle:  # the other ranks may run a forward that gathers
             rows = [self._idle_row(batch)]
@@ -323,14 +337,16 @@ class PGPOTrainer(SeamTrainer):
     def optimize(self, model: nn.Module, batch: Batch) -> Tensor:
         if not self.distills:
             return self._optimize_grpo(model, batch)
+        share = self.args.distillation_weight
         rows = self._active_rows(batch)
-        tokens = self._sum(sum(len(r.completion) for r in rows))
+        tokens = self._sum(sum(len(r.labels) for r in rows))
         sums = torch.zeros(len(Sums.__annotations__), dtype=torch.float64, device=self.accelerator.device)
         self.token_details = {}
         self._check_head(model, batch)
         parts = 1 + _splits(self.args)
         reshard(model)
         halves = CrossFit(model.parameters()) if parts == 2 else None
+        load = self._load_of_step(model, batch, rows) if self.aux_loss_enabled else None
         for half in range(parts):
             mine = [r for r in rows if parts == 1 or r.half == half]
             total = len(batch["half"]) if parts == 1 else int((batch["half"] == half).sum())
@@ -347,45 +363,47 @@ class PGPOTrainer(SeamTrainer):
                 part, counts, states = next(micro_batches, (None, [1], None))
                 if idle := part is None:
                     part = [self._idle_row(batch)]
-                last = i == rounds - 1
+                last = i == rounds - 1 and not self.follows_rewards
                 with self.exchange(model, last):
                     states = states or self._teacher_states(part)
-                    loss, stats = self._distill(model, part, counts, states, tokens, idle)
+                    loss, stats = self._distill(model, part, counts, states, tokens, idle, load)
                     # Ranks average their gradients; the loss is a sum over ranks divided by the global token count.
-                    self.backward(model, loss * self.accelerator.num_processes, last)
+                    self.backward(model, loss * (share * self.accelerator.num_processes), last)
                 sums += stats
             if halves is not None and half == 0:
                 halves.stash()
-        self.finite_here = bool(sums.isfinite().all())
+        policy_loss = self._policy_gradient(model, batch, 1 - share) if self.follows_rewards else 0.0
+        self.finite_here = self.finite_here and bool(sums.isfinite().all())
         signal = self._modulate(halves)
-        self._stepped = tokens > 0
+        self._stepped = tokens > 0 or self.follows_rewards
         totals = Sums(*self._reduce(sums).tolist())
         if signal is not None:
-            self._log_step(*signal, totals, tokens)
-        return torch.tensor(totals.loss, device=self.accelerator.device)
+            self._log_step(*signal, totals, tokens, policy_loss)
+        return torch.tensor(share * totals.loss + (1 - share) * policy_loss, device=self.accelerator.device)
 
     def _active_rows(self, batch: Batch) -> list[Row]:
-        """This rank's completions that have a teacher and at least one token, padding removed."""
+        """This rank's completions that have a teacher and at least one token of the model's own, padding removed."""
         rows = []
-        loss_mask = batch["completion_mask"].bool()
-        for i, teacher_prompt in enumerate(batch["teacher_prompt_ids"]):
-            keep = loss_mask[i]
-            if teacher_prompt is None or not keep.any():
+        ratios = batch.get("importance_sampling_ratio")  # [B, T] per token or [B, 1] per sequence
+        old = batch.get("old_per_token_logps")
+        mask = _loss_mask(batch)
+        for i, written in _completions(batch).items():
+            if (teacher_prompt := batch["teacher_prompt_ids"][i]) is None:
                 continue
-            ratio = batch.get("importance_sampling_ratio")  # [B, T] per token or [B, 1] per sequence
-            if ratio is not None:
-                ratio = ratio[i][keep] if ratio.shape[1] > 1 else ratio[i]
-            old = batch.get("old_per_token_logps")
+            keep = mask[i]
+            weight = None
+            if ratios is not None:
+                weight = ratios[i][keep] if ratios.shape[1] > 1 else ratios[i]
             rows.append(
                 Row(
                     prompt=batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist(),
                     teacher_prompt=teacher_prompt,
-                    completion=batch["completion_ids"][i][keep].tolist(),
+                    **written,
                     index=int(batch["row"][i]),
                     half=int(batch["half"][i]),
                     solved=bool(batch["solved"][i]),
                     rollout_logprobs=None if old is None else old[i][keep],
-                    weight=ratio,
+                    weight=weight,
                 )
             )
         return rows
@@ -434,10 +452,10 @@ class PGPOTrainer(SeamTrainer):
         """Micro-batches in turn: rows, how many of them share each row of the batch, and the teacher's states."""
         for block, parts in work:
             states = self._teacher_states(block)
-            ends = list(itertools.accumulate(len(r.completion) for r in block))
+            ends = list(itertools.accumulate(len(r.labels) for r in block))
             for part in parts:
                 mine = [i for bundle in part for i in bundle]
-                index = torch.cat([torch.arange(ends[i] - len(block[i].completion), ends[i]) for i in mine])
+                index = torch.cat([torch.arange(ends[i] - len(block[i].labels), ends[i]) for i in mine])
                 yield [block[i] for i in mine], [len(b) for b in part], states[index.to(states.hidden.device)]
 
     def _limits(self, teacher: bool = False) -> Limits:
@@ -461,34 +479,53 @@ class PGPOTrainer(SeamTrainer):
         return batching.costs(causal_lm(self.model), self.accelerator.device.type)
 
     def _teacher_states(self, rows: list[Row], join: bool = True) -> States:
+        """Of the tokens that count, row after row."""
         assert self.teacher is not None
         # The student's forward autocasts by itself once prepared; under FSDP the weights of both are cast instead.
         with contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.autocast():
-            return self.passes.teacher(
+            states = self.passes.teacher(
                 self.teacher,
                 [r.teacher_prompt for r in rows],
                 [r.completion for r in rows],
                 self._limits(teacher=True) if self._shares_prompts else None,
                 join and self._joins,
             )
+        return states.at(_own_places(rows))
 
     def _distill(
-        self, model: nn.Module, rows: list[Row], counts: list[int], teacher: States, tokens: float, idle: bool
+        self,
+        model: nn.Module,
+        rows: list[Row],
+        counts: list[int],
+        teacher: States,
+        tokens: float,
+        idle: bool,
+        load: Load | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Loss of a micro-batch (its share of the global mean), its `Sums` as a tensor; counts as in Passes.forward."""
+        """Loss of a micro-batch (its share of the global mean), and its `Sums` as a tensor.
+
+        Args:
+            counts: as in Passes.forward.
+            load: of the whole step's routers; None = this is the whole step.
+        """
         labels = self._labels(rows)
         weights = self._token_weights(rows, 0.0 if idle else 1 / tokens)
+        places = _own_places(rows)
+        loads: list[Load] | None = [] if self.aux_loss_enabled else None
         output: HeadOutput = self.passes.forward(
             model,
             [r.prompt for r in rows],
             [r.completion for r in rows],
-            lambda hidden, head: self._compare(States(hidden, head), teacher, labels, weights),
+            lambda hidden, head: self._compare(States(hidden, head).at(places), teacher, labels, weights),
             counts,
+            loads,
         )
         assert output.loss is not None and output.student_logprob is not None and output.teacher_logprob is not None
         if idle:
             return output.loss, torch.zeros(len(Sums.__annotations__), dtype=torch.float64, device=labels.device)
-        lengths = [len(r.completion) for r in rows]
+        router_loss = torch.zeros((), device=labels.device) if not loads else loads[0].loss(load)
+        loss = output.loss if not loads else output.loss + self.router_aux_loss_coef * router_loss
+        lengths = [len(r.labels) for r in rows]
         mask = _mask(lengths).to(labels.device)
 
         def grid(values: Tensor) -> Tensor:
@@ -496,10 +533,10 @@ class PGPOTrainer(SeamTrainer):
 
         self.meter.add(grid(output.student_entropy), grid(output.teacher_entropy), mask)
         gap = output.student_logprob.detach() - output.teacher_logprob
-        wrong = torch.tensor([not r.solved for r in rows for _ in r.completion], device=mask.device)
+        wrong = torch.tensor([not r.solved for r in rows for _ in r.labels], device=mask.device)
         self._keep_details(rows, output)
-        stats = [output.loss.detach(), output.divergence, gap, torch.where(wrong, gap, 0.0), wrong]
-        return output.loss, torch.stack([t.double().sum() for t in stats])
+        stats = [loss.detach(), output.divergence, gap, torch.where(wrong, gap, 0.0), wrong, router_loss.detach()]
+        return loss, torch.stack([t.double().sum() for t in stats])
 
     def _compare(
         self,
@@ -540,9 +577,9 @@ class PGPOTrainer(SeamTrainer):
     def _token_weights(self, rows: list[Row], share: float) -> Tensor | Callable[[HeadOutput, slice], Tensor]:
         """share * clipped ratio to the rollout policy (SDPO) * vLLM's correction, for every token."""
         device = self.accelerator.device
-        fixed = torch.full((sum(len(r.completion) for r in rows),), share, device=device)
+        fixed = torch.full((sum(len(r.labels) for r in rows),), share, device=device)
         if rows[0].weight is not None:
-            ratios = [r.weight.expand(len(r.completion)) for r in rows]  # type: ignore[union-attr]
+            ratios = [r.weight.expand(len(r.labels)) for r in rows]  # type: ignore[union-attr]
             fixed = fixed * torch.cat(ratios).to(device)
         clip = self.args.importance_clip
         if clip is None or rows[0].rollout_logprobs is None:
@@ -556,17 +593,17 @@ class PGPOTrainer(SeamTrainer):
         return weigh
 
     def _labels(self, rows: list[Row]) -> Tensor:
-        """Completion tokens [N], row after row."""
-        return torch.tensor([t for r in rows for t in r.completion], device=self.accelerator.device)
+        """The tokens that count [N], row after row."""
+        return torch.tensor([t for r in rows for t in r.labels], device=self.accelerator.device)
 
     def _keep_details(self, rows: list[Row], output: HeadOutput) -> None:
         start = 0
         for row in rows:
-            end = start + len(row.completion)
+            end = start + len(row.labels)
             if row.index in self.host.watched:
                 columns = (output.divergence, output.student_logprob, output.teacher_logprob)
                 values = torch.stack([t[start:end].detach().float() for t in columns], 1).tolist()  # type: ignore[index]
-                self.token_details[row.index] = [TokenDetail(t, *v) for t, v in zip(row.completion, values)]
+                self.token_details[row.index] = [TokenDetail(t, *v) for t, v in zip(row.labels, values)]
             start = end
 
     def _open_passes(self) -> Passes:
@@ -635,27 +672,116 @@ class PGPOTrainer(SeamTrainer):
             self.passes.whole_logits = True
 
     def _optimize_grpo(self, model: nn.Module, batch: Batch) -> Tensor:
-        """TRL's own loss, in micro-batches: token sums add up, means over rows are weighted by rows."""
+        loss = self._policy_gradient(model, batch)
+        if self.step_factor != 1:
+            self.gate.scale(self.step_factor)
+        return torch.tensor(loss, device=self.accelerator.device)
+
+    def _policy_gradient(self, model: nn.Module, batch: Batch, share: float = 1.0) -> float:
+        """TRL's own loss, whose gradient is taken `share` times; its batch goes through the model at once or in
+        parts."""
         count = len(batch["completion_ids"])
         sizes = list(zip(batch["prompt_mask"].sum(1).tolist(), batch["completion_mask"].sum(1).tolist()))
         # Image tensors are not indexed by row, so such a batch stays whole.
-        parts = [list(range(count))] if "num_images" in batch else batching.split(sizes, self._limits())
+        limits = replace(self._limits(), forward_cost=math.inf, packed=False, apart=True)
+        parts = [list(range(count))] if "num_images" in batch else batching.split(sizes, limits)
         rounds = int(self._max(len(parts)))
-        by_rows = self.args.loss_type in ROW_MEAN_LOSSES
-        total = torch.zeros((), device=self.accelerator.device)
+        if rounds == self.accelerator.num_processes == 1:
+            with self.exchange(model, last=True):
+                loss = self.grpo_loss(model, batch)
+                self.backward(model, loss * share, last=True)
+            self.finite_here = bool(loss.isfinite())
+        else:
+            loss = self._policy_gradient_in_parts(model, batch, parts, rounds, share)
+        return loss.item()
+
+    def _policy_gradient_in_parts(
+        self, model: nn.Module, batch: Batch, parts: list[list[int]], rounds: int, share: float
+    ) -> Tensor:
+        """TRL's loss always sees the whole batch of all ranks: the rows of the part at work with their gradient, all
+        others as numbers. So sums, means, quantiles and TRL's metrics do not depend on the parts, which add up to the
+        gradient of the whole."""
+        ranks, count = self.accelerator.num_processes, len(batch["completion_ids"])
+        whole, first = self.grpo_batch(batch), self.accelerator.process_index * count
+        scores, load = Scores.unknown(whole), None
+        if self.couples_rows:
+            with torch.no_grad(), self._same_random_numbers():
+                scores, load = self._scores_of_all(model, batch, parts, rounds)
+        local = Scores.unknown(batch)
+        for k in range(rounds):
+            idle, last = k >= len(parts), k == rounds - 1
+            index = torch.tensor(parts[0 if idle else k], device=self.accelerator.device)
+            with self.exchange(model, last):
+                found, own = self.grpo_scores(model, _select(batch, index.tolist(), count))
+                router_loss = None if own is None else own.loss(load)
+                loss = self.grpo_loss_of(whole, scores.placed(first + index, found), router_loss)
+                # Ranks average their gradients.
+                self.backward(model, loss * (0 if idle else share * ranks), last)
+            if not idle:
+                local = local.placed(index, found.detached())
+        self.finite_here = all(
+            bool(t.isfinite().all())
+            for t in (local.logps, local.entropies, batch["advantages"], batch.get("importance_sampling_ratio"))
+            if t is not None
+        )
+        return self.grpo_loss_of(whole, self._of_all_ranks(local), None if load is None else load.loss(), record=True)
+
+    def _scores_of_all(
+        self, model: nn.Module, batch: Batch, parts: list[list[int]], rounds: int
+    ) -> tuple[Scores, Load | None]:
+        """Of all ranks, from forwards without gradient."""
+        count = len(batch["completion_ids"])
+        local = Scores.unknown(batch)
+        loads: list[Load] = []
         for k in range(rounds):
             index = parts[min(k, len(parts) - 1)]
-            share = 0.0 if k >= len(parts) else len(index) / count if by_rows else 1.0
-            last = k == rounds - 1
-            with self.exchange(model, last):
-                part = batch if len(index) == count else _select(batch, index, count)
-                loss = self.grpo_loss(model, part) * share
-                self.backward(model, loss, last)
-            total += loss.detach()
-        self.finite_here = bool(total.isfinite())
-        if self.step_factor != 1:
-            self.gate.scale(self.step_factor)
-        return self.accelerator.reduce(total, "mean")
+            found, load = self.grpo_scores(model, _select(batch, index, count))
+            if k < len(parts):
+                local = local.placed(torch.tensor(index, device=self.accelerator.device), found)
+                loads += [] if load is None else [load]
+        return self._of_all_ranks(local), self._whole_load(loads) if loads else None
+
+    def _of_all_ranks(self, scores: Scores) -> Scores:
+        return Scores(self.gather_rows(scores.logps), self.gather_rows(scores.entropies))
+
+    # Routers of a mixture of experts --------------------------------------------------------------------------------
+
+    def _load_of_step(self, model: nn.Module, batch: Batch, rows: list[Row]) -> Load | None:
+        """Of the students' forwards on all ranks, from a pass without gradient; None if the step is a single forward,
+        which tells it by itself."""
+        work = [
+            ([block[i] for bundle in part for i in bundle], [len(bundle) for bundle in part])
+            for block, parts in self._schedule(rows)
+            for part in parts
+        ]
+        rounds = int(self._max(len(work)))
+        if rounds <= 1 == self.accelerator.num_processes and not _splits(self.args):
+            return None
+        loads: list[Load] = []
+        with torch.no_grad(), self._same_random_numbers():
+            for k in range(rounds):
+                part, counts = work[k] if k < len(work) else ([self._idle_row(batch)], [1])
+                prompts, completions = [r.prompt for r in part], [r.completion for r in part]
+                found: list[Load] = []
+                self.passes.forward(model, prompts, completions, lambda hidden, head: hidden[:1], counts, found)
+                if k < len(work):
+                    loads += found
+        return self._whole_load(loads)
+
+    def _whole_load(self, loads: list[Load]) -> Load:
+        """Sum over parts and ranks; a rank without any gives an empty list."""
+        experts = self.model.config.get_text_config().num_experts
+        flat = torch.zeros(2 * experts + 1, dtype=torch.float64)
+        for load in loads:
+            flat += torch.cat([load.chosen, load.probability.detach(), load.tokens.reshape(1)]).cpu()
+        total = self._reduce(flat).float().to(self.accelerator.device)
+        chosen, probability, tokens = total.split([experts, experts, 1])
+        return Load(chosen, probability, tokens.squeeze())
+
+    def _same_random_numbers(self) -> contextlib.AbstractContextManager[Any]:
+        """A pass that is run again draws again what it has drawn: dropout."""
+        device = self.accelerator.device
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
     # The signal -----------------------------------------------------------------------------------------------------
 
@@ -692,7 +818,9 @@ class PGPOTrainer(SeamTrainer):
         """What the guard multiplies every step by, beside rho."""
         return 1.0 if self.guard is None else self.guard.step_factor
 
-    def _log_step(self, information: Information, rho: float, sums: Sums, tokens: float) -> None:
+    def _log_step(
+        self, information: Information, rho: float, sums: Sums, tokens: float, policy_loss: float = 0.0
+    ) -> None:
         values = {
             "information": information.information,
             "rho": rho,
@@ -707,6 +835,10 @@ class PGPOTrainer(SeamTrainer):
             "effective_lr": self.base_learning_rate() * rho * self.step_factor,
             "negative_information_share": self._negative_steps / self._signal_steps,
         }
+        if self.aux_loss_enabled and not self.follows_rewards:  # else TRL has logged that of all rows
+            values["aux_loss"] = sums.router_loss
+        if self.follows_rewards:
+            values["policy_loss"] = policy_loss
         if tokens:
             values["sampled_kl"] = sums.gap / tokens
         if sums.wrong_tokens:
@@ -914,6 +1046,8 @@ class PGPOTrainer(SeamTrainer):
             )
         if (problem := adapter_problem(self.model, self.distills)) is not None:
             raise UserError(problem)
+        if self.aux_loss_enabled and (problem := router_problem(causal_lm(self.model))) is not None:
+            raise UserError(problem)
         if not self.distills:
             return
         if self.is_multimodal:
@@ -1000,6 +1134,37 @@ def pooled(parts: Sequence[Information], denominator: str = "all") -> Informatio
 def _mask(lengths: Sequence[int]) -> Tensor:
     """[B, longest], True on the first lengths[i] places of row i."""
     return torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+
+
+def _loss_mask(batch: Batch) -> Tensor:
+    """[B, T], True on completion tokens that the model wrote: neither padding nor its environment (TRL's tool_mask),
+    nor a truncated completion under mask_truncated_completions."""
+    mask = batch["completion_mask"].bool()
+    return mask if "tool_mask" not in batch else mask & batch["tool_mask"].bool()
+
+
+def _completions(batch: Batch) -> dict[int, dict[str, Any]]:
+    """`completion` and `own` of the rows with tokens that count, as `Row` takes them."""
+    found: dict[int, dict[str, Any]] = {}
+    for i, mine in enumerate(_loss_mask(batch)):
+        if not mine.any():
+            continue
+        tokens = batch["completion_mask"][i].bool()
+        own = mine[tokens]
+        found[i] = {
+            "completion": batch["completion_ids"][i][tokens].tolist(),
+            "own": None if own.all() else own.nonzero().flatten().tolist(),
+        }
+    return found
+
+
+def _own_places(rows: Sequence[Row]) -> Tensor | None:
+    """[N] places of the tokens that count among all completion tokens of the rows; None = all of them."""
+    if all(row.own is None for row in rows):
+        return None
+    starts = itertools.accumulate((len(row.completion) for row in rows), initial=0)
+    own = [range(len(row.completion)) if row.own is None else row.own for row in rows]
+    return torch.tensor([start + i for start, places in zip(starts, own) for i in places])
 
 
 def _select(batch: Batch, index: list[int], count: int) -> Batch:

@@ -8,6 +8,15 @@ change of this folder. `tests/contract/test_trl_seam.py` checks every name used 
 """
 
 from pgpo.train.seam.resume import SeamTrainer
-from pgpo.train.seam.step import MOST_SKIPS, Batch, Prompt, Rollout, nonfinite_parameter, sampling_explained
+from pgpo.train.seam.step import MOST_SKIPS, Batch, Prompt, Rollout, Scores, nonfinite_parameter, sampling_explained
 
-__all__ = ["MOST_SKIPS", "Batch", "Prompt", "Rollout", "SeamTrainer", "nonfinite_parameter", "sampling_explained"]
+__all__ = [
+    "MOST_SKIPS",
+    "Batch",
+    "Prompt",
+    "Rollout",
+    "Scores",
+    "SeamTrainer",
+    "nonfinite_parameter",
+    "sampling_explained",
+]

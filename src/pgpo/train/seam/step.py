@@ -11,8 +11,10 @@ Flow of one Trainer step, which is one optimizer step:
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,8 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from pgpo.errors import UserError
+from pgpo.forward.open_model import causal_lm
+from pgpo.forward.routers import Load, watched
 from pgpo.train import zero
 from pgpo.train.gate import StepGate
 from pgpo.train.host import Host
@@ -34,6 +38,22 @@ from pgpo.visible import is_thinking_tag, opens_thinking
 
 MOST_SKIPS = 5  # ours: after so many steps in a row that were skipped, training stops
 _OWN = "pgpo_"  # begin of the names of our own files in a checkpoint
+_TIE = 1e-5  # ours: nats; entropies of equal tokens from two fp32 forwards differ by 1e-6
+# State of TRL's adaptive entropy coefficient, which its loss moves on.
+_CONTROLLER = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
+# What TRL's GRPO loss reads of every row, and what it takes for nothing behind a row's end.
+_LOSS_INPUTS = {
+    "prompt_ids": 0,
+    "prompt_mask": 0,
+    "completion_ids": 0,
+    "completion_mask": 0,
+    "tool_mask": 1,
+    "advantages": 0,
+    "old_per_token_logps": 0,
+    "ref_per_token_logps": 0,
+    "sampling_per_token_logps": 0,
+    "importance_sampling_ratio": 1,
+}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Batch = dict[str, Any]
@@ -63,6 +83,55 @@ class Rollout:
     opened: list[bool] | None = None
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of the completion tokens of some rows and entropies at their places, [B, T], in nats."""
+
+    logps: Tensor
+    entropies: Tensor
+
+    @classmethod
+    def unknown(cls, batch: Batch) -> Scores:
+        """Before any forward: such that no importance ratio overflows."""
+        nothing = torch.zeros(batch["completion_ids"].shape, device=batch["completion_ids"].device)
+        return cls(batch.get("old_per_token_logps", nothing).float(), nothing)
+
+    def placed(self, rows: Tensor, part: Scores) -> Scores:
+        """These with those of the `part` [len(rows), <= T] in its rows, gradient included."""
+
+        def place(whole: Tensor, some: Tensor) -> Tensor:
+            wide = nn.functional.pad(some, (0, whole.shape[1] - some.shape[1]))
+            return whole.index_copy(0, rows, wide.to(whole.dtype))
+
+        return Scores(place(self.logps, part.logps), place(self.entropies, part.entropies))
+
+    def detached(self) -> Scores:
+        return Scores(self.logps.detach(), self.entropies.detach())
+
+
+class _OneProcess:
+    """An accelerator as TRL's loss sees it where the batch of all ranks lies before it: nobody to ask."""
+
+    num_processes = 1
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.accelerator, name)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    gather_for_metrics = gather
+
+    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
+        return tensor
+
+    def pad_across_processes(self, tensor: Tensor, dim: int, pad_index: float) -> Tensor:
+        return tensor
+
+
 class StepSeam(GRPOTrainer):
     """GRPOTrainer with public hooks in place of the private members that make a step. Subclass it."""
 
@@ -78,6 +147,7 @@ class StepSeam(GRPOTrainer):
         kwargs["reward_funcs"] = [self._guarded(f) for f in reward_funcs]
         if kwargs.get("rollout_func") is not None:
             kwargs["rollout_func"] = self._checked(kwargs["rollout_func"])
+        self._forwarded: tuple[Tensor, Tensor, Tensor | None] | None = None  # what TRL's loss is to take for a forward
         self._captured: tuple[list[Prompt], list[str], list[bool], Tensor, list[str | None] | None] | None = None
         self._recorded_before: dict[str, int] = {}  # scalars per name when this training step began
         self._grad_norm: float | None = None
@@ -88,6 +158,7 @@ class StepSeam(GRPOTrainer):
         self.skips_in_a_row = 0
         self.last_rollout: Rollout | None = None
         self.gate = StepGate(kwargs["args"].modulated_weight_decay)
+        self.completion_lengths: list[int] = []  # of the latest rollout on this rank: tokens that the model wrote
         self._watching = False
         super().__init__(*args, **kwargs)
 
@@ -152,8 +223,67 @@ class StepSeam(GRPOTrainer):
             )
 
     def grpo_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """TRL's GRPO loss on a micro-batch of padded tensors."""
+        """TRL's GRPO loss of a batch of padded tensors, with its metrics, in one forward."""
         return self._compute_loss(model, batch)
+
+    def grpo_scores(self, model: nn.Module, batch: Batch) -> tuple[Scores, Load | None]:
+        """What TRL's GRPO loss takes from the model's forward over some rows, and the load of its routers, if it has
+        any that the loss balances."""
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        taken = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+        options = {name: batch[name] for name in taken if name in batch}  # images
+        options |= dict(compute_entropy=True, compute_aux_loss=self.aux_loss_enabled)
+        loads: list[Load] = []
+        with watched(causal_lm(self.model), loads) if self.aux_loss_enabled else contextlib.nullcontext():
+            width = batch["completion_ids"].shape[1]
+            logps, entropies, _ = self._get_per_token_logps_and_entropies(model, ids, mask, width, **options)
+        return Scores(logps, entropies), sum(loads[1:], loads[0]) if loads else None
+
+    def grpo_loss_of(self, batch: Batch, scores: Scores, router_loss: Tensor | None, record: bool = False) -> Tensor:
+        """TRL's GRPO loss of a batch whose forwards have been run, as one process computes it that holds the batch.
+
+        record: let TRL write its metrics and move its entropy controller on.
+        """
+        kept = {name: getattr(self, name) for name in ("accelerator", "_metrics", *_CONTROLLER)}
+        self.accelerator: Any = _OneProcess(kept["accelerator"])
+        if not record:
+            self._metrics: Any = {mode: collections.defaultdict(list) for mode in kept["_metrics"]}
+        self._forwarded = (scores.logps, scores.entropies, router_loss)
+        try:
+            return self._compute_loss(self.model, batch)
+        finally:
+            self._forwarded = None
+            for name, value in kept.items():
+                if not record or name == "accelerator":
+                    setattr(self, name, value)
+
+    def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
+        """TRL's tokens of high entropy. Siblings begin with equal entropies, between which rounding must not choose
+        where they come from several forwards."""
+        chosen: Tensor = super().get_high_entropy_mask(entropies, mask, threshold)
+        if self._forwarded is None or not chosen.any():
+            return chosen
+        return mask.bool() & (entropies >= entropies[chosen].min() - _TIE)
+
+    @property
+    def couples_rows(self) -> bool:
+        """Whether the gradient of a row in TRL's GRPO loss depends on forwards of other rows: the quantile of the
+        entropies does, and the load of the routers."""
+        return bool(self.top_entropy_quantile < 1.0 or self.aux_loss_enabled)
+
+    def grpo_batch(self, batch: Batch) -> Batch:
+        """What TRL's GRPO loss reads of the rows of all ranks, in rank order."""
+        found = {name: self.gather_rows(batch[name], filler) for name, filler in _LOSS_INPUTS.items() if name in batch}
+        return found | {"num_items_in_batch": batch["num_items_in_batch"]}
+
+    def gather_rows(self, rows: Tensor, filler: float = 0) -> Tensor:
+        """[B] or [B, T] of each rank -> [ranks * B, longest T], in rank order."""
+        if self.accelerator.num_processes == 1:
+            return rows
+        if rows.dim() > 1:
+            rows = self.accelerator.pad_across_processes(rows, dim=1, pad_index=filler)
+        return self.accelerator.gather(rows.contiguous())
 
     def gather_objects(self, local: list[Any]) -> list[Any]:
         """The ranks' lists, one after the other in rank order."""
@@ -333,6 +463,13 @@ class StepSeam(GRPOTrainer):
         )
         return self.annotate(batch, rollout)
 
+    def _generate(self, prompts: list[Prompt]) -> Any:
+        generated = super()._generate(prompts)
+        _, completions, masks = generated[:3]
+        counted = completions if masks is None else masks
+        self.completion_lengths = [len(ids) if masks is None else int(sum(ids)) for ids in counted]
+        return generated
+
     def _calculate_rewards(
         self, inputs: list[Batch], prompts: list[Prompt], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> Tensor:
@@ -417,11 +554,13 @@ class StepSeam(GRPOTrainer):
         return guarded
 
     def _checked(self, rollout: Callable[..., Any]) -> Callable[..., Any]:
-        """A rollout function whose completions all have a token, as TRL takes for granted."""
+        """A rollout function whose completions all have a token, and masks one value for each, as TRL takes for
+        granted."""
 
         @functools.wraps(rollout)
         def checked(prompts: list[Prompt], trainer: Any) -> dict[str, Any]:
             output: dict[str, Any] = rollout(prompts, trainer)
+            _check_env_mask(output, self._place)
             for i, ids in enumerate(output.get("completion_ids", [])):
                 if len(ids) == 0:
                     raise UserError(
@@ -467,6 +606,8 @@ class StepSeam(GRPOTrainer):
         return prompt_ids, images, fields
 
     def _get_per_token_logps_and_entropies(self, model: nn.Module, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._forwarded is not None:
+            return self._forwarded
         # TRL passes the whole optimizer batch as one forward; keep to the micro-batch limits.
         rows = input_ids.shape[0]
         limits = [self.args.micro_batch_size or rows]
@@ -504,6 +645,29 @@ class StepSeam(GRPOTrainer):
             raise UserError(f"{text}; the {MOST_SKIPS} last steps were skipped, so training stops. Look for the cause.")
         if self.accelerator.is_main_process:
             self.host.say(text)
+
+
+def _check_env_mask(output: dict[str, Any], place: str) -> None:
+    """Raises UserError if a rollout function's env_mask does not say of every token whose it is."""
+    if (masks := output.get("env_mask")) is None:
+        return
+    completions = output.get("completion_ids", [])
+    if len(masks) != len(completions):
+        raise UserError(
+            f"rollout_func returned {len(masks)} rows of env_mask for {len(completions)} completions {place}; return "
+            "one per completion."
+        )
+    for i, (mask, ids) in enumerate(zip(masks, completions)):
+        if len(mask) != len(ids):
+            raise UserError(
+                f"rollout_func returned an env_mask of {len(mask)} values for the {len(ids)} tokens of sample {i} "
+                f"{place}; return one per token: 1 for the model's, 0 for the environment's."
+            )
+        if (value := next((v for v in mask if v not in (0, 1)), None)) is not None:
+            raise UserError(
+                f"rollout_func returned the value {value!r} in the env_mask of sample {i} {place}; return 1 for a "
+                "token of the model, 0 for one of the environment."
+            )
 
 
 def _name(function: Any) -> str:

@@ -1,0 +1,181 @@
+"""Objective grpo is plain TRL on one whole batch, into however many parts the batch is cut: weights, loss, every metric
+and the entropy controller, for every loss of TRL and every term beside the token sum."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+
+import pytest
+from conftest import build_model, build_tokenizer
+from trainer_kit import (
+    build_experts,
+    config,
+    dataset,
+    env_mask,
+    fake_rollout,
+    largest_difference,
+    parity_reward,
+    train,
+    trainer,
+    weights,
+)
+
+from pgpo import UserError
+from pgpo.train.config import LOSSES
+
+SGD = dict(objective="grpo", optim="sgd", learning_rate=0.05, max_grad_norm=1e9, max_steps=2)
+# Each of them was multiplied by the number of micro-batches, or changed with it.
+TERMS = {
+    "policy": {},
+    "kl": dict(beta=0.2),
+    "entropy": dict(entropy_coef=0.3),
+    "adaptive": dict(use_adaptive_entropy=True, entropy_coef=0.3, entropy_target=9.0, entropy_coef_delta=0.1),
+    "quantile": dict(top_entropy_quantile=0.3, entropy_coef=0.3),
+    "routers": dict(router_aux_loss_coef=0.5),
+    "off_policy": dict(num_iterations=2, off_policy_mask_threshold=0.05),
+    "sequence": dict(importance_sampling_level="sequence", num_iterations=2),
+    "many": dict(
+        env=True, beta=0.2, entropy_coef=0.3, top_entropy_quantile=0.5, router_aux_loss_coef=0.5, num_iterations=2
+    ),
+    "environment": dict(env=True, entropy_coef=0.3),
+    "truncated": dict(mask_truncated_completions=True, entropy_coef=0.3),
+}
+NOT_COMPARED = ("seconds", "step_time", "epoch", "runtime", "samples_per_second", "steps_per_second", "train_loss")
+
+
+def rollout(environment: bool):
+    """Completions of which some are cut off, and in which the environment wrote what `env_mask` says."""
+
+    def roll(prompts, t):
+        if not hasattr(t, "tokenizer"):
+            t.tokenizer = t._tokenizer
+            t.render = lambda p: t._tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=True)[
+                "input_ids"
+            ]
+        out = fake_rollout(prompts, t)
+        out["completion_ids"] = [c[:-1] if i % 5 == 4 else c for i, c in enumerate(out["completion_ids"])]
+        out["logprobs"] = [[0.0] * len(c) for c in out["completion_ids"]]
+        if environment:
+            out["env_mask"] = [env_mask(c) for c in out["completion_ids"]]
+        return out
+
+    return roll
+
+
+def terms(name: str) -> dict:
+    return {k: v for k, v in TERMS[name].items() if k != "env"}
+
+
+def model_of(term: str, path):
+    model = build_experts() if "router_aux_loss_coef" in TERMS[term] else build_model()
+    if not (path / "model").exists():  # where TRL reads the reference model again
+        model.save_pretrained(path / "model")
+    return type(model).from_pretrained(path / "model")
+
+
+def of_trl(path, term: str, **options):
+    """TRL's own trainer, the batch in one piece."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    ours = config(path, **SGD | options | terms(term))
+    names = GRPOConfig.__dataclass_fields__
+    skip = {"generation_batch_size", "deepspeed", "accelerator_config", "steps_per_generation"}
+    args = GRPOConfig(**{n: getattr(ours, n) for n in names if names[n].init and n not in skip})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        t = GRPOTrainer(
+            model_of(term, path),
+            parity_reward,
+            args,
+            dataset(),
+            processing_class=build_tokenizer(),
+            rollout_func=rollout("env" in TERMS[term]),
+        )
+    with contextlib.redirect_stdout(io.StringIO()):
+        t.train()
+    return t
+
+
+def equal_runs(a, b) -> None:
+    assert largest_difference(weights(a.model), weights(b.model)) < 1e-6
+    for name in ("entropy_coef", "_last_world_entropy"):
+        assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-6), name
+    assert a._entropy_window_stats is b._entropy_window_stats is None
+    ours, theirs = ([r for r in t.state.log_history if "grad_norm" in r] for t in (a, b))
+    assert len(ours) == len(theirs) > 0
+    for x, y in zip(ours, theirs, strict=True):
+        assert set(y) - set(x) <= {"entropy_coef"} - set(x)
+        for name, value in y.items():
+            if not name.endswith(NOT_COMPARED):
+                assert x[name] == pytest.approx(value, rel=2e-6, abs=1e-6, nan_ok=True), name
+
+
+def check(path, loss_type: str, term: str, sizes: tuple) -> None:
+    reference = of_trl(path, term, loss_type=loss_type)
+    assert largest_difference(weights(model_of(term, path)), weights(reference.model)) > 1e-4
+    for size in sizes:
+        t = trainer(
+            path,
+            model=model_of(term, path),
+            rollout=rollout("env" in TERMS[term]),
+            loss_type=loss_type,
+            micro_batch_size=size,
+            **SGD | terms(term),
+        )
+        parts = []
+        plain = t.backward
+        t.backward = lambda model, loss, last, plain=plain, parts=parts: parts.append(last) or plain(model, loss, last)
+        train(t)
+        assert len(parts) == t.state.global_step * 16 // (size or 16)
+        equal_runs(t, reference)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_equal_to_trl_in_one_two_four_and_eight_parts(tmp_path, term):
+    check(tmp_path, "dapo", term, (None, 8, 4, 2))
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss_is_equal_to_trl_in_four_parts(tmp_path, loss_type):
+    check(tmp_path, loss_type, "many", (4,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss_with_every_term(tmp_path, loss_type, term):
+    check(tmp_path, loss_type, term, (8, 4, 2))
+
+
+def test_the_token_budget_alone_may_cut_the_batch(tmp_path):
+    """Parts of unequal numbers of rows and tokens."""
+    reference = of_trl(tmp_path, "many")
+    t = trainer(
+        tmp_path,
+        model=model_of("many", tmp_path),
+        rollout=rollout(True),
+        max_tokens_per_microbatch=50,
+        **SGD | terms("many"),
+    )
+    train(t)
+    equal_runs(t, reference)
+
+
+def test_a_nonsense_loss_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match="loss_type is 'ppo'; choose one of grpo, sapo"):
+        config(tmp_path, objective="grpo", loss_type="ppo")
+
+
+def test_the_controller_survives_a_checkpoint(tmp_path):
+    """TRL writes it; in parts, it is the whole batch's."""
+    options = SGD | terms("adaptive") | dict(micro_batch_size=4, max_steps=4)
+    whole = trainer(tmp_path / "whole", **options)
+    train(whole)
+    saved = dict(save_strategy="steps", save_steps=2)
+    train(trainer(tmp_path / "parts", **options | saved | dict(max_steps=2)))
+    resumed = trainer(tmp_path / "parts", **options | saved)
+    train(resumed, resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    assert largest_difference(weights(whole.model), weights(resumed.model)) == 0
+    assert resumed._last_world_entropy == whole._last_world_entropy and resumed.entropy_coef == whole.entropy_coef
