@@ -36,7 +36,15 @@ from pgpo.teacher.weights import TEACHER_ADAPTER
 from pgpo.train import checkpoint as checkpoints
 from pgpo.train import zero
 from pgpo.train.ranks import watch_ranks
-from pgpo.train.user_functions import call, call_async, check_rewards, check_texts, is_async
+from pgpo.train.user_functions import (
+    CONTEXT_COLUMN,
+    REWARD_ARGUMENTS,
+    call,
+    call_async,
+    check_rewards,
+    check_texts,
+    is_async,
+)
 
 MOST_SKIPS = 5  # ours: after so many steps in a row that were skipped, training stops
 _OWN = "pgpo_"  # begin of the names of our own files in a checkpoint
@@ -54,7 +62,7 @@ class Rollout:
         prompts: N prompts as given in the dataset.
         completions: N texts.
         rewards: [N] weighted sum over the reward functions.
-        feedback: N texts or None, or None if there are no feedback functions.
+        feedback: N texts or None, or None if there are neither feedback functions nor a column of contexts.
         local: this rank's rows.
         problem: what is not finite in the rewards, with on_nonfinite="skip".
     """
@@ -74,8 +82,16 @@ class SeamTrainer(GRPOTrainer):
     _name = "PGPO"
     _paper: ClassVar = {"title": "Physics-Guided Policy Optimization with Self-Distillation", "id": "2606.03620"}
 
-    def __init__(self, *args: Any, feedback_funcs: list[Callable[..., Any]], **kwargs: Any) -> None:
-        self.feedback_funcs = feedback_funcs
+    def __init__(
+        self,
+        *args: Any,
+        feedback_funcs: list[Callable[..., Any]],
+        reads_contexts: bool = False,
+        judges_late: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """reads_contexts: rows may hold a context for the teacher. judges_late: `judge` sees rows as they are read."""
+        self.feedback_funcs, self.reads_contexts, self.judges_late = feedback_funcs, reads_contexts, judges_late
         reward_funcs = kwargs.get("reward_funcs") or []
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         kwargs["reward_funcs"] = [self._guarded(f) for f in reward_funcs]
@@ -101,6 +117,9 @@ class SeamTrainer(GRPOTrainer):
         self._watching = False
         self.before_seal: Callable[[], Any] = lambda: None
         super().__init__(*args, **kwargs)
+        functions: list[Any] = self.reward_funcs  # type: ignore[has-type]
+        own = functions[len(reward_funcs) :]  # get_reward of environments, which TRL appends
+        self.reward_funcs = functions[: len(reward_funcs)] + [self._guarded(f) for f in own]
 
     # Hooks ----------------------------------------------------------------------------------------------------
 
@@ -111,6 +130,9 @@ class SeamTrainer(GRPOTrainer):
     def optimize(self, model: nn.Module, batch: Batch) -> Tensor:
         """Run forward and backward over the whole optimizer batch of this rank; return the loss to log."""
         raise NotImplementedError
+
+    def judge(self, rows: list[dict[str, Any]], first: int) -> None:
+        """Raise UserError for a row that cannot be used; `first` is the place of the first one in the stream."""
 
     def forget_step(self) -> None:
         """Undo what `optimize` has noted of a step that is skipped."""
@@ -320,6 +342,7 @@ class SeamTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
         self._check_weights()
+        self._judge(inputs)
         with sampling_explained(f"at step {self.state.global_step + 1}"):
             batch = super()._generate_and_score_completions(inputs)
         assert self._captured is not None
@@ -350,14 +373,36 @@ class SeamTrainer(GRPOTrainer):
             self._problem = self._problem or f"the weighted sum of the rewards is inf {self._place}"
             if self.args.on_nonfinite == "stop":
                 self._fail(UserError(f"{self._problem}; lower reward_weights, or the rewards."))
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        texts = [c if isinstance(c, str) else c[-1].get("content") or "" for c in completions]
         columns = {k: [row[k] for row in inputs] for k in inputs[0] if k not in ("prompt", "completion")}
         feedback = self._feedback(
             prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
         )
+        if self.reads_contexts:
+            given = [row.get(CONTEXT_COLUMN) for row in inputs]
+            feedback = [a or b for a, b in zip(feedback or given, given, strict=True)]
         self.raise_together()
         self._captured = (prompts, texts, rewards, feedback)
         return per_function
+
+    def _judge(self, rows: list[Batch]) -> None:
+        """Rows that nothing has looked at before. What one rank finds, all say."""
+        if not self.judges_late:
+            return
+        copies = self.num_generations
+        questions = len(rows) * self.accelerator.num_processes // copies  # of one round of completions
+        before = self._step // self._generate_every * questions
+        mine = self.accelerator.process_index * len(rows)
+        found: UserError | None = None
+        # A group may have begun on the rank before.
+        places = range(-mine % copies, len(rows), copies)
+        try:
+            self.judge([rows[i] for i in places], before + -(-mine // copies))
+        except UserError as error:
+            found = error
+        for text in self.gather_objects([None if found is None else str(found)]):
+            if text is not None:
+                raise UserError(text) from found
 
     def _feedback(self, **kwargs: Any) -> list[str | None] | None:
         """First text that a feedback function gives for each completion of this rank."""
@@ -415,6 +460,12 @@ class SeamTrainer(GRPOTrainer):
         @functools.wraps(rollout)
         def checked(prompts: list[Prompt], trainer: Any) -> dict[str, Any]:
             output: dict[str, Any] = rollout(prompts, trainer)
+            for name in REWARD_ARGUMENTS:
+                if name != "completion_ids" and name in output:
+                    raise UserError(
+                        f"rollout_func returned a field {name!r}, a name under which reward functions get something "
+                        "else; rename it."
+                    )
             for i, ids in enumerate(output.get("completion_ids", [])):
                 if len(ids) == 0:
                     raise UserError(
