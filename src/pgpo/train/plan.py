@@ -34,6 +34,7 @@ from typing import Any
 
 from pgpo.errors import UserError
 from pgpo.runlog import write_atomically
+from pgpo.train.batching import positions
 
 GIB = 2**30
 # Decoder blocks whose saved tensors tests/unit/test_plan.py compares with autograd's, byte by byte.
@@ -60,7 +61,7 @@ class ModelShape:
     """What the memory of a decoder depends on.
 
     Attributes:
-        positions: longest sequence.
+        positions: longest sequence; None: nothing limits it.
         tied: the head is the embedding.
         head_norms: queries and keys are normalised per head (Qwen3).
         expandable: every layer attends to the whole prefix, so that a prompt's cache can be shared.
@@ -76,7 +77,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    positions: int
+    positions: int | None
     tied: bool
     head_norms: bool
     expandable: bool
@@ -255,7 +256,7 @@ def read_model(source: str) -> ModelShape:
         kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head_dim=head_dim,
         vocabulary=config.vocab_size,
-        positions=config.max_position_embeddings,
+        positions=positions(config),
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         head_norms=hasattr(block.self_attn, "q_norm"),
         expandable=_attends_to_all(config),
@@ -295,11 +296,10 @@ def check(model: ModelShape, setting: Setting) -> None:
             f"prompts_per_step * num_generations = {s.prompts_per_step * s.num_generations} completions do not divide "
             f"evenly by {s.gpus} GPUs; change prompts_per_step."
         )
-    prompt = max(s.max_prompt_length, s.teacher_prompt_length if s.distills else 0)
-    if prompt + s.max_completion_length > model.positions:
+    if model.positions is not None and s.max_prompt_length + s.max_completion_length > model.positions:
         raise UserError(
-            f"a prompt of {prompt} tokens and a completion of {s.max_completion_length} are longer than the "
-            f"{model.positions} positions of {model.name}; lower max_completion_length or the prompt lengths."
+            f"a prompt of {s.max_prompt_length} tokens and a completion of {s.max_completion_length} are longer than "
+            f"the {model.positions} positions of {model.name}; lower max_completion_length or max_prompt_length."
         )
     if s.fsdp and s.gpus == 1:
         raise UserError("FSDP shards over several GPUs, but gpus is 1; give more, or leave FSDP out.")
@@ -313,6 +313,14 @@ def check(model: ModelShape, setting: Setting) -> None:
         raise UserError("ZeRO shards over several GPUs, but gpus is 1; give more, or leave ZeRO out.")
     if s.zero == 3 and s.lora is not None and s.distills and s.teacher != "live":
         raise UserError("LoRA with a teacher of its own is not trained under ZeRO-3; choose stage 2 or FSDP.")
+
+
+def fitted(model: ModelShape, setting: Setting) -> Setting:
+    """The setting with teacher prompts as long as the trainer lets them be: the model's positions less a completion."""
+    if not setting.distills or model.positions is None:
+        return setting
+    room = model.positions - setting.max_completion_length
+    return replace(setting, teacher_prompt_length=min(setting.teacher_prompt_length, room))
 
 
 # What does not depend on the micro-batch ----------------------------------------------------------------------------
@@ -863,7 +871,7 @@ def advice(model: ModelShape, setting: Setting, memory: float) -> str:
             check(model, changed)
         except UserError:
             return False
-        return peak(Step(model, changed, 1), memory)[1] <= memory
+        return peak(Step(model, fitted(model, changed), 1), memory)[1] <= memory
 
     def search(start: Setting, options: dict[str, dict[str, Any]], wanted: frozenset[str] = frozenset()) -> list[str]:
         """Up to three of the smallest sets of changes that fit, each with one of `wanted` if there are any; "" where
@@ -914,6 +922,7 @@ class Plan:
     """The answers of `pgpo plan`, in bytes and tokens.
 
     Attributes:
+        setting: with teacher prompts as `fitted` has them.
         moments: {moment: {item: bytes}} at `budget`.
         largest_budget: largest max_tokens_per_microbatch that fits; None: one completion of full length does not.
         advice: what to change, where it does not.
@@ -944,11 +953,11 @@ def plan(model: ModelShape, setting: Setting, memory: float, budget: int = 16384
     if budget < 1:
         raise UserError(f"max_tokens_per_microbatch is {budget}; it must be at least 1.")
     check(model, setting)
-    step = Step(model, setting, budget)
+    step = Step(model, fitted(model, setting), budget)
     moment, size = peak(step, memory)
-    largest = largest_budget(model, setting, memory)
+    largest = largest_budget(model, step.setting, memory)
     hint = advice(model, setting, memory) if largest is None else None
-    return Plan(model, setting, memory, budget, step.moments(memory), moment, size, largest, hint)
+    return Plan(model, step.setting, memory, budget, step.moments(memory), moment, size, largest, hint)
 
 
 def main(source: str, setting: Setting, memory: float, budget: int, json_out: Path | None) -> int:
@@ -963,6 +972,12 @@ def main(source: str, setting: Setting, memory: float, budget: int, json_out: Pa
     if json_out is not None:
         write_atomically(json_out, json.dumps(asdict(result), indent=2) + "\n")
     _print(result)
+    shortened = result.setting.teacher_prompt_length
+    if shortened < setting.teacher_prompt_length:
+        print(
+            f"teacher prompts are shortened to {shortened} tokens: the model has {result.model.positions} positions, of "
+            f"which a completion may take {setting.max_completion_length}"
+        )
     return 0
 
 

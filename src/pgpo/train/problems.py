@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from pgpo.errors import UserError
 from pgpo.train import zero
 from pgpo.train.adapters import adapter_problem
+from pgpo.train.batching import positions
 from pgpo.train.config import PGPOConfig
 from pgpo.train.field_types import shown
 from pgpo.train.prompts import Prompts
@@ -28,7 +29,6 @@ from pgpo.train.user_functions import CONTEXT_COLUMN, REWARD_ARGUMENTS
 if TYPE_CHECKING:
     from pgpo.train.trainer import PGPOTrainer
 
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # transformers' names
 _CHUNK = 1000  # ours: rows decoded at a time
 
 
@@ -217,16 +217,6 @@ def _check_sharding(trainer: PGPOTrainer) -> None:
 
 
 # Positions ------------------------------------------------------------------------------------------------------------
-
-
-def positions(config: Any) -> int | None:
-    """Longest sequence that a model with this config was made for; None where nothing limits it (Mamba, ALiBi)."""
-    config = config.get_text_config()
-    for name in _POSITIONS:
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def _room(trainer: PGPOTrainer) -> int | None:
