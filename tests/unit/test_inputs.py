@@ -5,23 +5,23 @@ from __future__ import annotations
 import decimal
 import fractions
 import math
-import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import trainer_kit
 import trl
-from conftest import CHAT_TEMPLATE, WORDS, build_model, build_tokenizer
+from conftest import CHAT_TEMPLATE, build_model, build_tokenizer
 from datasets import Dataset, IterableDataset
-from trainer_kit import GROUP, bitwise_equal, parity_reward, train, weights
+from trainer_kit import bitwise_equal, parity_reward, train, weights
 
 from pgpo import PGPOTrainer, UserError
 from pgpo.train.prompts import Prompts, rendered_mark, template_marks
 from pgpo.train.user_functions import check_rewards
 
-TEMPLATES = os.path.join(os.path.dirname(trl.__file__), "chat_templates")
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 USER = [{"role": "user", "content": "w1 w2"}]
 OBJECTIVES = ["pgpo", "sdpo", "grpo"]
 
@@ -34,8 +34,7 @@ def templated(text: str):
 
 def template(name: str):
     """A tokenizer with a chat template that TRL ships."""
-    with open(os.path.join(TEMPLATES, f"{name}.jinja")) as file:
-        return templated(file.read())
+    return templated((TEMPLATES / f"{name}.jinja").read_text())
 
 
 def make(path, data, reward=parity_reward, tokenizer=None, model=None, quiet=True, **options):
@@ -418,3 +417,482 @@ def test_what_is_not_finite_is_said(value):
 def test_verdicts_train_as_numbers_do(tmp_path, convert):
     rewards = (parity_reward, lambda prompts, completions, **k: convert(parity_reward(prompts, completions)))
     assert bitwise_equal(*(trained(make(tmp_path, trainer_kit.dataset(), reward=reward)) for reward in rewards))
+
+
+# A second trainer on the same model -----------------------------------------------------------------------------------
+
+
+def lora():
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)
+
+
+def taken_over(path, model, first: dict, second: dict, between=lambda t: None) -> dict[str, torch.Tensor]:
+    """Weights after a second trainer, made on the model of a first one whose training has been undone."""
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    one = make(path, trainer_kit.dataset(), model=model, max_steps=2, **first)
+    train(one)
+    between(one)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in start:
+                p.copy_(start[name])
+    return trained(make(path, trainer_kit.dataset(), model=model, max_steps=2, **second))
+
+
+@pytest.mark.parametrize("second", OBJECTIVES)
+@pytest.mark.parametrize("first", OBJECTIVES)
+def test_a_second_trainer_trains_as_on_a_fresh_model(tmp_path, first, second):
+    fresh = trained(make(tmp_path, trainer_kit.dataset(), max_steps=2, objective=second))
+    again = taken_over(tmp_path, build_model(), {"objective": first}, {"objective": second})
+    assert bitwise_equal(fresh, again)
+
+
+@pytest.mark.parametrize(
+    "first", [{"bf16": True}, {"gradient_checkpointing": True}, {"temperature": 0.5}, {"teacher": "live"}]
+)
+def test_the_first_trainers_setting_leaves_no_trace(tmp_path, first):
+    """bf16 wraps the forward in autocast, TRL binds the temperature to it."""
+    fresh = trained(make(tmp_path, trainer_kit.dataset(), max_steps=2, objective="grpo"))
+    assert bitwise_equal(fresh, taken_over(tmp_path, build_model(), first, {"objective": "grpo"}))
+
+
+@pytest.mark.parametrize("first", ["trl", "evaluated", "failed"])
+def test_other_first_uses_of_a_model(tmp_path, first):
+    model = build_model()
+    if first == "trl":
+        args = trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=8)
+        trl.GRPOTrainer(model, parity_reward, args, trainer_kit.dataset(), processing_class=build_tokenizer())
+    elif first == "evaluated":
+        one = make(tmp_path, trainer_kit.dataset(), model=model)
+        one.evaluate(Dataset.from_list(rows(count=2)))
+    else:
+        refuses(tmp_path, "row 6 of", rows(None), model=model)
+    fresh = trained(make(tmp_path, trainer_kit.dataset(), max_steps=2))
+    assert bitwise_equal(fresh, trained(make(tmp_path, trainer_kit.dataset(), model=model, max_steps=2)))
+
+
+def test_the_first_trainer_can_still_evaluate(tmp_path):
+    model = build_model()
+    one = make(tmp_path, trainer_kit.dataset(), model=model)
+    make(tmp_path, trainer_kit.dataset(), model=model, objective="grpo")
+    assert math.isfinite(one.evaluate(Dataset.from_list(rows(count=2)))["eval_avg_at_k"])
+
+
+def test_a_forward_that_the_user_has_set_stays(tmp_path):
+    model, calls = build_model(), []
+    plain = model.forward
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    model.forward = forward
+    make(tmp_path, trainer_kit.dataset(), model=model, objective="grpo")
+    make(tmp_path, trainer_kit.dataset(), model=model, objective="grpo")
+    model(input_ids=torch.tensor([[2, 3]]))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("second", OBJECTIVES)
+@pytest.mark.parametrize("kind", ["ema", "frozen", "trust_region"])
+def test_a_peft_model_with_a_teachers_adapter(tmp_path, kind, second):
+    from peft import get_peft_model
+
+    def student():
+        torch.manual_seed(3)
+        return get_peft_model(build_model(), lora())
+
+    fresh = trained(make(tmp_path, trainer_kit.dataset(), model=student(), max_steps=2, objective=second))
+    again = taken_over(tmp_path, student(), {"teacher": kind}, {"objective": second})
+    assert bitwise_equal(fresh, again)
+
+
+@pytest.mark.parametrize("second", ["pgpo", "grpo"])
+def test_a_base_that_got_its_adapter_from_the_first_trainer(tmp_path, second):
+    fresh = make(tmp_path, trainer_kit.dataset(), max_steps=2, objective=second, peft_config=lora())
+    expected = trained(fresh)
+    base = build_model()
+    train(make(tmp_path, trainer_kit.dataset(), model=base, max_steps=2, peft_config=lora()))
+    assert bitwise_equal(
+        expected,
+        trained(make(tmp_path, trainer_kit.dataset(), model=base, max_steps=2, objective=second, peft_config=lora())),
+    )
+
+
+def test_a_users_own_adapter_named_teacher_is_still_refused(tmp_path):
+    from peft import get_peft_model
+
+    student = get_peft_model(build_model(), lora())
+    student.add_adapter("teacher", lora())
+    refuses(tmp_path, "has an adapter named 'teacher' already", rows(), model=student)
+
+
+@pytest.mark.parametrize("second", OBJECTIVES)
+def test_an_optimizer_that_the_first_trainer_has_modulated(tmp_path, second):
+    model = build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    first = {"optimizers": (optimizer, None)}
+    again = taken_over(tmp_path, model, first, first | {"objective": second})
+    other = build_model()
+    optimizers = (torch.optim.SGD(other.parameters(), lr=1e-2), None)
+    fresh = trained(
+        make(tmp_path, trainer_kit.dataset(), model=other, max_steps=2, objective=second, optimizers=optimizers)
+    )
+    assert bitwise_equal(fresh, again)
+
+
+# Positions ------------------------------------------------------------------------------------------------------------
+
+
+def gpt2(positions: int = 48):
+    """A table of positions: beyond it, an IndexError."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = dict(vocab_size=len(build_tokenizer()), n_positions=positions, n_embd=32, n_layer=2, n_head=2)
+    return GPT2LMHeadModel(GPT2Config(**shape, pad_token_id=0, eos_token_id=1, bos_token_id=1))
+
+
+def rope(positions: int = 48):
+    model = build_model()
+    model.config.max_position_embeddings = positions
+    return model
+
+
+def long_feedback(prompts, **kwargs):
+    return ["w1 " * 200] * len(prompts)
+
+
+FEEDBACK = {"feedback_template": "\nfeedback: {feedback} end.\n", "feedback_mode": "always"}
+
+
+@pytest.mark.parametrize("build", [gpt2, rope])
+@pytest.mark.parametrize("limit", [10240, None, 41])
+def test_teacher_prompts_are_limited_by_the_model(tmp_path, build, limit):
+    options = {"feedback_funcs": long_feedback, "max_teacher_prompt_length": limit, **FEEDBACK}
+    with pytest.warns(
+        UserWarning, match=f"teacher prompts are shortened to 40 tokens, not .* = {limit}: .* 48 positions"
+    ):
+        t = make(tmp_path, trainer_kit.dataset(), model=build(), quiet=False, **options)
+    spy = trainer_kit.Spy(t)
+    (log,) = train(t)
+    longest = max(len(ids) for ids in spy.batches[0]["teacher_prompt_ids"] if ids is not None)
+    assert 38 <= longest <= 40 and log["truncated_contexts"] > 0.5 and log["active_share"] > 0.5
+
+
+def test_a_lower_limit_stays_and_nothing_is_said(tmp_path):
+    t = make(tmp_path, trainer_kit.dataset(), model=rope(), max_teacher_prompt_length=30, feedback_funcs=long_feedback)
+    assert t.teacher_prompt_limit == 30
+    t = make(tmp_path, trainer_kit.dataset(), model=build_model(), objective="grpo")
+    assert t.teacher_prompt_limit == 10240
+
+
+def test_a_model_without_positions_has_no_limit(tmp_path):
+    from transformers import BloomConfig, FalconConfig, MambaConfig
+
+    from pgpo.train.batching import positions
+
+    assert [positions(c) for c in (BloomConfig(), MambaConfig(), FalconConfig(alibi=True))] == [None] * 3
+    assert positions(gpt2().config) == 48 and positions(FalconConfig()) == 2048
+
+
+@pytest.mark.parametrize("build", [gpt2, rope])
+@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
+def test_prompts_beyond_the_models_positions(tmp_path, build, objective):
+    long = [{"role": "user", "content": "w1 " * 39}]  # 41 with the template, 8 for the completion
+    fits = [{"role": "user", "content": "w1 " * 38}]
+    says = "has a prompt with 41 tokens, more than the model's positions less max_completion_length = 40: 'w1"
+    options = {"objective": objective, "rollout_func": None}
+    refuses(tmp_path, f"^row 6 of train_dataset {says}", rows(long), model=build(), **options)
+    train(make(tmp_path, rows(fits, fits, count=2), model=build(), **options))
+    streamed = stream(rows(long, *[USER] * 4))
+    refuses(tmp_path, f"row 6 of train_dataset, .* {says}", streamed, late=True, model=build(), max_steps=2, **options)
+    says = "max_completion_length is 48, which leaves no place for a prompt in the model's 48 positions"
+    refuses(tmp_path, says, rows(), model=build(), max_completion_length=48, **options)
+    evaluation = Dataset.from_list([{"prompt": long[0]["content"]}] * 2)
+    says = "^row 0 of eval_dataset has a prompt with 39 tokens|^row 1 of eval_dataset"
+    with pytest.raises(UserError, match="row 0 of eval_dataset has a prompt with 41 tokens"):
+        make(tmp_path, rows(), model=build(), eval_dataset=Dataset.from_list([{"prompt": long}]), **options)
+
+
+def test_long_prompts_are_named_before_the_first_step(tmp_path):
+    prompt = [{"role": "user", "content": "w1 " * 20}]
+    says = (
+        "^row 6 of train_dataset has a prompt with 22 tokens, more than max_prompt_length = 21: 'w1 .*raise the limit"
+    )
+    refuses(tmp_path, says, rows(prompt), max_prompt_length=21)
+    make(tmp_path, rows(prompt), max_prompt_length=22)
+
+
+def test_a_rollout_beyond_the_models_positions(tmp_path):
+    def rollout(prompts, trainer):
+        ids = [[5] * 45 for _ in prompts]
+        return {
+            "prompt_ids": [[2, 5, 3, 4] for _ in prompts],
+            "completion_ids": ids,
+            "logprobs": [[0.0] * 45 for _ in ids],
+        }
+
+    t = make(tmp_path, rows(), model=rope(), rollout_func=rollout)
+    with pytest.raises(UserError, match="4 prompt and 45 completion tokens for sample 0 at step 1, more than .* 48"):
+        train(t)
+
+
+# What TRL's SDPOTrainer takes -----------------------------------------------------------------------------------------
+
+
+def with_context(texts) -> list[dict]:
+    return [row | {"privileged_context": text} for row, text in zip(trainer_kit.dataset(), texts)]
+
+
+def nobody(prompts, completions, **kwargs):
+    return [0.0] * len(prompts)
+
+
+def hints(t, batch) -> list[str | None]:
+    return [None if ids is None else t.tokenizer.decode(ids) for ids in batch["teacher_prompt_ids"]]
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_a_column_of_contexts_is_read_by_the_teacher(tmp_path, as_stream):
+    data = with_context(["w30 w31", None, " ", "w32"])
+    t = make(tmp_path, stream(data) if as_stream else data, reward=nobody, **FEEDBACK)
+    spy = trainer_kit.Spy(t)
+    (log,) = train(t)
+    shown = hints(t, spy.batches[0])
+    assert sorted({s.split("feedback: ")[1].split(" end.")[0] for s in shown if s}) == ["w30 w31", "w32"]
+    assert sum(s is None for s in shown) == 8 and log["active_share"] == log["feedback_share"] == 0.5
+
+
+def test_feedback_on_the_own_attempt_comes_before_the_column(tmp_path):
+    def remark(prompts, **kwargs):
+        return ["w20" if p[0]["content"].startswith("w0 ") else None for p in prompts]
+
+    t = make(tmp_path, with_context(["w30"] * 4), reward=nobody, feedback_funcs=remark, **FEEDBACK)
+    spy = trainer_kit.Spy(t)
+    train(t)
+    shown = hints(t, spy.batches[0])
+    assert sum("feedback: w20" in s for s in shown) == 4 and sum("feedback: w30" in s for s in shown) == 12
+
+
+def test_the_column_keeps_to_the_feedback_mode(tmp_path):
+    for mode, share in (("never", 0.0), ("always", 1.0)):
+        (log,) = train(make(tmp_path, with_context(["w30"] * 4), **(FEEDBACK | {"feedback_mode": mode})))
+        assert log["feedback_share"] == share
+    (log,) = train(make(tmp_path, with_context(["w30"] * 4), objective="grpo"))
+    assert "feedback_share" not in log
+
+
+def test_a_context_that_is_no_text_is_named(tmp_path):
+    refuses(tmp_path, "^row 0 of train_dataset has 3 in privileged_context; give a text or None", with_context([3] * 4))
+    data = stream(with_context([None] * 6 + [["w1"]] + [None] * 6))
+    refuses(tmp_path, "^row 6 of train_dataset, .* has .'w1'. in privileged_context", data, late=True, max_steps=2)
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_successes_need_not_teach(tmp_path, as_stream):
+    data = with_context(["w30", None, "w31", None])
+    options = {"use_successful_as_teacher": False, **FEEDBACK}
+    t = make(tmp_path, stream(data) if as_stream else data, **options)
+    spy = trainer_kit.Spy(t)
+    (log,) = train(t)
+    assert not any("solution:" in s for s in hints(t, spy.batches[0]) if s) and log["active_share"] == 0.5
+    assert log["success_share"] > 0  # they are counted all the same
+    plain = list(trainer_kit.dataset())
+    says = "use_successful_as_teacher is False and there is no feedback, .* give feedback_funcs or a column"
+    refuses(tmp_path, says, stream(plain) if as_stream else plain, use_successful_as_teacher=False)
+
+
+def test_neither_successes_nor_feedback(tmp_path):
+    with pytest.raises(UserError, match="use_successful_as_teacher is False and feedback_mode is 'never'"):
+        trainer_kit.config(tmp_path, use_successful_as_teacher=False, feedback_mode="never")
+
+
+@pytest.mark.parametrize("source", ["column", "function", "own_success"])
+def test_one_completion_per_question(tmp_path, source):
+    """The step is the mean over its tokens; no sibling, no advantage."""
+    options = {"num_generations": 1, "prompts_per_step": 4}
+    data = list(trainer_kit.dataset())
+    if source == "column":
+        data = with_context(["w30"] * 8)
+    elif source == "function":
+        options["feedback_funcs"] = lambda prompts, **k: ["w30"] * len(prompts)
+    else:
+        options["allow_own_success"] = True
+    t = make(tmp_path, data, max_steps=2, **options, **FEEDBACK)
+    assert (t.args.num_generations, t.args.prompts_per_step, type(t.args.num_generations)) == (1, 4, int)
+    spy = trainer_kit.Spy(t)
+    logs = train(t)
+    assert len(spy.batches[0]["teacher_prompt_ids"]) == 4
+    assert all(log["active_share"] > 0 for log in logs) if source != "own_success" else logs[0]["active_share"] > 0
+
+
+def test_one_completion_per_question_of_one_question(tmp_path):
+    t = make(tmp_path, with_context(["w30"] * 4), num_generations=1, prompts_per_step=1, reward=nobody, **FEEDBACK)
+    (log,) = train(t)
+    assert log["active_share"] == 1.0
+
+
+def test_one_completion_without_feedback_is_refused(tmp_path):
+    says = "num_generations is 1; .* no sibling can be a demonstration"
+    refuses(tmp_path, says, rows(), num_generations=1)
+    for options in ({"objective": "grpo"}, {"feedback_mode": "never"}):
+        with pytest.raises(UserError, match=says):
+            trainer_kit.config(tmp_path, num_generations=1, **options)
+    with pytest.raises(UserError, match="num_generations is 0"):
+        trainer_kit.config(tmp_path, num_generations=0)
+
+
+@pytest.mark.parametrize("rate", [0.05, 1.0])
+def test_the_teacher_follows_every_third_step(tmp_path, rate):
+    t = make(tmp_path, trainer_kit.dataset(), max_steps=7, teacher_sync_steps=3, teacher_rate=rate)
+    expected, seen = weights(t.model), []
+    plain = t.teacher_follows
+
+    def follows():
+        plain()
+        step = t.state.global_step + 1
+        if step % 3 == 0:
+            for name, p in t.model.named_parameters():
+                expected[name] = torch.lerp(expected[name], p.detach(), rate)
+        seen.append(bitwise_equal(expected, weights(t.teacher.module)))
+
+    t.teacher_follows = follows
+    train(t)
+    assert seen == [True] * 7
+    assert not bitwise_equal(expected, weights(t.model))
+
+
+def test_a_step_between_two_meetings_is_not_lost_on_resume(tmp_path):
+    """Steps 1 and 2 move the student, step 3 has no teacher at all: the teacher follows then."""
+
+    def early(prompts, completions, trainer_state, **kwargs):
+        moved = trainer_state.global_step < 2
+        return parity_reward(prompts, completions) if moved else [0.0] * len(prompts)
+
+    options = dict(reward=early, teacher_sync_steps=3, save_strategy="steps", save_steps=2)
+    whole = make(tmp_path / "whole", trainer_kit.dataset(), max_steps=3, **options)
+    start = weights(whole.model)
+    train(whole)
+    train(make(tmp_path / "parts", trainer_kit.dataset(), max_steps=2, **options))
+    resumed = make(tmp_path / "parts", trainer_kit.dataset(), max_steps=3, **options)
+    train(resumed, resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    assert not bitwise_equal(start, weights(whole.teacher.module))
+    assert bitwise_equal(weights(whole.teacher.module), weights(resumed.teacher.module))
+
+
+def test_only_an_average_has_steps_to_follow(tmp_path):
+    with pytest.raises(UserError, match="teacher_sync_steps is 2, but teacher='frozen' follows no student"):
+        trainer_kit.config(tmp_path, teacher_sync_steps=2, teacher="frozen")
+    with pytest.raises(UserError, match="teacher_sync_steps is 0; it must be at least 1"):
+        trainer_kit.config(tmp_path, teacher_sync_steps=0)
+
+
+def said(path, steps: int, reward, **options) -> list[str]:
+    t = make(path, trainer_kit.dataset(), reward=reward, max_steps=steps, num_train_epochs=9, **options)
+    texts: list[str] = []
+    t.say = texts.append
+    train(t)
+    return texts
+
+
+def test_steps_without_signal_are_said(tmp_path):
+    texts = said(tmp_path, 5, nobody)
+    assert [t.split(":")[0] for t in texts] == ["at step 3, for 3 steps in a row"] * 2
+    assert (
+        "all 16 rewards were 0, so that they tell no completion from another; look at the reward function" in texts[0]
+    )
+    assert (
+        "no completion had a teacher, so that nothing was learned (largest reward 0, success_threshold = 1)" in texts[1]
+    )
+    texts = said(tmp_path, 8, nobody, diagnostics_warning_interval=2)
+    assert [t[8] for t in texts] == ["3", "3", "5", "5", "7", "7"]
+    assert said(tmp_path, 5, nobody, diagnostics_warning_interval=0) == []
+    assert len(said(tmp_path, 3, nobody, objective="grpo")) == 1  # no teacher is missed there
+
+
+def test_a_step_with_signal_starts_the_count_anew(tmp_path):
+    def now_and_then(prompts, completions, trainer_state, **kwargs):
+        return parity_reward(prompts, completions) if trainer_state.global_step % 3 == 2 else [0.0] * len(prompts)
+
+    assert said(tmp_path, 7, now_and_then) == [] and said(tmp_path, 4, parity_reward) == []
+
+
+def test_nearly_equal_rewards_are_equal_by_the_tolerance(tmp_path):
+    def nearly(prompts, completions, **kwargs):
+        return [1.0 + 1e-6 * (i % 2) for i in range(len(prompts))]
+
+    assert said(tmp_path, 3, nearly) == []
+    assert len(said(tmp_path, 3, nearly, diagnostics_flat_tolerance=1e-5)) == 1
+
+
+def test_a_step_without_a_teacher_logs_no_entropies(tmp_path):
+    (log,) = train(make(tmp_path, trainer_kit.dataset(), reward=nobody))
+    assert log["active_share"] == 0 and log["information"] == 0 and log["rho"] == 1
+    assert {"student_entropy", "teacher_entropy", "divergence", "sampled_kl"} & log.keys() == set()
+    (log,) = train(make(tmp_path, trainer_kit.dataset()))
+    assert {"student_entropy", "teacher_entropy", "divergence", "sampled_kl"} <= log.keys()
+
+
+# Environments ---------------------------------------------------------------------------------------------------------
+
+
+class Room:
+    """Scores by itself; what it says stands in the prompt."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+
+    def reset(self, **kwargs) -> str:
+        self.question = kwargs.get("index")
+        return "w9 w8"
+
+    def get_reward(self) -> float:
+        return 1.0
+
+
+class Broken(Room):
+    def get_reward(self):
+        return "much"
+
+
+def environment(path, data, factory, reward=None, **options):
+    tokenizer = template("qwen3")
+    tokenizer.response_schema = {"type": "object", "properties": {"content": {"x-regex": r"(.*)"}}}
+    options = {"objective": "grpo", "tokenizer": tokenizer, "rollout_func": None, "max_steps": 1} | options
+    return make(path, data, reward=reward, environment_factory=factory, **options)
+
+
+@pytest.mark.parametrize("data", ["prompts", "routes", "none"])
+def test_environments_that_own_their_reward(tmp_path, data):
+    rooms = {"a": Room, "b": Room}
+    factory = rooms if data == "routes" else Room
+    rows_of = {
+        "prompts": list(trainer_kit.dataset()),
+        "routes": [{"environment": "ab"[i % 2]} for i in range(8)],
+        "none": None,
+    }
+    t = environment(tmp_path, rows_of[data], factory)
+    train(t)
+    assert t.last_rollout.rewards == [1.0] * 16
+    assert t.last_rollout.prompts[0][-1]["content"].endswith("w9 w8")
+
+
+def test_what_an_environment_returns_is_judged_as_a_reward(tmp_path):
+    t = environment(tmp_path, list(trainer_kit.dataset()), Broken)
+    with pytest.raises(UserError, match="reward function 'get_reward' returned 'much' for sample 0 at step 1"):
+        train(t)
+
+
+def test_a_route_that_is_missing(tmp_path):
+    says = "environment_factory is a dict, but train_dataset has no column 'environment' .*: a, b"
+    with pytest.raises(UserError, match=says):
+        environment(tmp_path, rows(), {"a": Room, "b": Room})
+    with pytest.raises(UserError, match="environment_factory is not supported with self-distillation"):
+        environment(tmp_path, rows(), Room, objective="pgpo")
+    with pytest.raises(UserError, match="reward_funcs is empty"):
+        make(tmp_path, rows(), reward=None, objective="grpo")

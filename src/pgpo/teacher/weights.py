@@ -377,6 +377,7 @@ def release_adapter(model: Any) -> None:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    getattr(base, "peft_config", {}).pop(TEACHER_ADAPTER, None)
     for module in base.modules():
         if isinstance(module, BaseTunerLayer):
             module.delete_adapter(TEACHER_ADAPTER)

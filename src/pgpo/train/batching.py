@@ -21,7 +21,7 @@ _RUN_COST = {"cpu": (0.0041, 2.4e-8)}
 _RUN_COST_ELSEWHERE = (1 / 1024, 0.0)
 # Ours: joined rows are at most so long, or as the longest prompt with completion, since their mask is [B, W, W].
 _WIDEST = 2048
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # transformers' names of a model's positions
+_POSITIONS = ("max_position_embeddings", "n_positions")  # transformers' names of a model's positions
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ def positions(config: Any) -> int | None:
     """Longest sequence that a transformers model with this config was made for; None where nothing limits it (Mamba,
     ALiBi)."""
     config = config.get_text_config()
+    if getattr(config, "alibi", False):
+        return None
     found = (getattr(config, name, None) for name in _POSITIONS)
     return next((value for value in found if isinstance(value, int) and value > 0), None)
 

@@ -187,13 +187,14 @@ def check_model(trainer: PGPOTrainer, train: Data, evaluation: Sequence[Data]) -
     if trainer.distills and trainer.is_multimodal:
         raise UserError("self-distillation of vision-language models is not supported; use objective='grpo'.")
     trainer.teacher_prompt_limit = _teacher_prompt_limit(trainer)
-    trainer.prompts = _prompts(trainer, trainer.distills)
+    trainer.prompts = _prompts(trainer, trainer.distills, trainer.args.max_prompt_length)
+    trainer.prompt_limit = trainer.prompts.limit, trainer.prompts.limit_name
     check_rows(trainer, train.head, 0)
     if not train.late:
         _check_dataset(train, trainer.prompts)
     for data in evaluation:
         if not data.late:
-            _check_dataset(data, _prompts(trainer, hinted=False))
+            _check_dataset(data, _prompts(trainer, hinted=False, longest=None))
     if trainer.prompts.prefilled and trainer.accelerator.is_main_process:
         trainer.say(
             "a prompt ends in an assistant's message: as in TRL, the chat template closes it, and the completion is a "
@@ -249,8 +250,8 @@ def _teacher_prompt_limit(trainer: PGPOTrainer) -> int | None:
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def _prompts(trainer: PGPOTrainer, hinted: bool) -> Prompts:
-    limits = {"max_prompt_length": trainer.args.max_prompt_length}
+def _prompts(trainer: PGPOTrainer, hinted: bool, longest: int | None) -> Prompts:
+    limits = {"max_prompt_length": longest}
     limits["the model's positions less max_completion_length"] = _room(trainer)
     limit, name = min(((value, name) for name, value in limits.items() if value is not None), default=(None, ""))
     rendering = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}

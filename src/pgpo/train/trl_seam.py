@@ -35,6 +35,7 @@ from pgpo.errors import UserError
 from pgpo.teacher.weights import TEACHER_ADAPTER
 from pgpo.train import checkpoint as checkpoints
 from pgpo.train import zero
+from pgpo.train.batching import positions
 from pgpo.train.ranks import watch_ranks
 from pgpo.train.user_functions import (
     CONTEXT_COLUMN,
@@ -97,6 +98,7 @@ class SeamTrainer(GRPOTrainer):
         kwargs["reward_funcs"] = [self._guarded(f) for f in reward_funcs]
         if kwargs.get("rollout_func") is not None:
             kwargs["rollout_func"] = self._checked(kwargs["rollout_func"])
+        self.prompt_limit: tuple[int | None, str] = None, ""  # tokens, and where the limit comes from
         self._captured: tuple[list[Prompt], list[str], Tensor, list[str | None] | None] | None = None
         self._recorded_before: dict[str, int] = {}  # scalars per name when this training step began
         self._grad_norm: float | None = None
@@ -472,6 +474,13 @@ class SeamTrainer(GRPOTrainer):
                         f"rollout_func returned no token for sample {i} {self._place}; return at least the end-of-text "
                         "token."
                     )
+            most = positions(self.model.config)
+            for i, (prompt, ids) in enumerate(zip(output.get("prompt_ids", []), output.get("completion_ids", []))):
+                if most is not None and len(prompt) + len(ids) > most:
+                    raise UserError(
+                        f"rollout_func returned {len(prompt)} prompt and {len(ids)} completion tokens for sample {i} "
+                        f"{self._place}, more than the model's {most} positions; let it return fewer."
+                    )
             return output
 
         return checked
@@ -501,12 +510,12 @@ class SeamTrainer(GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list[Prompt]) -> Any:
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
-        limit = self.args.max_prompt_length
+        limit, name = self.prompt_limit
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
             if limit is not None and len(ids) > limit:
                 raise UserError(
-                    f"a prompt has {len(ids)} tokens, more than max_prompt_length = {limit}: {_start(prompt)!r}; raise "
-                    "the limit or drop the row."
+                    f"a prompt has {len(ids)} tokens, more than {name} = {limit}: {_start(prompt)!r}; raise the limit or "
+                    "drop the row."
                 )
         return prompt_ids, images, fields
 
