@@ -806,7 +806,7 @@ def test_steps_without_signal_are_said(tmp_path):
         "no completion had a teacher, so that nothing was learned (largest reward 0, success_threshold = 1)" in texts[1]
     )
     texts = said(tmp_path, 8, nobody, diagnostics_warning_interval=2)
-    assert [t[8] for t in texts] == ["3", "3", "5", "5", "7", "7"]
+    assert [t[8] for t in texts] == ["2", "2", "4", "4", "6", "6", "8", "8"]
     assert said(tmp_path, 5, nobody, diagnostics_warning_interval=0) == []
     assert len(said(tmp_path, 3, nobody, objective="grpo")) == 1  # no teacher is missed there
 

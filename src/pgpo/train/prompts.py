@@ -45,7 +45,7 @@ class Prompts:
     ) -> None:
         self.processing_class, self.rendering, self.hinted = processing_class, dict(rendering), hinted
         self.render, self.limit, self.limit_name = render, limit, limit_name
-        self.kind: type | None = None  # of the first prompt: TRL treats a batch as one or the other
+        self.kind: str | None = None  # of the first prompt: TRL treats a batch as one or the other
         self.prefilled = False  # whether a conversation ended in an assistant's message
         self._overhead: dict[_Shape, int] = {}  # characters that the template adds to a conversation of this shape
         self._marks = template_marks(processing_class, rendering) if hinted and render else ((), ())
@@ -57,9 +57,10 @@ class Prompts:
                 self._text(prompt)
             else:
                 self._messages(prompt)
-            if self.kind not in (None, type(prompt)):
+            kind = "text" if isinstance(prompt, str) else "messages"
+            if self.kind not in (None, kind):
                 raise UserError("mixes text and chat messages with the rows before it; make all prompts of one kind.")
-            self.kind = type(prompt)
+            self.kind = kind
         except UserError as error:
             return str(error)
         return None

@@ -344,10 +344,11 @@ class PGPOTrainer(SeamTrainer):
         )
 
     def _warn_if_degenerate(self, kind: str, degenerate: bool, text: str) -> None:
-        """Say it after the third step in a row, and after every `diagnostics_warning_interval` more."""
+        """Say it after the third step in a row (sooner, if asked), and after `diagnostics_warning_interval` more each."""
         count = self._degenerate[kind] = self._degenerate[kind] + 1 if degenerate else 0
         interval = self.args.diagnostics_warning_interval
-        due = interval > 0 and count >= _DEGENERATE and (count - _DEGENERATE) % interval == 0
+        first = min(_DEGENERATE, interval)
+        due = interval > 0 and count >= first and (count - first) % interval == 0
         if due and self.accelerator.is_main_process:
             self.say(f"at step {self.state.global_step + 1}, for {count} steps in a row: {text}")
 
