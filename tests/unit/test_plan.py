@@ -501,6 +501,19 @@ def test_nothing_helps_a_model_that_is_too_large(folder, capsys):
     assert "do not fit: none of the changes tried is enough" in capsys.readouterr().out
 
 
+def test_teacher_prompts_are_as_long_as_the_trainer_lets_them_be(shapes):
+    """max_teacher_prompt_length, or what the positions leave beside a completion; without positions, as asked."""
+    model = dataclasses.replace(shapes["qwen3"], positions=1000)
+    asked = dataclasses.replace(LORA, max_completion_length=900, max_prompt_length=100, teacher_prompt_length=5000)
+    assert plan.fitted(model, asked).teacher_prompt_length == 100
+    assert plan.fitted(model, dataclasses.replace(asked, teacher_prompt_length=50)).teacher_prompt_length == 50
+    assert plan.fitted(dataclasses.replace(model, positions=None), asked) == asked
+    result = plan.plan(model, asked, 80 * GIB)
+    assert result.setting.teacher_prompt_length == 100
+    with pytest.raises(UserError, match="longer than the 1000 positions"):
+        plan.plan(model, dataclasses.replace(asked, max_prompt_length=101), 80 * GIB)
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

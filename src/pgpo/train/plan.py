@@ -975,8 +975,8 @@ def main(source: str, setting: Setting, memory: float, budget: int, json_out: Pa
     shortened = result.setting.teacher_prompt_length
     if shortened < setting.teacher_prompt_length:
         print(
-            f"teacher prompts are shortened to {shortened} tokens: the model has {result.model.positions} positions, of "
-            f"which a completion may take {setting.max_completion_length}"
+            f"teacher prompts are shortened to {shortened} tokens: the model has {result.model.positions} positions, "
+            f"of which a completion may take {setting.max_completion_length}"
         )
     return 0
 

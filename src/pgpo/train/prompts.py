@@ -177,6 +177,22 @@ def _check_message(message: Any) -> None:
                 f"has a message without {key} (its keys: {', '.join(sorted(map(str, present))) or 'none'}); give every "
                 "message a role and a content."
             )
+    if not isinstance(message["role"], str):
+        raise UserError(f"has a message with the role {shown(message['role'])}; make it a text, such as user.")
+    _check_content(message.get("content"))
+
+
+def _check_content(content: Any) -> None:
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise UserError(f"has a message with the content {shown(content)}; make it a text, or a list of parts.")
+    for part in content:
+        if not isinstance(part, Mapping) or (part.get("type") == "text" and not isinstance(part.get("text"), str)):
+            raise UserError(
+                f"has {shown(part)} among the parts of a message; give each part a type, and a text one its text: "
+                '{"type": "text", "text": ...}.'
+            )
 
 
 def _shape(message: Mapping[str, Any]) -> _Shape:
@@ -185,8 +201,8 @@ def _shape(message: Mapping[str, Any]) -> _Shape:
     return message["role"], kind, bool(message.get("tool_calls"))
 
 
-def _part(part: Any) -> Any:
-    return part.get("type") if isinstance(part, Mapping) else type(part).__name__
+def _part(part: Mapping[str, Any]) -> str:
+    return str(part.get("type"))
 
 
 def _texts(message: Mapping[str, Any]) -> Iterator[str]:
@@ -194,7 +210,7 @@ def _texts(message: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(content, str):
         yield content
     elif content is not None:
-        yield from (str(p["text"]) for p in content if isinstance(p, Mapping) and p.get("type") == "text")
+        yield from (part["text"] for part in content if part.get("type") == "text")
 
 
 # Prompts that were rendered beforehand ------------------------------------------------------------------------------

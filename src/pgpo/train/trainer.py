@@ -344,7 +344,7 @@ class PGPOTrainer(SeamTrainer):
         )
 
     def _warn_if_degenerate(self, kind: str, degenerate: bool, text: str) -> None:
-        """Say it after the third step in a row (sooner, if asked), and after `diagnostics_warning_interval` more each."""
+        """Say it after the third step in a row (sooner if asked), and again every `diagnostics_warning_interval`."""
         count = self._degenerate[kind] = self._degenerate[kind] + 1 if degenerate else 0
         interval = self.args.diagnostics_warning_interval
         first = min(_DEGENERATE, interval)

@@ -514,8 +514,8 @@ class SeamTrainer(GRPOTrainer):
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
             if limit is not None and len(ids) > limit:
                 raise UserError(
-                    f"a prompt has {len(ids)} tokens, more than {name} = {limit}: {_start(prompt)!r}; raise the limit or "
-                    "drop the row."
+                    f"a prompt has {len(ids)} tokens, more than {name} = {limit}: {_start(prompt)!r}; raise the limit "
+                    "or drop the row."
                 )
         return prompt_ids, images, fields
 
