@@ -27,7 +27,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "pgpo.train": frozenset({"core", "teacher", "forward", "tasks", "evaluate", "runlog", "files", "visible"}),
     "pgpo.train.signals": frozenset(),
     "pgpo.forward": frozenset({"core", "teacher"}),
-    "pgpo.memory": frozenset({"runlog", "files"}),
+    "pgpo.memory": frozenset({"forward", "runlog", "files"}),
     "pgpo.minimal": frozenset({"core", "teacher", "tasks"}),
     "pgpo.sde": frozenset({"core", "intervals"}),
     "pgpo.evaluate": frozenset({"tasks", "runlog", "files", "visible"}),

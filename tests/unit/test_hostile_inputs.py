@@ -34,9 +34,10 @@ from pgpo.command import models
 from pgpo.errors import UserError
 from pgpo.lab.plan import read_study
 from pgpo.runlog import RunLog
-from pgpo.teacher import ContextTemplates
+from pgpo.teacher import ContextTemplates, build_contexts
 from pgpo.train import arguments
 from pgpo.train.arguments import parse
+from pgpo.train.prompts import Prompts
 from pgpo.train.user_functions import call, check_rewards, time_limit
 
 ROWS = 16  # 4 prompts x 4 completions
@@ -831,6 +832,40 @@ def test_a_template_that_opens_every_answer_alike_is_taken(tmp_path, template):
 
 def test_plain_text_has_no_opening(tmp_path):
     assert trainer_kit.trainer(tmp_path).answer_prefix("w1 w2") == ""
+
+
+def any_prompt(rng: random.Random) -> object:
+    """Chat messages in good order, or in which something is not."""
+    messages: list[object] = [
+        {"role": rng.choice(["user", "assistant", "system", "tool", "human"]), "content": f"w{rng.randint(0, 35)}"}
+        for _ in range(rng.randint(0, 4))
+    ]
+    if rng.random() < 0.3:
+        messages.append(any_value(rng))
+    for message in messages:
+        if isinstance(message, dict) and rng.random() < 0.3:
+            message[rng.choice(["role", "content", "value", "from", "tool_calls"])] = any_value(rng)
+    return rng.choice([messages, messages, messages, any_value(rng), f"w1 {any_value(rng)}"])
+
+
+@fuzzed(400)
+@pytest.mark.parametrize("hinted", [True, False])
+def test_fuzzed_prompts_are_taken_or_refused_in_a_sentence(seeds, hinted):
+    """And what is taken can be rendered, and hinted at."""
+    tokenizer = build_tokenizer()
+    ends: dict[bool, int] = {True: 0, False: 0}
+    for seed in seeds:
+        prompt = any_prompt(random.Random(seed))
+        problem = Prompts(tokenizer, {}, hinted, limit=50, limit_name="max_prompt_length").problem(prompt)
+        ends[problem is None] += 1
+        if problem is not None:
+            assert problem.endswith(".") and "\n" not in problem and len(problem) < 700, problem
+            continue
+        if not isinstance(prompt, str):
+            tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+        if hinted:
+            assert build_contexts([prompt] * 2, ["w1", "w2"], [1.0, 0.0], 2)[1].prompt is not None
+    assert min(ends.values()) > len(seeds) / 20, ends
 
 
 # Secrets, code and names ----------------------------------------------------------------------------------------------

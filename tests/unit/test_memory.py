@@ -27,10 +27,11 @@ from transformers import (
 
 from pgpo.cli import main
 from pgpo.core import _head_chunks, _head_kernels
+from pgpo.errors import UserError
 from pgpo.forward import passes
 from pgpo.memory import activations, command, moments, parameters
 from pgpo.memory.moments import Step
-from pgpo.memory.shapes import BLOCKS, GIB, MATRICES, ModelShape, TrainingSetting, read_model
+from pgpo.memory.shapes import BLOCKS, GIB, MATRICES, ModelShape, TrainingSetting, fitted, read_model
 from pgpo.teacher import weights
 from pgpo.train import trainer
 from pgpo.train.config import PGPOConfig
@@ -495,6 +496,19 @@ def test_a_full_model_on_eight_gpus_is_sharded_before_it_becomes_an_adapter(caps
 def test_nothing_helps_a_model_that_is_too_large(folder, capsys):
     assert main(["plan", str(folder), "--memory", "0.5"]) == 0  # the reserve alone is more
     assert "do not fit: none of the changes tried is enough" in capsys.readouterr().out
+
+
+def test_teacher_prompts_are_as_long_as_the_trainer_lets_them_be(shapes):
+    """max_teacher_prompt_length, or what the positions leave beside a completion; without positions, as asked."""
+    model = dataclasses.replace(shapes["qwen3"], positions=1000)
+    asked = dataclasses.replace(LORA, max_completion_length=900, max_prompt_length=100, teacher_prompt_length=5000)
+    assert fitted(model, asked).teacher_prompt_length == 100
+    assert fitted(model, dataclasses.replace(asked, teacher_prompt_length=50)).teacher_prompt_length == 50
+    assert fitted(dataclasses.replace(model, positions=None), asked) == asked
+    result = command.plan(model, asked, 80 * GIB)
+    assert result.setting.teacher_prompt_length == 100
+    with pytest.raises(UserError, match="longer than the 1000 positions"):
+        command.plan(model, dataclasses.replace(asked, max_prompt_length=101), 80 * GIB)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ _FORWARD_COST = {"cpu": (0.0041, 2.4e-8)}
 _FORWARD_COST_ELSEWHERE = (1 / 1024, 0.0)
 # Ours: the longest joined row, unless a prompt with one completion is longer; a bound because the mask is [B, W, W].
 _WIDEST = 2048
+_POSITIONS = ("max_position_embeddings", "n_positions")  # transformers' names of a model's positions
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,16 @@ def costs(model: Any, device: str) -> tuple[float, float]:
     head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     first, second = _FORWARD_COST.get(device, _FORWARD_COST_ELSEWHERE)
     return 1 / (first + second * per_layer), 2 * heads * head_dim / per_layer
+
+
+def positions(config: Any) -> int | None:
+    """Longest sequence that a transformers model with this config was made for; None where nothing limits it (Mamba,
+    ALiBi)."""
+    config = config.get_text_config()
+    if getattr(config, "alibi", False):
+        return None
+    found = (getattr(config, name, None) for name in _POSITIONS)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
 def split(

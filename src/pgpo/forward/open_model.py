@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 _WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "attention_types")
 
+_FIRST_FORWARD = "_pgpo_first_forward"  # attribute of a model: the forward that its instance had, or None
+
 T = TypeVar("T")
 
 
@@ -45,10 +47,11 @@ class Head:
 def open_forward(model: nn.Module) -> None:
     """Let `model(..., finish=f)` return f(hidden [B, L, H], Head); without `finish` nothing changes. Idempotent.
 
-    Patches the causal language model itself (below PEFT), on the instance, so that every wrapper's hooks still run.
+    Patches the causal language model itself (below PEFT), on the instance, so that every wrapper's hooks still run. The
+    mark is on the forward, not on the model, for a copy of the model may have lost its forward.
     """
     inner = causal_lm(model)
-    if getattr(inner, "_pgpo_open", False):
+    if getattr(inner.forward, "opened", False):
         return
     plain = inner.forward
 
@@ -59,13 +62,27 @@ def open_forward(model: nn.Module) -> None:
         # Backbone and head are looked up at each call: FSDP and PEFT replace them.
         return _at_head(self, self.base_model(*args, **kwargs).last_hidden_state, finish)
 
+    forward.opened = True  # type: ignore[attr-defined]
     inner.forward = types.MethodType(forward, inner)
-    inner._pgpo_open = True
+
+
+def release_forward(model: nn.Module) -> None:
+    """Give a model that another trainer had (its own, TRL's and accelerate's forwards on it) the forward that it came
+    with. Called before a trainer takes the model; the first call notes what to give back."""
+    for module in {id(m): m for m in (model, causal_lm(model))}.values():
+        if not hasattr(module, _FIRST_FORWARD):
+            setattr(module, _FIRST_FORWARD, (vars(module).get("forward"),))
+            continue
+        (forward,) = getattr(module, _FIRST_FORWARD)
+        vars(module).pop("forward", None)
+        vars(module).pop("_original_forward", None)  # accelerate's
+        if forward is not None:
+            module.forward = forward
 
 
 def causal_lm(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT leaves peft_config on the base
 
 
 def head_problem(model: nn.Module) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pgpo.errors import UserError
 from pgpo.memory.moments import Step
-from pgpo.memory.shapes import GIB, ModelShape, TrainingSetting, check, read_model
+from pgpo.memory.shapes import GIB, ModelShape, TrainingSetting, check, fitted, read_model
 from pgpo.runlog import write_atomically
 
 MOST_CHANGES = 3  # advised together
@@ -29,6 +29,12 @@ def main(source: str, setting: TrainingSetting, memory: float, budget: int, json
     if json_out is not None:
         write_atomically(json_out, json.dumps(asdict(result), indent=2) + "\n")
     _print(result)
+    shortened = result.setting.teacher_prompt_length
+    if shortened < setting.teacher_prompt_length:
+        print(
+            f"teacher prompts are shortened to {shortened} tokens: the model has {result.model.positions} positions, "
+            f"of which a completion may take {setting.max_completion_length}"
+        )
     return 0
 
 
@@ -37,6 +43,7 @@ class Plan:
     """The answers of `pgpo plan`, in bytes and tokens.
 
     Attributes:
+        setting: with teacher prompts as `fitted` has them.
         moments: {moment: {item: bytes}} at `budget`.
         largest_budget: largest max_tokens_per_microbatch that fits; None: one completion of full length does not.
         advice: what to change, where it does not.
@@ -67,11 +74,11 @@ def plan(model: ModelShape, setting: TrainingSetting, memory: float, budget: int
     if budget < 1:
         raise UserError(f"max_tokens_per_microbatch is {budget}; it must be at least 1.")
     check(model, setting)
-    step = Step(model, setting, budget)
+    step = Step(model, fitted(model, setting), budget)
     moment, size = peak(step, memory)
-    largest = largest_budget(model, setting, memory)
+    largest = largest_budget(model, step.setting, memory)
     hint = advice(model, setting, memory) if largest is None else None
-    return Plan(model, setting, memory, budget, step.moments(memory), moment, size, largest, hint)
+    return Plan(model, step.setting, memory, budget, step.moments(memory), moment, size, largest, hint)
 
 
 def peak(step: Step, memory: float = 0.0) -> tuple[str, float]:
@@ -176,7 +183,7 @@ def _fits(model: ModelShape, setting: TrainingSetting, memory: float) -> bool:
         check(model, setting)
     except UserError:
         return False
-    return peak(Step(model, setting, 1), memory)[1] <= memory
+    return peak(Step(model, fitted(model, setting), 1), memory)[1] <= memory
 
 
 def _print(result: Plan) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pgpo.errors import UserError
+from pgpo.forward.batching import positions
 
 # Decoder blocks whose saved tensors tests/unit/test_memory.py compares with autograd's, to the byte.
 BLOCKS = ("llama", "mistral", "qwen2", "qwen3")
@@ -22,7 +23,7 @@ class ModelShape:
     """What the memory of a decoder depends on.
 
     Attributes:
-        positions: longest sequence.
+        positions: longest sequence; None: nothing limits it.
         tied: the head is the embedding.
         head_norms: queries and keys are normalised per head (Qwen3).
         expandable: every layer attends to the whole prefix, so that a prompt's KV cache can be shared.
@@ -38,7 +39,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    positions: int
+    positions: int | None
     tied: bool
     head_norms: bool
     expandable: bool
@@ -185,7 +186,7 @@ def read_model(source: str) -> ModelShape:
         kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head_dim=head_dim,
         vocabulary=config.vocab_size,
-        positions=config.max_position_embeddings,
+        positions=positions(config),
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         head_norms=hasattr(block.self_attn, "q_norm"),
         expandable=_attends_to_all(config),
@@ -268,11 +269,10 @@ def check(model: ModelShape, setting: TrainingSetting) -> None:
             f"prompts_per_step * num_generations = {s.prompts_per_step * s.num_generations} completions do not divide "
             f"evenly by {s.gpus} GPUs; change prompts_per_step."
         )
-    prompt = max(s.max_prompt_length, s.teacher_prompt_length if s.distills else 0)
-    if prompt + s.max_completion_length > model.positions:
+    if model.positions is not None and s.max_prompt_length + s.max_completion_length > model.positions:
         raise UserError(
-            f"a prompt of {prompt} tokens and a completion of {s.max_completion_length} are longer than the "
-            f"{model.positions} positions of {model.name}; lower max_completion_length or the prompt lengths."
+            f"a prompt of {s.max_prompt_length} tokens and a completion of {s.max_completion_length} are longer than "
+            f"the {model.positions} positions of {model.name}; lower max_completion_length or max_prompt_length."
         )
     if s.fsdp and s.gpus == 1:
         raise UserError("FSDP shards over several GPUs, but gpus is 1; give more, or leave FSDP out.")
@@ -286,3 +286,11 @@ def check(model: ModelShape, setting: TrainingSetting) -> None:
         raise UserError("ZeRO shards over several GPUs, but gpus is 1; give more, or leave ZeRO out.")
     if s.zero == 3 and s.lora is not None and s.distills and s.teacher != "live":
         raise UserError("LoRA with a teacher of its own is not trained under ZeRO-3; choose stage 2 or FSDP.")
+
+
+def fitted(model: ModelShape, setting: TrainingSetting) -> TrainingSetting:
+    """The setting with teacher prompts as long as the trainer lets them be: the model's positions less a completion."""
+    if not setting.distills or model.positions is None:
+        return setting
+    room = model.positions - setting.max_completion_length
+    return replace(setting, teacher_prompt_length=min(setting.teacher_prompt_length, room))

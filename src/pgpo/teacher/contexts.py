@@ -106,6 +106,7 @@ def build_contexts(
     *,
     feedback: Sequence[str | None] | None = None,
     success_threshold: float = 1.0,
+    use_successes: bool = True,
     choice: Choice = "first",
     seed: int = 0,
     step: int = 0,
@@ -131,6 +132,7 @@ def build_contexts(
         feedback: B texts on the samples' own attempts; None or blank = nothing to say. The default template calls
             the attempt unsuccessful, so say nothing about a right one.
         success_threshold: smallest reward of a demonstration (1.0: SDPO's science settings).
+        use_successes: whether right completions are shown at all; False: feedback alone.
         choice: which success is shown, the first in the group or one drawn from (seed, step, row).
         seed, step: used by "random" only; the draw depends on these and the row, on no global random state.
         allow_own_success: whether a sample may be shown its own completion.
@@ -150,9 +152,13 @@ def build_contexts(
 
     Raises:
         ValueError: lists of unequal length, a batch that is not whole groups of one prompt, nothing to show possible
-            (group_size 1, no feedback, no own success), a prompt without text of a user, an unknown option.
+            (group_size 1 or no successes, and no feedback), a prompt without text of a user, an unknown option.
     """
     _check(prompts, completions, rewards, group_size, feedback, opened, choice, feedback_mode, allow_own_success)
+    if not use_successes and (feedback is None or feedback_mode == "never"):
+        raise ValueError(
+            "use_successes is False and there is no feedback, so no sample can have a teacher; hand it in."
+        )
     if (max_length is None) != (length is None):
         raise ValueError("max_length and length belong together: hand in both (a limit in tokens needs a counter).")
 
@@ -161,7 +167,9 @@ def build_contexts(
 
     visible = [visible_text(text, begun) for text, begun in zip(completions, opened or [False] * len(completions))]
     demonstrations = visible if remove_thinking else completions
-    usable = [reward >= success_threshold and bool(text.strip()) for reward, text in zip(rewards, visible)]
+    usable = [
+        use_successes and reward >= success_threshold and bool(text.strip()) for reward, text in zip(rewards, visible)
+    ]
     contexts = []
     for row, prompt in enumerate(prompts):
         start = row - row % group_size

@@ -35,6 +35,9 @@ T = TypeVar("T")
 TEACHER_ADAPTER = "teacher"
 """Name of the teacher's adapter in a PEFT student. Leave it out of save_pretrained (selected_adapters=[...])."""
 
+# Attribute of a base model whose adapter TEACHER_ADAPTER was added here, not by the user.
+_OURS = "_pgpo_teacher_adapter"
+
 # Elements averaged in one go, ours: bounds the fp32 copy of a bf16 student to 256 MiB (or its largest tensor) while
 # keeping the kernels few.
 _BUCKET = 2**26
@@ -361,6 +364,25 @@ def _is_peft(student: nn.Module) -> bool:
     return peft is not None and isinstance(student, peft.PeftModel)
 
 
+def release_adapter(model: Any) -> None:
+    """Take the teacher's adapter, if an earlier `Teacher` has added one, off a PeftModel or off the base that one was
+    made of."""
+    is_peft = _is_peft(model)
+    base = model.get_base_model() if is_peft else model
+    if not getattr(base, _OURS, False):
+        return
+    delattr(base, _OURS)
+    if is_peft and TEACHER_ADAPTER in model.peft_config:
+        model.delete_adapter(TEACHER_ADAPTER)
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    getattr(base, "peft_config", {}).pop(TEACHER_ADAPTER, None)
+    for module in base.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.delete_adapter(TEACHER_ADAPTER)
+
+
 def _single_adapter(student: Any) -> str:
     """The student's active adapter, or a ValueError if a twin of it would not be exact."""
     if len(student.active_adapters) != 1:
@@ -403,6 +425,7 @@ def _add_twin_adapter(student: Any, active: str, trained: Sequence[str]) -> tupl
     config.init_lora_weights = True  # PiSSA, OLoRA, ... would change the base a second time
     with torch.random.fork_rng(devices=[]):  # the throw-away initialization must not shift the run's random numbers
         student.add_adapter(TEACHER_ADAPTER, config)
+    setattr(student.get_base_model(), _OURS, True)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
     new_parameters = {n: p for n, p in student.named_parameters() if n not in old_parameters}

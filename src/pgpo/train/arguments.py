@@ -43,6 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
         "max_steps": 100,
         "max_completion_length": 24,
+        "max_teacher_prompt_length": 232,  # the model's 256 positions less these
         "eval_temperature": 1.0,
         "eval_top_p": 1.0,
         "eval_steps": 20,
@@ -55,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 3e-4,
         "max_steps": 60,
         "max_completion_length": 64,
+        "max_teacher_prompt_length": 4032,  # the model's 4096 positions less these
         "eval_steps": 20,
         "save_steps": 30,
         "eval_batch_size": 128,

@@ -63,6 +63,9 @@ _RULES: dict[str, _Rule] = {
     "epsilon": _NOT_NEGATIVE,
     "epsilon_high": _NOT_NEGATIVE,
     "reward_timeout": (lambda v: v > 0, "it must be seconds above 0, or None for no limit"),
+    "teacher_sync_steps": _FROM_ONE,
+    "diagnostics_warning_interval": _NOT_NEGATIVE,
+    "diagnostics_flat_tolerance": _NOT_NEGATIVE,
     "rank_timeout": (lambda v: v == 0 or v >= 5, "it must be 5 seconds or more, or 0 for no limit"),
 }
 
@@ -138,6 +141,15 @@ class PGPOConfig(GRPOConfig):
     reprompt_template: str | None = _option(None, "Teacher prompt with {prompt}{solution}{feedback}; None = SDPO's.")
     solution_template: str | None = _option(None, "Section around {demonstration}; None = SDPO's.")
     feedback_template: str | None = _option(None, "Section around {feedback}; None = SDPO's.")
+
+    # From TRL's SDPOConfig, under its names ---------------------------------------------------------------------
+    use_successful_as_teacher: bool = _option(True, "May right siblings be demonstrations? False: feedback alone.")
+    teacher_sync_steps: int = _option(1, "The 'ema' teacher follows after every so many optimizer steps.")
+    diagnostics_warning_interval: int = _option(
+        10,
+        "Warn again after so many steps in a row with equal rewards, or without any teacher; first after 3. 0: never.",
+    )
+    diagnostics_flat_tolerance: float = _option(1e-8, "Standard deviation up to which rewards count as equal.")
 
     # Collapse guard (ours) --------------------------------------------------------------------------------------
     guard: str = _option(
@@ -226,12 +238,15 @@ class PGPOConfig(GRPOConfig):
             self.chat_template_kwargs = {"enable_thinking": False}  # paper: thinking off; other templates ignore it
         # TRL wants eval batches in multiples of the group; evaluation does not go through its loop.
         self.per_device_eval_batch_size = self.num_generations or 8
+        if self.num_generations == 1:
+            self.num_generations = _One()
         try:
             super().__post_init__()
         except UserError:
             raise
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
+        self.num_generations = int(self.num_generations or 1)
         rows = self.per_device_train_batch_size * self.world_size
         self.prompts_per_step = rows // (self.num_generations or 1)
 
@@ -275,12 +290,8 @@ class PGPOConfig(GRPOConfig):
         self._check_guard()
         if not 0 <= self.teacher_rate <= 1:
             raise UserError(f"teacher_rate is {self.teacher_rate}; a share of the student must lie in [0, 1].")
-        if self.num_generations is None or self.num_generations < 2:
-            raise UserError(
-                f"num_generations is {self.num_generations}; with fewer than 2 completions per question no sibling can "
-                "be a demonstration (and no group has an advantage); use 2 or more, the paper takes 8."
-            )
         self._check_mix()
+        self._check_teaching()
         if self.importance_clip is not None and not self.importance_clip >= 1:
             raise UserError(f"importance_clip is {self.importance_clip}; a ratio's upper clip must be >= 1, or None.")
         if not math.isfinite(self.success_threshold):
@@ -348,6 +359,25 @@ class PGPOConfig(GRPOConfig):
                 "distillation by itself, and the policy loss has no halves; use 'same_batch' or 'lagged'."
             )
         _choice("loss_type", self.loss_type, LOSSES)
+
+    def _check_teaching(self) -> None:
+        """What the teacher shows, and how it follows; whether there is feedback, only the trainer knows."""
+        alone = self.objective != "grpo" and (self.feedback_mode != "never" or self.allow_own_success)
+        if self.num_generations is None or self.num_generations < (1 if alone else 2):
+            raise UserError(
+                f"num_generations is {self.num_generations}; with fewer than 2 completions per question no sibling can "
+                "be a demonstration (and no group has an advantage); use 2 or more, the paper takes 8."
+            )
+        if not self.use_successful_as_teacher and self.feedback_mode == "never":
+            raise UserError(
+                "use_successful_as_teacher is False and feedback_mode is 'never', so that no sample has a teacher; "
+                "change one of them."
+            )
+        if self.teacher_sync_steps != 1 and self.teacher != "ema":
+            raise UserError(
+                f"teacher_sync_steps is {self.teacher_sync_steps}, but teacher={self.teacher!r} follows no student; "
+                "leave it at 1, or use teacher='ema'."
+            )
 
     def _check_signal(self) -> None:
         """Combinations of information_source, information_baseline and rho_file."""
@@ -454,6 +484,16 @@ class PGPOConfig(GRPOConfig):
         if self.rho_min != 0:
             raise ValueError(f"rho_min is {self.rho_min!r}, but rho_law='smooth' has no floor; leave it at 0.")
         return SmoothExponentialLaw(alpha, self.rho_max)
+
+
+class _One(int):
+    """1, but not below 2: TRL asks for groups of 2 because of its advantages, which self-distillation does not use."""
+
+    def __new__(cls) -> _One:
+        return super().__new__(cls, 1)
+
+    def __lt__(self, other: object) -> bool:
+        return False
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ import itertools
 import json
 import logging
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -47,21 +48,24 @@ from pgpo.evaluate.run import evaluate
 from pgpo.evaluate.runners import TransformersRunner
 from pgpo.forward import batching
 from pgpo.forward.batching import Bundle, Limits
-from pgpo.forward.open_model import causal_lm, head_error, head_problem, joins, open_forward
+from pgpo.forward.open_model import causal_lm, head_error, head_problem, joins, open_forward, release_forward
 from pgpo.forward.passes import Passes, States
-from pgpo.forward.routers import Load, router_problem
+from pgpo.forward.routers import Load
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
-from pgpo.teacher.weights import reshard
+from pgpo.teacher.weights import release_adapter, reshard
 from pgpo.train import zero
-from pgpo.train.adapters import adapter_problem
 from pgpo.train.config import PGPOConfig
 from pgpo.train.field_types import file_name
+from pgpo.train.gate import torch_optimizer
 from pgpo.train.guard import GuardActions
 from pgpo.train.host import Host
 from pgpo.train.multiplier import StepMultiplier
+from pgpo.train.problems import check_inputs, check_model, check_rows
+from pgpo.train.prompts import Prompts
 from pgpo.train.seam import Batch, Prompt, Rollout, Scores, SeamTrainer, sampling_explained
-from pgpo.train.sharding import keep_precision, shard, sharding_problem
+from pgpo.train.sharding import keep_precision, shard
 from pgpo.train.signals import CollapseGuard
+from pgpo.train.user_functions import CONTEXT_COLUMN
 
 TEACHER_FILE = "pgpo_teacher.safetensors"
 STATE_FILE = "pgpo_state.json"
@@ -69,6 +73,7 @@ _LOGGER = logging.getLogger(__name__)
 _HELD = 8  # ours: teacher states are held for so many micro-batches of tokens; 2 H bytes each in half precision
 _CHECKED_TOKENS = 32  # ours
 _HEAD_TOLERANCE = 0.02  # ours: of the largest logit; bf16 rounds to 0.004, another formula misses by far more
+_DEGENERATE = 3  # ours: steps in a row without signal after which a warning says so
 _DEMONSTRATION_ROWS = 8  # ours: at most so many demonstrations are watched per rank and step
 _TRL_METRICS = {"completion_length": "completions/mean_length", "clipped_share": "completions/clipped_ratio"}
 
@@ -165,11 +170,11 @@ class PGPOTrainer(SeamTrainer):
             args = PGPOConfig(f"{file_name(name.split('/')[-1])}-PGPO")
         if not isinstance(args, PGPOConfig):
             raise UserError(f"args is a {type(args).__name__}; PGPOTrainer needs a PGPOConfig (same fields and more).")
-        _check_inputs(args, train_dataset, reward_funcs, kwargs)
         if feedback_funcs is None:
             feedback_funcs = []
         elif not isinstance(feedback_funcs, list):
             feedback_funcs = [feedback_funcs]
+        data = check_inputs(args, train_dataset, eval_dataset, reward_funcs, feedback_funcs, kwargs)
         self.grade = grade
         self.meters = [InformationMeter(args.information_denominator) for _ in range(1 + _splits(args))]
         self.meter = self.meters[0]  # of the half-batch at work
@@ -181,6 +186,11 @@ class PGPOTrainer(SeamTrainer):
         self._signal_steps = 0
         self._stepped = False
         self.token_details: dict[int, list[TokenDetail]] = {}  # of the rows in host.watched
+        self._behind = False  # whether the student has moved since the teacher followed
+        self._degenerate = {"flat": 0, "inactive": 0}  # so many generations in a row
+        self.prompts: Prompts  # what rows are judged by
+        self.teacher_prompt_limit: int | None  # tokens: max_teacher_prompt_length, or what the model leaves
+        _release(model, kwargs.get("optimizers"))
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -190,9 +200,11 @@ class PGPOTrainer(SeamTrainer):
             processing_class=processing_class,
             feedback_funcs=feedback_funcs,
             host=host or Host(),
+            reads_contexts=args.distills and data[0].may_hold(CONTEXT_COLUMN),
+            judges_late=data[0].late,
             **kwargs,
         )
-        self._check_model(train_dataset)
+        check_model(self, *data)
         if self.accelerator.is_fsdp2:
             keep_precision(self.accelerator)
         if self.is_deepspeed_enabled:
@@ -221,6 +233,9 @@ class PGPOTrainer(SeamTrainer):
     def follows_rewards(self) -> bool:
         """Whether TRL's policy loss, on advantages, is all of the loss or a part of it."""
         return not self.distills or self.args.distillation_weight < 1
+
+    def judge(self, rows: list[dict[str, Any]], first: int) -> None:
+        check_rows(self, rows, first)
 
     # Teacher contexts -----------------------------------------------------------------------------------------------
 
@@ -253,6 +268,7 @@ class PGPOTrainer(SeamTrainer):
                 a.num_generations,
                 feedback=rollout.feedback,
                 success_threshold=a.success_threshold,
+                use_successes=a.use_successful_as_teacher,
                 choice=a.demonstration,
                 seed=a.seed,
                 step=self.state.global_step,
@@ -261,12 +277,13 @@ class PGPOTrainer(SeamTrainer):
                 remove_thinking=a.remove_thinking,
                 opened=rollout.opened,
                 templates=self.templates,
-                max_length=a.max_teacher_prompt_length,
-                length=None if a.max_teacher_prompt_length is None else lambda prompt: len(render(prompt)),
+                max_length=self.teacher_prompt_limit,
+                length=None if self.teacher_prompt_limit is None else lambda prompt: len(render(prompt)),
             )
         except ValueError as error:
             raise UserError(f"at step {self.state.global_step + 1}: {error}") from error
         self._check_answer_prefixes(rollout.prompts, [context.prompt for context in contexts])
+        self._warn_if_inactive(rollout, sum(context.prompt is not None for context in contexts))
         prompts = [contexts[i].prompt for i in mine]
         batch["teacher_prompt_ids"] = [None if prompt is None else render(prompt) for prompt in prompts]
         batch["row"] = torch.arange(len(mine))
@@ -313,7 +330,38 @@ class PGPOTrainer(SeamTrainer):
                 self.record(ours, value)
         lengths = torch.tensor(self.gather_objects(self.completion_lengths)).float()
         self.record("length_tail", torch.quantile(lengths, 0.95).item())
+        self._warn_if_flat(rewards)
         self.last_rollout = rollout
+
+    def _warn_if_flat(self, rewards: list[float]) -> None:
+        """rewards: of all ranks, without nan."""
+        flat = not rewards or statistics.pstdev(rewards) <= self.args.diagnostics_flat_tolerance
+        value = f"{rewards[0]:g}" if rewards else "None"
+        self._warn_if_degenerate(
+            "flat",
+            flat,
+            f"all {len(rewards)} rewards were {value}, so that they tell no completion from another; look at the "
+            "reward function and at how hard the questions are.",
+        )
+
+    def _warn_if_inactive(self, rollout: Rollout, active: int) -> None:
+        best = max((r for r in rollout.rewards if not math.isnan(r)), default=math.nan)
+        self._warn_if_degenerate(
+            "inactive",
+            active == 0,
+            f"no completion had a teacher, so that nothing was learned (largest reward {best:g}, "
+            f"success_threshold = {self.args.success_threshold:g}); lower the threshold, take easier questions or more "
+            f"num_generations, or give feedback_funcs or a column {CONTEXT_COLUMN!r}.",
+        )
+
+    def _warn_if_degenerate(self, kind: str, degenerate: bool, text: str) -> None:
+        """Say it after the third step in a row (sooner if asked), and again every `diagnostics_warning_interval`."""
+        count = self._degenerate[kind] = self._degenerate[kind] + 1 if degenerate else 0
+        interval = self.args.diagnostics_warning_interval
+        first = min(_DEGENERATE, interval)
+        due = interval > 0 and count >= first and (count - first) % interval == 0
+        if due and self.accelerator.is_main_process:
+            self.host.say(f"at step {self.state.global_step + 1}, for {count} steps in a row: {text}")
 
     @torch.no_grad()
     def _watch_demonstrations(self, batch: Batch, shown: Mapping[int, list[int]]) -> None:
@@ -827,9 +875,6 @@ class PGPOTrainer(SeamTrainer):
             "alpha": self.args.law(self.state.global_step, self.state.max_steps).alpha
             if self.args.objective == "pgpo"
             else 0.0,
-            "student_entropy": information.student_entropy,
-            "teacher_entropy": information.teacher_entropy,
-            "divergence": sums.divergence / max(tokens, 1),
             "active_share": information.hinted_samples / information.samples,
             "active_tokens": tokens,
             "effective_lr": self.base_learning_rate() * rho * self.step_factor,
@@ -839,7 +884,10 @@ class PGPOTrainer(SeamTrainer):
             values["aux_loss"] = sums.router_loss
         if self.follows_rewards:
             values["policy_loss"] = policy_loss
-        if tokens:
+        if tokens:  # without any teacher there is nothing to measure
+            values["student_entropy"] = information.student_entropy
+            values["teacher_entropy"] = information.teacher_entropy
+            values["divergence"] = sums.divergence / tokens
             values["sampled_kl"] = sums.gap / tokens
         if sums.wrong_tokens:
             values["sampled_kl_wrong"] = sums.wrong_gap / sums.wrong_tokens
@@ -847,11 +895,15 @@ class PGPOTrainer(SeamTrainer):
             self.record(name, value)
 
     def teacher_follows(self) -> None:
-        """After an optimizer step that moved the student. A batch without any teacher moves nothing."""
+        """After an optimizer step that moved the student, but only every `teacher_sync_steps`-th step, if one of those
+        since the last time has. A batch without any teacher moves nothing."""
         if self.guard is not None and self.guard.teacher_frozen:
             return
-        if self.teacher is not None and self._stepped and not self.accelerator.optimizer_step_was_skipped:
+        self._behind |= self._stepped and not self.accelerator.optimizer_step_was_skipped
+        due = (self.state.global_step + 1) % self.args.teacher_sync_steps == 0
+        if self.teacher is not None and self._behind and due:
             self.teacher.update()
+            self._behind = False
 
     # Ranks ----------------------------------------------------------------------------------------------------------
 
@@ -879,6 +931,7 @@ class PGPOTrainer(SeamTrainer):
             "negative_steps": self._negative_steps,
             "signal_steps": self._signal_steps,
             "skips_in_a_row": self.skips_in_a_row,
+            "teacher_behind": self._behind,
             "modulation": self.gate.state_dict(),
             "multiplier": self.multiplier.state_dict(),
             "guard": None if self.guard is None else self.guard.state_dict(),
@@ -888,6 +941,7 @@ class PGPOTrainer(SeamTrainer):
         """Take `extra_state()` back. Raises KeyError or ValueError if it was written by another kind of run."""
         self._negative_steps, self._signal_steps = state["negative_steps"], state["signal_steps"]
         self.skips_in_a_row = state.get("skips_in_a_row", 0)
+        self._behind = state.get("teacher_behind", False)
         self.gate.load_state_dict(state["modulation"])
         self.multiplier.load_state_dict(state["multiplier"])
 
@@ -1017,44 +1071,6 @@ class PGPOTrainer(SeamTrainer):
             reward += weight * (value or 0.0)
         return Grade(reward=reward, answer=None, well_formed=True, feedback=None)
 
-    # Checks ---------------------------------------------------------------------------------------------------------
-
-    def _check_model(self, train_dataset: Any) -> None:
-        if self.tokenizer.pad_token_id is None:
-            raise UserError("the tokenizer has no pad token and no eos token; set tokenizer.pad_token.")
-        first = next(iter(train_dataset), None) if train_dataset is not None else None
-        if first is not None and not isinstance(first["prompt"], str) and not self.tokenizer.chat_template:
-            raise UserError(
-                "the prompts are chat messages but the tokenizer has no chat template; set "
-                "tokenizer.chat_template, use an instruction-tuned model, or give prompts as plain strings."
-            )
-        if (tags := self.unseen_thinking_tags) and self.accelerator.is_main_process:
-            self.say(
-                f"the tokenizer has {' and '.join(tags)} as special tokens, which decoded completions do not show: "
-                "reward functions and demonstrations cannot tell thinking from answer. Switch thinking off in "
-                "chat_template_kwargs, or set tokenizer.response_template, by which TRL separates the two."
-            )
-        if (
-            self.is_deepspeed_enabled
-            and (problem := zero.zero_problem(self.model, self.accelerator, self.args)) is not None
-        ):
-            raise UserError(problem)
-        if self.args.guard == "rollback" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise UserError(
-                "guard='rollback' keeps a copy of weights and optimizer, which is not sharded under FSDP or DeepSpeed; "
-                "use 'rollback_teacher', 'halve_step' or 'warn'."
-            )
-        if (problem := adapter_problem(self.model, self.distills)) is not None:
-            raise UserError(problem)
-        if self.aux_loss_enabled and (problem := router_problem(causal_lm(self.model))) is not None:
-            raise UserError(problem)
-        if not self.distills:
-            return
-        if self.is_multimodal:
-            raise UserError("self-distillation of vision-language models is not supported; use objective='grpo'.")
-        if self.is_fsdp_enabled and (problem := sharding_problem(self.accelerator)) is not None:
-            raise UserError(problem)
-
 
 class _TeacherFollows(TrainerCallback):
     def __init__(self, trainer: PGPOTrainer) -> None:
@@ -1073,26 +1089,15 @@ class _GuardWatches(TrainerCallback):
         self.trainer.guard.after_step(state.global_step, self.trainer.step_metrics())
 
 
-def _check_inputs(args: PGPOConfig, train_dataset: Any, reward_funcs: Any, kwargs: Mapping[str, Any]) -> None:
-    if not reward_funcs:
-        raise UserError("reward_funcs is empty; pass a function that grades completions (1.0 = right).")
-    if args.distills:
-        for name in ("tools", "environment_factory"):
-            if kwargs.get(name):
-                raise UserError(f"{name} is not supported with self-distillation; use objective='grpo'.")
-    if isinstance(train_dataset, Dataset):
-        if len(train_dataset) == 0:
-            raise UserError("train_dataset is empty; check its filters and its path.")
-        if "prompt" not in train_dataset.column_names:
-            raise UserError(
-                f"train_dataset has the columns {', '.join(train_dataset.column_names)} but no 'prompt'; rename "
-                "the one that holds the chat messages or the text."
-            )
-        if len(train_dataset) < args.prompts_per_step:
-            raise UserError(
-                f"train_dataset has {len(train_dataset)} rows, fewer than prompts_per_step = {args.prompts_per_step}; "
-                "lower prompts_per_step."
-            )
+def _release(model: Any, optimizers: Any) -> None:
+    """Undo what an earlier trainer has left on a model object, and on an optimizer that came from outside."""
+    if isinstance(model, nn.Module):
+        release_forward(model)
+        release_adapter(model)
+    if optimizers and optimizers[0] is not None:
+        handle = getattr(torch_optimizer(optimizers[0]), "_pgpo_handle", None)
+        if handle is not None:
+            handle.remove()
 
 
 def _templates(args: PGPOConfig) -> ContextTemplates:

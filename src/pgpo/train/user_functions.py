@@ -16,6 +16,9 @@ from typing import Any
 from pgpo.errors import UserError
 from pgpo.train.field_types import reason, shown
 
+CONTEXT_COLUMN = "privileged_context"  # TRL's name: a text per row that the teacher reads as feedback
+# What TRL hands to reward functions beside the dataset's columns: a column of that name collides, or is hidden.
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 _LARGEST = 3.4028234663852886e38  # of single precision, in which TRL keeps rewards
 _AGAIN = 1.0  # seconds, ours
 _REWARD = (
@@ -109,7 +112,8 @@ async def call_async(
 def check_rewards(rewards: list[Any], what: str, place: str) -> tuple[list[float | None], str | None]:
     """Rewards as floats, and what is not finite among them (those are None then).
 
-    None passes: TRL's word for a function that does not apply to a sample.
+    None passes: TRL's word for a function that does not apply to a sample. Any other number does: of Python (bool,
+    Decimal, Fraction), numpy, or a tensor with one element.
 
     Raises:
         UserError: something that is no number.
@@ -121,13 +125,24 @@ def check_rewards(rewards: list[Any], what: str, place: str) -> tuple[list[float
             checked.append(None)
             continue
         try:
-            finite = abs(reward) <= _LARGEST and math.isfinite(reward)
-            checked.append(float(reward) if finite else None)
+            value = _number(reward)
+            finite = abs(value) <= _LARGEST  # nan compares false
+            checked.append(value if finite else None)
         except Exception:
             raise UserError(f"{what} returned {shown(reward)} for sample {i} {place}; {_REWARD}") from None
         if not finite:
             problem = problem or f"{what} returned {shown(reward)} for sample {i} {place}; {_REWARD}"
     return checked, problem
+
+
+def _number(reward: Any) -> float:
+    """As float() has it, but no text; beyond a float's range it is infinite."""
+    if isinstance(reward, (str, bytes, bytearray)):
+        raise TypeError
+    try:
+        return float(reward)
+    except OverflowError:
+        return math.inf
 
 
 def check_texts(texts: list[Any], what: str, place: str) -> list[str | None]:

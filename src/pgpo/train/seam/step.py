@@ -27,13 +27,22 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from pgpo.errors import UserError
+from pgpo.forward.batching import positions
 from pgpo.forward.open_model import causal_lm
 from pgpo.forward.routers import Load, watched
 from pgpo.train import zero
 from pgpo.train.gate import StepGate
 from pgpo.train.host import Host
 from pgpo.train.ranks import watch_ranks
-from pgpo.train.user_functions import call, call_async, check_rewards, check_texts, is_async
+from pgpo.train.user_functions import (
+    CONTEXT_COLUMN,
+    REWARD_ARGUMENTS,
+    call,
+    call_async,
+    check_rewards,
+    check_texts,
+    is_async,
+)
 from pgpo.visible import is_thinking_tag, opens_thinking
 
 MOST_SKIPS = 5  # ours: after so many steps in a row that were skipped, training stops
@@ -68,7 +77,7 @@ class Rollout:
         prompts: N prompts as given in the dataset.
         completions: N texts.
         rewards: [N] weighted sum over the reward functions.
-        feedback: N texts or None, or None if there are no feedback functions.
+        feedback: N texts or None, or None if there are neither feedback functions nor a column of contexts.
         local: this rank's rows.
         problem: what is not finite in the rewards, with on_nonfinite="skip".
         opened: N flags, whether a completion begins inside a thinking block that its prompt opened; None = nowhere.
@@ -139,8 +148,17 @@ class StepSeam(GRPOTrainer):
     _name = "PGPO"
     _paper: ClassVar = {"title": "Physics-Guided Policy Optimization with Self-Distillation", "id": "2606.03620"}
 
-    def __init__(self, *args: Any, feedback_funcs: list[Callable[..., Any]], host: Host, **kwargs: Any) -> None:
-        self.feedback_funcs = feedback_funcs
+    def __init__(
+        self,
+        *args: Any,
+        feedback_funcs: list[Callable[..., Any]],
+        reads_contexts: bool = False,
+        judges_late: bool = False,
+        host: Host,
+        **kwargs: Any,
+    ) -> None:
+        """reads_contexts: rows may hold a context for the teacher. judges_late: `judge` sees rows as they are read."""
+        self.feedback_funcs, self.reads_contexts, self.judges_late = feedback_funcs, reads_contexts, judges_late
         self.host = host
         reward_funcs = kwargs.get("reward_funcs") or []
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -149,6 +167,7 @@ class StepSeam(GRPOTrainer):
             kwargs["rollout_func"] = self._checked(kwargs["rollout_func"])
         self._forwarded: tuple[Tensor, Tensor, Tensor | None] | None = None  # what TRL's loss is to take for a forward
         self._captured: tuple[list[Prompt], list[str], list[bool], Tensor, list[str | None] | None] | None = None
+        self.prompt_limit: tuple[int | None, str] = None, ""  # tokens, and where the limit comes from
         self._recorded_before: dict[str, int] = {}  # scalars per name when this training step began
         self._grad_norm: float | None = None
         self._failure: UserError | None = None  # of a user's function on this rank, until all ranks know of it
@@ -161,6 +180,9 @@ class StepSeam(GRPOTrainer):
         self.completion_lengths: list[int] = []  # of the latest rollout on this rank: tokens that the model wrote
         self._watching = False
         super().__init__(*args, **kwargs)
+        functions: list[Any] = self.reward_funcs  # type: ignore[has-type]
+        own = functions[len(reward_funcs) :]  # get_reward of environments, which TRL appends
+        self.reward_funcs = functions[: len(reward_funcs)] + [self._guarded(f) for f in own]
 
     # Hooks ----------------------------------------------------------------------------------------------------
 
@@ -171,6 +193,9 @@ class StepSeam(GRPOTrainer):
     def optimize(self, model: nn.Module, batch: Batch) -> Tensor:
         """Run forward and backward over the whole optimizer batch of this rank; return the loss to log."""
         raise NotImplementedError
+
+    def judge(self, rows: list[dict[str, Any]], first: int) -> None:
+        """Raise UserError for a row that cannot be used; `first` is the place of the first one in the stream."""
 
     def forget_step(self) -> None:
         """Undo what `optimize` has noted of a step that is skipped."""
@@ -444,6 +469,7 @@ class StepSeam(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
         self._check_weights()
+        self._judge(inputs)
         with sampling_explained(f"at step {self.state.global_step + 1}"):
             batch = super()._generate_and_score_completions(inputs)
         assert self._captured is not None
@@ -490,6 +516,9 @@ class StepSeam(GRPOTrainer):
         feedback = self._feedback(
             prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
         )
+        if self.reads_contexts:
+            given = [row.get(CONTEXT_COLUMN) for row in inputs]
+            feedback = [a or b for a, b in zip(feedback or given, given, strict=True)]
         self.raise_together()
         self._captured = (prompts, texts, opened, rewards, feedback)
         return per_function
@@ -502,6 +531,25 @@ class StepSeam(GRPOTrainer):
             opens[repr(prompt)] and self.tokenizer.decode(tokens, skip_special_tokens=True).strip() == text.strip()
             for prompt, text, tokens in zip(prompts, texts, ids, strict=True)
         ]
+
+    def _judge(self, rows: list[Batch]) -> None:
+        """Rows that nothing has looked at before. What one rank finds, all say."""
+        if not self.judges_late:
+            return
+        copies = self.num_generations
+        questions = len(rows) * self.accelerator.num_processes // copies  # of one round of completions
+        before = self._step // self._generate_every * questions
+        mine = self.accelerator.process_index * len(rows)
+        found: UserError | None = None
+        # A group may have begun on the rank before.
+        places = range(-mine % copies, len(rows), copies)
+        try:
+            self.judge([rows[i] for i in places], before + -(-mine // copies))
+        except UserError as error:
+            found = error
+        for text in self.gather_objects([None if found is None else str(found)]):
+            if text is not None:
+                raise UserError(text) from found
 
     def _feedback(self, **kwargs: Any) -> list[str | None] | None:
         """First text that a feedback function gives for each completion of this rank."""
@@ -561,11 +609,24 @@ class StepSeam(GRPOTrainer):
         def checked(prompts: list[Prompt], trainer: Any) -> dict[str, Any]:
             output: dict[str, Any] = rollout(prompts, trainer)
             _check_env_mask(output, self._place)
+            for name in REWARD_ARGUMENTS:
+                if name != "completion_ids" and name in output:
+                    raise UserError(
+                        f"rollout_func returned a field {name!r}, a name under which reward functions get something "
+                        "else; rename it."
+                    )
             for i, ids in enumerate(output.get("completion_ids", [])):
                 if len(ids) == 0:
                     raise UserError(
                         f"rollout_func returned no token for sample {i} {self._place}; return at least the end-of-text "
                         "token."
+                    )
+            most = positions(self.model.config)
+            for i, (prompt, ids) in enumerate(zip(output.get("prompt_ids", []), output.get("completion_ids", []))):
+                if most is not None and len(prompt) + len(ids) > most:
+                    raise UserError(
+                        f"rollout_func returned {len(prompt)} prompt and {len(ids)} completion tokens for sample {i} "
+                        f"{self._place}, more than the model's {most} positions; let it return fewer."
                     )
             return output
 
@@ -596,12 +657,12 @@ class StepSeam(GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list[Prompt]) -> Any:
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
-        limit = self.args.max_prompt_length
+        limit, name = self.prompt_limit
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
             if limit is not None and len(ids) > limit:
                 raise UserError(
-                    f"a prompt has {len(ids)} tokens, more than max_prompt_length = {limit}: {_start(prompt)!r}; raise "
-                    "the limit or drop the row."
+                    f"a prompt has {len(ids)} tokens, more than {name} = {limit}: {_start(prompt)!r}; raise the limit "
+                    "or drop the row."
                 )
         return prompt_ids, images, fields
 

@@ -1,0 +1,309 @@
+"""Everything that cannot work and can be known before the first step: each a sentence with its remedy.
+
+    check_inputs(...)    what the constructor got, before a model is loaded or touched
+    check_model(...)     what needs the model, the tokenizer and the trainer that TRL has made of them
+    check_rows(...)      rows of a stream, when they are read
+
+All raise `UserError`, and the same one on all ranks, which all look at the same things.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, IterableDataset
+
+from pgpo.errors import UserError
+from pgpo.forward.batching import positions
+from pgpo.forward.open_model import causal_lm
+from pgpo.forward.routers import router_problem
+from pgpo.train import zero
+from pgpo.train.adapters import adapter_problem
+from pgpo.train.config import PGPOConfig
+from pgpo.train.field_types import shown
+from pgpo.train.prompts import Prompts
+from pgpo.train.sharding import sharding_problem
+from pgpo.train.user_functions import CONTEXT_COLUMN, REWARD_ARGUMENTS
+
+if TYPE_CHECKING:
+    from pgpo.train.trainer import PGPOTrainer
+
+_CHUNK = 1000  # ours: rows decoded at a time
+
+
+# Before the model -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset as it was given, and what is known of it without reading it through.
+
+    Attributes:
+        name: for sentences.
+        columns: of the first row, where there is no schema.
+        head: the first rows of a stream; of anything else none.
+        late: rows can be judged only when they are read: a stream, or `set_transform`.
+    """
+
+    name: str
+    dataset: Any
+    columns: list[str]
+    head: list[Any]
+    late: bool
+
+    def may_hold(self, column: str) -> bool:
+        return column in self.columns or self.late
+
+
+def read(name: str, dataset: Any, rows: int = 1) -> Data:
+    """rows: so many of a stream are read ahead."""
+    head: list[Any] = []
+    if isinstance(dataset, IterableDataset):
+        head = list(itertools.islice(dataset, rows))
+    found = getattr(dataset, "column_names", None)
+    if found is None and (head or (isinstance(dataset, Sequence) and not isinstance(dataset, str) and dataset)):
+        found = list((head or dataset)[0])
+    transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+    return Data(name, dataset, list(found or []), head, isinstance(dataset, IterableDataset) or transformed)
+
+
+def read_all(eval_dataset: Any) -> list[Data]:
+    """The evaluation sets, one or several."""
+    if isinstance(eval_dataset, dict):
+        return [read(f"eval_dataset[{key!r}]", part) for key, part in eval_dataset.items()]
+    return [] if eval_dataset is None else [read("eval_dataset", eval_dataset)]
+
+
+def check_inputs(
+    args: PGPOConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    reward_funcs: Any,
+    feedback_funcs: Any,
+    options: Mapping[str, Any],
+) -> tuple[Data, list[Data]]:
+    """The training set and the evaluation sets, for `check_model`.
+
+    Args:
+        options: the other keyword arguments of TRL's constructor.
+    """
+    environments = options.get("environment_factory")
+    if not reward_funcs and not environments:
+        raise UserError("reward_funcs is empty; pass a function that grades completions (1.0 = right).")
+    if args.distills:
+        for name in ("tools", "environment_factory"):
+            if options.get(name):
+                raise UserError(f"{name} is not supported with self-distillation; use objective='grpo'.")
+    questions = (args.generation_batch_size or 0) // (args.num_generations or 1)
+    train, evaluation = read("train_dataset", train_dataset, questions), read_all(eval_dataset)
+    _check_training_set(args, train, questions, environments)
+    _check_teaching(args, train, feedback_funcs)
+    for data in (train, *evaluation):
+        _check_column_names(data.name, data.columns, bool(environments))
+    return train, evaluation
+
+
+def _check_training_set(args: PGPOConfig, data: Data, questions: int, environments: Any) -> None:
+    """questions: rows that the first completions are sampled for."""
+    dataset = data.dataset
+    if dataset is None and environments:
+        return  # TRL makes rows for them
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise UserError(
+            f"train_dataset is {'missing' if dataset is None else f'a {type(dataset).__name__}'}; give a Dataset or "
+            "IterableDataset of the datasets library (Dataset.from_list(rows) makes one)."
+        )
+    if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
+        raise UserError("train_dataset is a stream, whose length is not known; set max_steps.")
+    rows = len(dataset) if isinstance(dataset, Dataset) else len(data.head)
+    if rows == 0:
+        raise UserError("train_dataset is empty; check its filters and its path.")
+    known = not data.late or bool(data.head)
+    if known and "prompt" not in data.columns and not environments:
+        raise UserError(_no_prompt(data.name, data.columns))
+    if known and isinstance(environments, Mapping) and "environment" not in data.columns:
+        raise UserError(
+            f"environment_factory is a dict, but train_dataset has no column 'environment' (its columns: "
+            f"{', '.join(data.columns)}); name each row's environment there: {', '.join(map(str, environments))}."
+        )
+    if rows < questions:
+        count = "prompts_per_step"
+        if (steps := args.steps_per_generation or 1) > 1:
+            count = f"prompts_per_step * steps_per_generation = {args.prompts_per_step} * {steps}"
+        raise UserError(f"train_dataset has {rows} rows, fewer than {count} = {questions}; lower prompts_per_step.")
+
+
+def _no_prompt(name: str, found: Sequence[str]) -> str:
+    remedy = "rename the one that holds the chat messages or the text"
+    if "conversations" in found:
+        remedy = "make it of conversations (ShareGPT's), with the keys role and content, without the answer"
+    elif "messages" in found:
+        remedy = "make it of messages, without the answer"
+    return f"{name} has the columns {', '.join(found)} but no 'prompt'; {remedy}."
+
+
+def _check_teaching(args: PGPOConfig, data: Data, feedback_funcs: Any) -> None:
+    """That the teacher can have anything to show."""
+    told = args.feedback_mode != "never" and (bool(feedback_funcs) or CONTEXT_COLUMN in data.columns)
+    siblings = args.use_successful_as_teacher and (args.num_generations != 1 or args.allow_own_success)
+    if not args.distills or told or siblings or (data.late and not data.head):
+        return
+    source = f"give feedback_funcs or a column {CONTEXT_COLUMN!r}"
+    if args.feedback_mode == "never":
+        source = f"{source}, and leave feedback_mode='never' out"
+    if not args.use_successful_as_teacher:
+        raise UserError(
+            f"use_successful_as_teacher is False and there is no feedback, so that no sample has a teacher; {source}."
+        )
+    raise UserError(
+        "num_generations is 1; with fewer than 2 completions per question no sibling can be a demonstration, and there "
+        f"is no feedback; use 2 or more (the paper takes 8), or {source}."
+    )
+
+
+def _check_column_names(name: str, found: Sequence[str], environments: bool) -> None:
+    for column in (*REWARD_ARGUMENTS, *(["environments"] if environments else [])):
+        if column in found:
+            raise UserError(
+                f"{name} has a column {column!r}, a name under which reward functions get something else; rename it, "
+                f"e.g. {name}.rename_column({column!r}, 'my_{column}')."
+            )
+
+
+# With the model -------------------------------------------------------------------------------------------------------
+
+
+def check_model(trainer: PGPOTrainer, train: Data, evaluation: Sequence[Data]) -> None:
+    """Also notes on the trainer what prompts are judged by: `prompts`, `teacher_prompt_limit`."""
+    model, tokenizer = trainer.model, trainer.tokenizer
+    if tokenizer.pad_token_id is None:
+        raise UserError("the tokenizer has no pad token and no eos token; set tokenizer.pad_token.")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no eos token, by which a completion ends; set tokenizer.eos_token.")
+    if (tags := trainer.unseen_thinking_tags) and trainer.accelerator.is_main_process:
+        trainer.host.say(
+            f"the tokenizer has {' and '.join(tags)} as special tokens, which decoded completions do not show: "
+            "reward functions and demonstrations cannot tell thinking from answer. Switch thinking off in "
+            "chat_template_kwargs, or set tokenizer.response_template, by which TRL separates the two."
+        )
+    _check_sharding(trainer)
+    if (problem := adapter_problem(model, trainer.distills)) is not None:
+        raise UserError(problem)
+    if trainer.aux_loss_enabled and (problem := router_problem(causal_lm(model))) is not None:
+        raise UserError(problem)
+    if trainer.distills and trainer.is_multimodal:
+        raise UserError("self-distillation of vision-language models is not supported; use objective='grpo'.")
+    trainer.teacher_prompt_limit = _teacher_prompt_limit(trainer)
+    trainer.prompts = _prompts(trainer, trainer.distills, trainer.args.max_prompt_length)
+    trainer.prompt_limit = trainer.prompts.limit, trainer.prompts.limit_name
+    check_rows(trainer, train.head, 0)
+    if not train.late:
+        _check_dataset(train, trainer.prompts)
+    for data in evaluation:
+        if not data.late:
+            _check_dataset(data, _prompts(trainer, hinted=False, longest=None))
+    if trainer.prompts.prefilled and trainer.accelerator.is_main_process:
+        trainer.host.say(
+            "a prompt ends in an assistant's message: as in TRL, the chat template closes it, and the completion is a "
+            "turn of its own."
+        )
+
+
+def _check_sharding(trainer: PGPOTrainer) -> None:
+    if (
+        trainer.is_deepspeed_enabled
+        and (problem := zero.zero_problem(trainer.model, trainer.accelerator, trainer.args)) is not None
+    ):
+        raise UserError(problem)
+    if trainer.args.guard == "rollback" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise UserError(
+            "guard='rollback' keeps a copy of weights and optimizer, which is not sharded under FSDP or DeepSpeed; "
+            "use 'rollback_teacher', 'halve_step' or 'warn'."
+        )
+    if trainer.distills and trainer.is_fsdp_enabled and (problem := sharding_problem(trainer.accelerator)) is not None:
+        raise UserError(problem)
+
+
+# Positions ------------------------------------------------------------------------------------------------------------
+
+
+def _room(trainer: PGPOTrainer) -> int | None:
+    """Tokens that the model's positions leave to a prompt beside a completion of full length; None = no limit."""
+    most, completion = positions(trainer.model.config), trainer.args.max_completion_length or 1
+    if most is None:
+        return None
+    if completion >= most:
+        raise UserError(
+            f"max_completion_length is {completion}, which leaves no place for a prompt in the model's {most} "
+            "positions; lower it, or take a model with more."
+        )
+    return most - completion
+
+
+def _teacher_prompt_limit(trainer: PGPOTrainer) -> int | None:
+    """max_teacher_prompt_length, or less where the model has fewer positions; says so."""
+    room, limit = _room(trainer), trainer.args.max_teacher_prompt_length
+    if not trainer.distills or room is None or (limit is not None and limit <= room):
+        return limit
+    if trainer.accelerator.is_main_process:
+        trainer.host.say(
+            f"teacher prompts are shortened to {room} tokens, not max_teacher_prompt_length = {limit}: the model has "
+            f"{positions(trainer.model.config)} positions, of which a completion may take "
+            f"{trainer.args.max_completion_length}."
+        )
+    return room
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def _prompts(trainer: PGPOTrainer, hinted: bool, longest: int | None) -> Prompts:
+    limits = {"max_prompt_length": longest}
+    limits["the model's positions less max_completion_length"] = _room(trainer)
+    limit, name = min(((value, name) for name, value in limits.items() if value is not None), default=(None, ""))
+    rendering = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
+    if trainer.tools:
+        rendering["tools"] = trainer.tools
+    render = not trainer.is_multimodal and not trainer.environment_factories  # images and tools come in later
+    return Prompts(trainer.processing_class, rendering, hinted, render, limit, name)
+
+
+def _check_dataset(data: Data, prompts: Prompts) -> None:
+    for i, prompt in enumerate(_column(data, "prompt")):
+        if (problem := prompts.problem(prompt)) is not None:
+            raise UserError(f"row {i} of {data.name} {problem}")
+    if prompts.hinted:
+        for i, text in enumerate(_column(data, CONTEXT_COLUMN)):
+            _check_context(f"row {i} of {data.name}", text)
+
+
+def check_rows(trainer: PGPOTrainer, rows: Sequence[Mapping[str, Any]], first: int) -> None:
+    """Rows that are judged as they are read; `first` is the place of the first one."""
+    for i, row in enumerate(rows, first):
+        place = f"row {i} of train_dataset, counted from 0 as they are read,"
+        _check_column_names(place, list(row), bool(trainer.environment_factories))
+        if "prompt" in row:
+            if (problem := trainer.prompts.problem(row["prompt"])) is not None:
+                raise UserError(f"{place} {problem}")
+        elif not trainer.environment_factories:
+            raise UserError(_no_prompt(place, list(row)))
+        if trainer.distills:
+            _check_context(place, row.get(CONTEXT_COLUMN))
+
+
+def _check_context(place: str, text: Any) -> None:
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{place} has {shown(text)} in {CONTEXT_COLUMN}; give a text or None.")
+
+
+def _column(data: Data, name: str) -> Iterator[Any]:
+    if name not in data.columns:
+        return
+    if isinstance(data.dataset, Dataset):
+        for part in data.dataset.select_columns([name]).iter(_CHUNK):
+            yield from part[name]
+    else:
+        yield from (row.get(name) for row in data.dataset)

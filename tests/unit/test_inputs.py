@@ -1,0 +1,894 @@
+"""Prompts, columns and models that cannot be used are named before the first step; what TRL takes, trains."""
+
+from __future__ import annotations
+
+import decimal
+import fractions
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trainer_kit
+import trl
+from conftest import CHAT_TEMPLATE, build_model, build_tokenizer
+from datasets import Dataset, IterableDataset
+from trainer_kit import bitwise_equal, parity_reward, train, weights
+
+from pgpo import PGPOTrainer, UserError
+from pgpo.train.prompts import Prompts, rendered_mark, template_marks
+from pgpo.train.user_functions import check_rewards
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+USER = [{"role": "user", "content": "w1 w2"}]
+OBJECTIVES = ["pgpo", "sdpo", "grpo"]
+
+
+def templated(text: str):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def template(name: str):
+    """A tokenizer with a chat template that TRL ships."""
+    return templated((TEMPLATES / f"{name}.jinja").read_text())
+
+
+def make(path, data, reward=parity_reward, tokenizer=None, model=None, quiet=True, **options):
+    """A trainer on these rows (a list, or a dataset)."""
+    trainer_options = ("feedback_funcs", "eval_dataset", "environment_factory", "peft_config", "optimizers")
+    extra = {name: options.pop(name) for name in trainer_options if name in options}
+    extra.setdefault("rollout_func", options.pop("rollout_func", trainer_kit.fake_rollout))
+    with warnings.catch_warnings():
+        if quiet:
+            warnings.simplefilter("ignore")
+        return PGPOTrainer(
+            build_model() if model is None else model,
+            reward,
+            trainer_kit.config(path, **options),
+            Dataset.from_list(data) if isinstance(data, list) else data,
+            processing_class=tokenizer or build_tokenizer(),
+            **extra,
+        )
+
+
+def rows(*special, count=6) -> list[dict]:
+    """Rows in order, then the special prompts."""
+    return [*({"prompt": USER} for _ in range(count)), *({"prompt": prompt} for prompt in special)]
+
+
+def stream(data: list[dict]) -> IterableDataset:
+    return IterableDataset.from_generator(lambda: iter(data))
+
+
+def trained(t) -> dict[str, torch.Tensor]:
+    """Weights after training."""
+    train(t)
+    return weights(t.model)
+
+
+def refuses(path, says: str, data, *, late: bool = False, **options) -> str:
+    """UserError when the trainer is made; or, of a stream, when the row is read, before any update."""
+    with pytest.raises(UserError, match=says) as caught:
+        t = make(path, data, **options)
+        assert late, "the trainer was made"
+        train(t)
+    if late:
+        assert t.state.global_step == 1  # the row belongs to the second step
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+# Prompts that were rendered beforehand --------------------------------------------------------------------------------
+
+TURNS = [{"role": "user", "content": "Hi there"}]
+CHATS = [
+    TURNS,
+    [{"role": "system", "content": "Be kind"}, *TURNS],
+    [*TURNS, {"role": "assistant", "content": "Yo"}, *TURNS],
+]
+ORDINARY = [
+    "What is 2 + 2?",
+    "Question: x\nAnswer:",
+    "User: hi\nAssistant:",
+    "### Instruction:\nDo it.\n\n### Response:\n",
+    "What does <|im_start|> mean?",
+    "<b>bold</b> words",
+    "[INST] is a token of which model?",
+    "You are a helpful assistant. Solve: 1 + 1",
+    "system",
+    "assistant",
+    "<think>",
+    " Hello\n",
+]
+CHATML = ["qwen2_5", "qwen3", "qwen3_instruct_2507", "lfm2", "nemotron_3_nano"]
+
+
+@pytest.mark.parametrize("name", [*CHATML, "gemma", "gemma3", "phi3", "cohere2", "gptoss", "llama3_1", "deepseekv3"])
+def test_a_rendered_text_is_told_from_an_ordinary_one(name):
+    tokenizer = template(name)
+    marks = template_marks(tokenizer, {"enable_thinking": False})
+    assert [text for text in ORDINARY if rendered_mark(text, marks, tokenizer)] == []
+    told = 0
+    for messages in CHATS:
+        for arguments in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+            try:
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **arguments)
+            except Exception:  # no system role
+                continue
+            for variant in (text, text.strip(), f"\n{text}"):
+                assert rendered_mark(variant, marks, tokenizer), variant
+            told += 1
+    assert told >= 6
+
+
+@pytest.mark.parametrize(
+    ("text", "rendered"),
+    [
+        ("{% for m in messages %}{{ m.role | upper }}: {{ m.content }} {% endfor %}ASSISTANT:", "USER: hi ASSISTANT:"),
+        ("{{ bos_token }}[INST] {{ messages[-1].content }} [/INST]", "[INST] hi [/INST]"),
+        ("### Human: {{ messages[-1].content }}\n### Assistant:\n", "### Human: hi\n### Assistant:"),
+    ],
+)
+def test_marks_of_templates_without_special_tokens(text, rendered):
+    tokenizer = templated(text)
+    marks = template_marks(tokenizer, {})
+    assert rendered_mark(rendered, marks, tokenizer)
+    assert not rendered_mark("hi", marks, tokenizer) and not rendered_mark("Who is the ASSISTANT?", marks, tokenizer)
+
+
+@pytest.mark.parametrize("text", ["{{ messages[-1].content }}", "{{ messages[-1].content }}\n", "Q: {{ 1 }}"])
+def test_a_template_without_marks_finds_none(text):
+    tokenizer = templated(text)
+    marks = template_marks(tokenizer, {})
+    assert [t for t in ORDINARY if rendered_mark(t, marks, tokenizer)] == []
+
+
+@pytest.mark.parametrize("objective", ["pgpo", "sdpo"])
+@pytest.mark.parametrize(
+    "text", ["<user> w1 w2 <assistant>", "<user> w1", "w1 <assistant>", " <user> w1 <assistant> w3"]
+)
+def test_a_rendered_prompt_is_refused_where_a_hint_is_written_into_it(tmp_path, text, objective):
+    says = r"^row 5 of train_dataset has a prompt that the chat template has rendered already .*give the messages"
+    data = [{"prompt": "w1 w2"} for _ in range(5)] + [{"prompt": text}]
+    refuses(tmp_path, says, data, objective=objective)
+
+
+def test_grpo_takes_rendered_prompts_as_trl_does(tmp_path):
+    make(tmp_path, [{"prompt": "<user> w1 <assistant>"}] * 4, objective="grpo")
+
+
+def test_text_prompts_beside_a_chat_template_are_taken(tmp_path):
+    make(tmp_path, [{"prompt": f"w1 w{i} user assistant"} for i in range(6)])
+
+
+# What a prompt must be ------------------------------------------------------------------------------------------------
+
+SHAREGPT = [{"from": "human", "value": "w1"}]
+BAD_PROMPTS = [
+    (None, "has the prompt None; give chat messages or a text"),
+    ([], "has an empty list as its prompt; give at least one message, or drop the row"),
+    ([{"role": "user"}], r"has a message without content \(its keys: role\); give every message"),
+    ([{"role": "user", "content": None}], "has a message without content"),
+    ([{"content": "w1"}], "has a message without role"),
+    (SHAREGPT, "has messages with ShareGPT's keys, from and value; name them role and content"),
+]
+BAD_TEXTS = [("", "has an empty prompt, ''; drop the row"), (" \n", "has an empty prompt")]
+STREAMED = [
+    (7, "has the prompt 7; give chat messages or a text"),
+    ({"role": "user", "content": "w1"}, "has a single dict as its prompt; make it a list of messages"),
+    (["w1", "w2"], "has 'w1' in its prompt where a message belongs"),
+    ("w1", "mixes text and chat messages with the rows before it"),
+]
+
+
+@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
+@pytest.mark.parametrize(("prompt", "says"), BAD_PROMPTS, ids=lambda v: str(v)[:20])
+def test_a_bad_prompt_is_named_with_its_row(tmp_path, prompt, says, objective):
+    refuses(tmp_path, f"^row 6 of train_dataset {says}", rows(prompt), objective=objective)
+
+
+@pytest.mark.parametrize(("prompt", "says"), BAD_TEXTS)
+def test_an_empty_text_is_named_with_its_row(tmp_path, prompt, says):
+    refuses(tmp_path, f"^row 4 of train_dataset {says}", [{"prompt": p} for p in ["w1"] * 4 + [prompt]])
+
+
+@pytest.mark.parametrize("prompt", [{"role": "user", "content": "w1"}, ["w1", "w2"], 3, [1, 2]], ids=str)
+def test_a_column_of_another_type_is_named(tmp_path, prompt):
+    refuses(tmp_path, "^row 0 of train_dataset has ", [{"prompt": prompt}] * 4)
+
+
+@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
+@pytest.mark.parametrize(("prompt", "says"), [*BAD_PROMPTS, *BAD_TEXTS, *STREAMED], ids=lambda v: str(v)[:20])
+def test_a_bad_row_of_a_stream_is_named_when_it_is_read(tmp_path, prompt, says, objective):
+    says = rf"^row 6 of train_dataset, counted from 0 as they are read, {says}"
+    data = stream(rows(prompt, USER, USER, count=6))
+    refuses(tmp_path, says, data, late=True, objective=objective, max_steps=2)
+
+
+@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
+def test_what_the_first_step_of_a_stream_needs_is_read_ahead(tmp_path, objective):
+    refuses(tmp_path, "^row 2 of train_dataset", stream(rows(None, count=2) + rows(count=6)), objective=objective)
+    refuses(tmp_path, "has 3 rows, fewer than prompts_per_step = 4", stream(rows(count=3)), objective=objective)
+    refuses(tmp_path, "train_dataset is empty", stream([]), objective=objective)
+    says = "has the columns question but no 'prompt'; rename"
+    refuses(tmp_path, says, stream([{"question": "w1"}] * 6), objective=objective)
+    refuses(tmp_path, "is a stream, whose length is not known; set max_steps", stream(rows()), max_steps=-1)
+
+
+def test_a_stream_trains_as_the_same_rows_do(tmp_path):
+    data = list(trainer_kit.dataset())
+    assert bitwise_equal(*(trained(make(tmp_path, kind, max_steps=2)) for kind in (data, stream(data))))
+
+
+def test_a_later_row_without_a_prompt_is_named(tmp_path):
+    data = stream([*rows(), {"question": "w1"}, *rows()])
+    refuses(
+        tmp_path,
+        "row 6 of train_dataset, .* has the columns .* but no 'prompt'|row 6 .* the prompt None",
+        data,
+        late=True,
+        max_steps=2,
+    )
+
+
+def test_fewer_rows_than_a_generation_of_several_steps_needs(tmp_path):
+    says = r"has 6 rows, fewer than prompts_per_step \* steps_per_generation = 4 \* 2 = 8; lower"
+    refuses(tmp_path, says, rows(), steps_per_generation=2)
+
+
+def test_rows_that_are_made_when_they_are_read_are_judged_then(tmp_path):
+    data = Dataset.from_list([{"number": i} for i in range(8)])
+    data.set_transform(lambda batch: {"prompt": [USER if n < 6 else None for n in batch["number"]]})
+    refuses(tmp_path, "^row 6 of train_dataset, .* has the prompt None", data, late=True, max_steps=2)
+
+
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+def test_other_names_of_the_prompt_are_known(tmp_path, column):
+    refuses(tmp_path, f"but no 'prompt'; make it of {column}", [{column: SHAREGPT}] * 4)
+
+
+def test_a_dataset_that_is_none(tmp_path):
+    with pytest.raises(UserError, match="train_dataset is missing; give a Dataset"):
+        make(tmp_path, None)
+    with pytest.raises(UserError, match="train_dataset is a dict; give a Dataset"):
+        make(tmp_path, {"prompt": ["w1"]})
+
+
+# What the chat template refuses ---------------------------------------------------------------------------------------
+
+SYSTEM = [{"role": "system", "content": "w3"}, *USER]
+TWICE = [*USER, *USER]
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+ALTERNATES = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
+@pytest.mark.parametrize(
+    ("refusal", "prompt", "says"),
+    [
+        (NO_SYSTEM, SYSTEM, r"roles: system, user; it says: System role not supported\); write the system's text"),
+        (ALTERNATES, TWICE, r"roles: user, user; it says: roles must alternate\); join neighbouring messages"),
+    ],
+)
+def test_roles_that_the_template_refuses(tmp_path, refusal, prompt, says, objective):
+    says = f"^row 6 of train_dataset has a prompt that the chat template refuses .{says}"
+    refuses(tmp_path, says, rows(prompt), tokenizer=templated(refusal + CHAT_TEMPLATE), objective=objective)
+
+
+def test_the_real_gemma_and_mistral_like_templates(tmp_path):
+    gemma = template("gemma")
+    refuses(tmp_path, "row 6 .*refuses .*system", rows(SYSTEM), tokenizer=gemma)
+    refuses(tmp_path, "row 6 .*refuses .*user, user", rows(TWICE), tokenizer=gemma)
+
+
+def test_each_shape_of_roles_is_rendered_once():
+    tokenizer = build_tokenizer()
+    rendered = []
+    plain = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda *a, **k: rendered.append(1) or plain(*a, **k)
+    prompts = Prompts(tokenizer, {}, hinted=False, limit=1000)
+    for i in range(50):
+        assert prompts.problem([{"role": "user", "content": f"w{i}"}]) is None
+        assert prompts.problem([{"role": "system", "content": "w1"}, {"role": "user", "content": "w2"}]) is None
+    assert len(rendered) == 2
+
+
+def test_a_list_of_parts_that_the_template_writes_as_python(tmp_path):
+    prompt = [{"role": "user", "content": [{"type": "text", "text": "w1"}]}]
+    refuses(
+        tmp_path, "row 0 .* list of parts, which the chat template writes as Python's text", [{"prompt": prompt}] * 4
+    )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_prompt_that_ends_in_an_assistants_message(tmp_path, objective):
+    prompt = [*USER, {"role": "assistant", "content": "w5"}]
+    if objective != "grpo":
+        refuses(
+            tmp_path, "row 6 .* ends in an assistant's message, which TRL closes", rows(prompt), objective=objective
+        )
+        return
+    with pytest.warns(UserWarning, match="ends in an assistant's message: as in TRL, the chat template closes it"):
+        make(tmp_path, rows(prompt), objective=objective, quiet=False)
+
+
+def test_a_prompt_without_a_user(tmp_path):
+    refuses(tmp_path, r"row 6 .* without a user's message \(roles: human\)", rows([{"role": "human", "content": "w1"}]))
+
+
+@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
+def test_a_tokenizer_without_an_end(tmp_path, objective):
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = None
+    refuses(
+        tmp_path,
+        r"no eos token, by which a completion ends; set tokenizer\.eos_token",
+        rows(),
+        tokenizer=tokenizer,
+        objective=objective,
+    )
+
+
+def test_evaluation_rows_are_looked_at_too(tmp_path):
+    bad = Dataset.from_list(rows(None, count=2))
+    refuses(tmp_path, "^row 2 of eval_dataset has the prompt None", rows(), eval_dataset=bad)
+    refuses(tmp_path, r"^row 2 of eval_dataset\['hard'\] has the prompt None", rows(), eval_dataset={"hard": bad})
+    make(tmp_path, rows(), eval_dataset=Dataset.from_list(rows(SYSTEM)))
+
+
+# Columns and rewards --------------------------------------------------------------------------------------------------
+
+ARGUMENTS = ["completion_ids", "completions", "prompts", "trainer_state", "log_extra", "log_metric"]
+
+
+@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
+@pytest.mark.parametrize("column", ARGUMENTS)
+def test_a_column_named_like_an_argument_of_reward_functions(tmp_path, column, objective):
+    data = [row | {column: "x"} for row in rows()]
+    says = f"has a column '{column}', .* rename it, e.g. .*rename_column.'{column}', 'my_{column}'"
+    refuses(tmp_path, f"^train_dataset {says}", data, objective=objective)
+    refuses(tmp_path, f"^train_dataset {says}", stream(data), objective=objective)
+    refuses(tmp_path, f"^eval_dataset {says}", rows(), eval_dataset=Dataset.from_list(data), objective=objective)
+
+
+def test_a_field_of_a_rollout_named_like_an_argument(tmp_path):
+    def rollout(prompts, trainer):
+        return trainer_kit.fake_rollout(prompts, trainer) | {"completions": ["x"] * len(prompts)}
+
+    t = make(tmp_path, rows(), rollout_func=rollout)
+    with pytest.raises(UserError, match=r"rollout_func returned a field 'completions'.* rename it"):
+        train(t)
+
+
+@pytest.mark.parametrize("column", ["completion", "answer", "environments", "id"])
+def test_other_columns_are_taken(tmp_path, column):
+    train(make(tmp_path, [row | {column: "x"} for row in rows()]))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        True,
+        np.bool_(True),
+        torch.tensor(True),
+        torch.tensor(1),
+        torch.tensor([1.0]),
+        torch.tensor(1.0, dtype=torch.bfloat16),
+        torch.tensor(1.0, requires_grad=True),
+        np.float16(1),
+        np.array(1.0),
+        decimal.Decimal(1),
+        fractions.Fraction(1),
+    ],
+    ids=repr,
+)
+def test_every_number_is_a_reward(value):
+    assert check_rewards([value, None], "f", "here") == ([1.0, None], None)
+
+
+@pytest.mark.parametrize(
+    "value", ["1.0", b"1", [1.0], torch.ones(2), np.ones(2), 1j, decimal.Decimal("sNaN")], ids=repr
+)
+def test_what_is_no_number_is_no_reward(value):
+    with pytest.raises(UserError, match="for sample 0 here; a reward must be a finite number"):
+        check_rewards([value], "f", "here")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, math.inf, 1e39, 10**400, torch.tensor(math.nan), np.float64("-inf"), decimal.Decimal("NaN")],
+    ids=str,
+)
+def test_what_is_not_finite_is_said(value):
+    rewards, problem = check_rewards([value], "f", "here")
+    assert rewards == [None] and "a reward must be a finite number" in problem
+
+
+@pytest.mark.parametrize(
+    "convert", [lambda r: torch.tensor(r) > 0.5, lambda r: np.array(r) > 0.5, lambda r: [x > 0.5 for x in r]]
+)
+def test_verdicts_train_as_numbers_do(tmp_path, convert):
+    rewards = (parity_reward, lambda prompts, completions, **k: convert(parity_reward(prompts, completions)))
+    assert bitwise_equal(*(trained(make(tmp_path, trainer_kit.dataset(), reward=reward)) for reward in rewards))
+
+
+# A second trainer on the same model -----------------------------------------------------------------------------------
+
+
+def lora():
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)
+
+
+def taken_over(path, model, first: dict, second: dict, between=lambda t: None) -> dict[str, torch.Tensor]:
+    """Weights after a second trainer, made on the model of a first one whose training has been undone."""
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    one = make(path, trainer_kit.dataset(), model=model, max_steps=2, **first)
+    train(one)
+    between(one)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in start:
+                p.copy_(start[name])
+    return trained(make(path, trainer_kit.dataset(), model=model, max_steps=2, **second))
+
+
+@pytest.mark.parametrize("second", OBJECTIVES)
+@pytest.mark.parametrize("first", OBJECTIVES)
+def test_a_second_trainer_trains_as_on_a_fresh_model(tmp_path, first, second):
+    fresh = trained(make(tmp_path, trainer_kit.dataset(), max_steps=2, objective=second))
+    again = taken_over(tmp_path, build_model(), {"objective": first}, {"objective": second})
+    assert bitwise_equal(fresh, again)
+
+
+@pytest.mark.parametrize(
+    "first", [{"bf16": True}, {"gradient_checkpointing": True}, {"temperature": 0.5}, {"teacher": "live"}]
+)
+def test_the_first_trainers_setting_leaves_no_trace(tmp_path, first):
+    """bf16 wraps the forward in autocast, TRL binds the temperature to it."""
+    fresh = trained(make(tmp_path, trainer_kit.dataset(), max_steps=2, objective="grpo"))
+    assert bitwise_equal(fresh, taken_over(tmp_path, build_model(), first, {"objective": "grpo"}))
+
+
+@pytest.mark.parametrize("first", ["trl", "evaluated", "failed"])
+def test_other_first_uses_of_a_model(tmp_path, first):
+    model = build_model()
+    if first == "trl":
+        args = trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=8)
+        trl.GRPOTrainer(model, parity_reward, args, trainer_kit.dataset(), processing_class=build_tokenizer())
+    elif first == "evaluated":
+        one = make(tmp_path, trainer_kit.dataset(), model=model)
+        one.evaluate(Dataset.from_list(rows(count=2)))
+    else:
+        refuses(tmp_path, "row 6 of", rows(None), model=model)
+    fresh = trained(make(tmp_path, trainer_kit.dataset(), max_steps=2))
+    assert bitwise_equal(fresh, trained(make(tmp_path, trainer_kit.dataset(), model=model, max_steps=2)))
+
+
+def test_the_first_trainer_can_still_evaluate(tmp_path):
+    model = build_model()
+    one = make(tmp_path, trainer_kit.dataset(), model=model)
+    make(tmp_path, trainer_kit.dataset(), model=model, objective="grpo")
+    assert math.isfinite(one.evaluate(Dataset.from_list(rows(count=2)))["eval_avg_at_k"])
+
+
+def test_a_forward_that_the_user_has_set_stays(tmp_path):
+    model, calls = build_model(), []
+    plain = model.forward
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    model.forward = forward
+    make(tmp_path, trainer_kit.dataset(), model=model, objective="grpo")
+    make(tmp_path, trainer_kit.dataset(), model=model, objective="grpo")
+    model(input_ids=torch.tensor([[2, 3]]))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("second", OBJECTIVES)
+@pytest.mark.parametrize("kind", ["ema", "frozen", "trust_region"])
+def test_a_peft_model_with_a_teachers_adapter(tmp_path, kind, second):
+    from peft import get_peft_model
+
+    def student():
+        torch.manual_seed(3)
+        return get_peft_model(build_model(), lora())
+
+    fresh = trained(make(tmp_path, trainer_kit.dataset(), model=student(), max_steps=2, objective=second))
+    again = taken_over(tmp_path, student(), {"teacher": kind}, {"objective": second})
+    assert bitwise_equal(fresh, again)
+
+
+@pytest.mark.parametrize("second", ["pgpo", "grpo"])
+def test_a_base_that_got_its_adapter_from_the_first_trainer(tmp_path, second):
+    fresh = make(tmp_path, trainer_kit.dataset(), max_steps=2, objective=second, peft_config=lora())
+    expected = trained(fresh)
+    base = build_model()
+    train(make(tmp_path, trainer_kit.dataset(), model=base, max_steps=2, peft_config=lora()))
+    assert bitwise_equal(
+        expected,
+        trained(make(tmp_path, trainer_kit.dataset(), model=base, max_steps=2, objective=second, peft_config=lora())),
+    )
+
+
+def test_a_users_own_adapter_named_teacher_is_still_refused(tmp_path):
+    from peft import get_peft_model
+
+    student = get_peft_model(build_model(), lora())
+    student.add_adapter("teacher", lora())
+    refuses(tmp_path, "has an adapter named 'teacher' already", rows(), model=student)
+
+
+@pytest.mark.parametrize("second", OBJECTIVES)
+def test_an_optimizer_that_the_first_trainer_has_modulated(tmp_path, second):
+    model = build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    first = {"optimizers": (optimizer, None)}
+    again = taken_over(tmp_path, model, first, first | {"objective": second})
+    other = build_model()
+    optimizers = (torch.optim.SGD(other.parameters(), lr=1e-2), None)
+    fresh = trained(
+        make(tmp_path, trainer_kit.dataset(), model=other, max_steps=2, objective=second, optimizers=optimizers)
+    )
+    assert bitwise_equal(fresh, again)
+
+
+# Positions ------------------------------------------------------------------------------------------------------------
+
+
+def gpt2(positions: int = 48):
+    """A table of positions: beyond it, an IndexError."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = dict(vocab_size=len(build_tokenizer()), n_positions=positions, n_embd=32, n_layer=2, n_head=2)
+    return GPT2LMHeadModel(GPT2Config(**shape, pad_token_id=0, eos_token_id=1, bos_token_id=1))
+
+
+def rope(positions: int = 48):
+    model = build_model()
+    model.config.max_position_embeddings = positions
+    return model
+
+
+def long_feedback(prompts, **kwargs):
+    return ["w1 " * 200] * len(prompts)
+
+
+FEEDBACK = {"feedback_template": "\nfeedback: {feedback} end.\n", "feedback_mode": "always"}
+
+
+@pytest.mark.parametrize("build", [gpt2, rope])
+@pytest.mark.parametrize("limit", [10240, None, 41])
+def test_teacher_prompts_are_limited_by_the_model(tmp_path, build, limit):
+    options = {"feedback_funcs": long_feedback, "max_teacher_prompt_length": limit, **FEEDBACK}
+    with pytest.warns(
+        UserWarning, match=f"teacher prompts are shortened to 40 tokens, not .* = {limit}: .* 48 positions"
+    ):
+        t = make(tmp_path, trainer_kit.dataset(), model=build(), quiet=False, **options)
+    spy = trainer_kit.Spy(t)
+    (log,) = train(t)
+    longest = max(len(ids) for ids in spy.batches[0]["teacher_prompt_ids"] if ids is not None)
+    assert 38 <= longest <= 40 and log["truncated_contexts"] > 0.5 and log["active_share"] > 0.5
+
+
+def test_a_lower_limit_stays_and_nothing_is_said(tmp_path):
+    t = make(tmp_path, trainer_kit.dataset(), model=rope(), max_teacher_prompt_length=30, feedback_funcs=long_feedback)
+    assert t.teacher_prompt_limit == 30
+    t = make(tmp_path, trainer_kit.dataset(), model=build_model(), objective="grpo")
+    assert t.teacher_prompt_limit == 10240
+
+
+def test_a_model_without_positions_has_no_limit(tmp_path):
+    from transformers import BloomConfig, FalconConfig, MambaConfig
+
+    from pgpo.forward.batching import positions
+
+    assert [positions(c) for c in (BloomConfig(), MambaConfig(), FalconConfig(alibi=True))] == [None] * 3
+    assert positions(gpt2().config) == 48 and positions(FalconConfig()) == 2048
+
+
+@pytest.mark.parametrize("build", [gpt2, rope])
+@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
+def test_prompts_beyond_the_models_positions(tmp_path, build, objective):
+    long = [{"role": "user", "content": "w1 " * 39}]  # 41 with the template, 8 for the completion
+    fits = [{"role": "user", "content": "w1 " * 38}]
+    says = "has a prompt with 41 tokens, more than the model's positions less max_completion_length = 40: 'w1"
+    options = {"objective": objective, "rollout_func": None}
+    refuses(tmp_path, f"^row 6 of train_dataset {says}", rows(long), model=build(), **options)
+    train(make(tmp_path, rows(fits, fits, count=2), model=build(), **options))
+    streamed = stream(rows(long, *[USER] * 4))
+    refuses(tmp_path, f"row 6 of train_dataset, .* {says}", streamed, late=True, model=build(), max_steps=2, **options)
+    says = "max_completion_length is 48, which leaves no place for a prompt in the model's 48 positions"
+    refuses(tmp_path, says, rows(), model=build(), max_completion_length=48, **options)
+    with pytest.raises(UserError, match="row 0 of eval_dataset has a prompt with 41 tokens"):
+        make(tmp_path, rows(), model=build(), eval_dataset=Dataset.from_list([{"prompt": long}]), **options)
+
+
+def test_long_prompts_are_named_before_the_first_step(tmp_path):
+    prompt = [{"role": "user", "content": "w1 " * 20}]
+    says = (
+        "^row 6 of train_dataset has a prompt with 22 tokens, more than max_prompt_length = 21: 'w1 .*raise the limit"
+    )
+    refuses(tmp_path, says, rows(prompt), max_prompt_length=21)
+    make(tmp_path, rows(prompt), max_prompt_length=22)
+
+
+def test_a_rollout_beyond_the_models_positions(tmp_path):
+    def rollout(prompts, trainer):
+        ids = [[5] * 45 for _ in prompts]
+        return {
+            "prompt_ids": [[2, 5, 3, 4] for _ in prompts],
+            "completion_ids": ids,
+            "logprobs": [[0.0] * 45 for _ in ids],
+        }
+
+    t = make(tmp_path, rows(), model=rope(), rollout_func=rollout)
+    with pytest.raises(UserError, match=r"4 prompt and 45 completion tokens for sample 0 at step 1, more than .* 48"):
+        train(t)
+
+
+# What TRL's SDPOTrainer takes -----------------------------------------------------------------------------------------
+
+
+def with_context(texts) -> list[dict]:
+    return [row | {"privileged_context": text} for row, text in zip(trainer_kit.dataset(), texts)]
+
+
+def nobody(prompts, completions, **kwargs):
+    return [0.0] * len(prompts)
+
+
+def hints(t, batch) -> list[str | None]:
+    return [None if ids is None else t.tokenizer.decode(ids) for ids in batch["teacher_prompt_ids"]]
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_a_column_of_contexts_is_read_by_the_teacher(tmp_path, as_stream):
+    data = with_context(["w30 w31", None, " ", "w32"])
+    t = make(tmp_path, stream(data) if as_stream else data, reward=nobody, **FEEDBACK)
+    spy = trainer_kit.Spy(t)
+    (log,) = train(t)
+    shown = hints(t, spy.batches[0])
+    assert sorted({s.split("feedback: ")[1].split(" end.")[0] for s in shown if s}) == ["w30 w31", "w32"]
+    assert sum(s is None for s in shown) == 8 and log["active_share"] == log["feedback_share"] == 0.5
+
+
+def test_feedback_on_the_own_attempt_comes_before_the_column(tmp_path):
+    def remark(prompts, **kwargs):
+        return ["w20" if p[0]["content"].startswith("w0 ") else None for p in prompts]
+
+    t = make(tmp_path, with_context(["w30"] * 4), reward=nobody, feedback_funcs=remark, **FEEDBACK)
+    spy = trainer_kit.Spy(t)
+    train(t)
+    shown = hints(t, spy.batches[0])
+    assert sum("feedback: w20" in s for s in shown) == 4 and sum("feedback: w30" in s for s in shown) == 12
+
+
+def test_the_column_keeps_to_the_feedback_mode(tmp_path):
+    for mode, share in (("never", 0.0), ("always", 1.0)):
+        (log,) = train(make(tmp_path, with_context(["w30"] * 4), **(FEEDBACK | {"feedback_mode": mode})))
+        assert log["feedback_share"] == share
+    (log,) = train(make(tmp_path, with_context(["w30"] * 4), objective="grpo"))
+    assert "feedback_share" not in log
+
+
+def test_a_context_that_is_no_text_is_named(tmp_path):
+    refuses(tmp_path, "^row 0 of train_dataset has 3 in privileged_context; give a text or None", with_context([3] * 4))
+    data = stream(with_context([None] * 6 + [["w1"]] + [None] * 6))
+    refuses(tmp_path, "^row 6 of train_dataset, .* has .'w1'. in privileged_context", data, late=True, max_steps=2)
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_successes_need_not_teach(tmp_path, as_stream):
+    data = with_context(["w30", None, "w31", None])
+    options = {"use_successful_as_teacher": False, **FEEDBACK}
+    t = make(tmp_path, stream(data) if as_stream else data, **options)
+    spy = trainer_kit.Spy(t)
+    (log,) = train(t)
+    assert not any("solution:" in s for s in hints(t, spy.batches[0]) if s) and log["active_share"] == 0.5
+    assert log["success_share"] > 0  # they are counted all the same
+    plain = list(trainer_kit.dataset())
+    says = "use_successful_as_teacher is False and there is no feedback, .* give feedback_funcs or a column"
+    refuses(tmp_path, says, stream(plain) if as_stream else plain, use_successful_as_teacher=False)
+
+
+def test_neither_successes_nor_feedback(tmp_path):
+    with pytest.raises(UserError, match="use_successful_as_teacher is False and feedback_mode is 'never'"):
+        trainer_kit.config(tmp_path, use_successful_as_teacher=False, feedback_mode="never")
+
+
+@pytest.mark.parametrize("source", ["column", "function", "own_success"])
+def test_one_completion_per_question(tmp_path, source):
+    """The step is the mean over its tokens; no sibling, no advantage."""
+    options = {"num_generations": 1, "prompts_per_step": 4}
+    data = list(trainer_kit.dataset())
+    if source == "column":
+        data = with_context(["w30"] * 8)
+    elif source == "function":
+        options["feedback_funcs"] = lambda prompts, **k: ["w30"] * len(prompts)
+    else:
+        options |= {"allow_own_success": True, "reward": lambda prompts, **k: [1.0] * len(prompts)}
+    t = make(tmp_path, data, max_steps=2, **options, **FEEDBACK)
+    assert (t.args.num_generations, t.args.prompts_per_step, type(t.args.num_generations)) == (1, 4, int)
+    spy = trainer_kit.Spy(t)
+    logs = train(t)
+    assert len(spy.batches[0]["teacher_prompt_ids"]) == 4
+    assert [log["active_share"] for log in logs] == [1.0, 1.0]
+
+
+def test_one_completion_per_question_of_one_question(tmp_path):
+    t = make(tmp_path, with_context(["w30"] * 4), num_generations=1, prompts_per_step=1, reward=nobody, **FEEDBACK)
+    (log,) = train(t)
+    assert log["active_share"] == 1.0
+
+
+def test_one_completion_without_feedback_is_refused(tmp_path):
+    says = "num_generations is 1; .* no sibling can be a demonstration"
+    refuses(tmp_path, says, rows(), num_generations=1)
+    for options in ({"objective": "grpo"}, {"feedback_mode": "never"}):
+        with pytest.raises(UserError, match=says):
+            trainer_kit.config(tmp_path, num_generations=1, **options)
+    with pytest.raises(UserError, match="num_generations is 0"):
+        trainer_kit.config(tmp_path, num_generations=0)
+
+
+@pytest.mark.parametrize("rate", [0.05, 1.0])
+def test_the_teacher_follows_every_third_step(tmp_path, rate):
+    t = make(tmp_path, trainer_kit.dataset(), max_steps=7, teacher_sync_steps=3, teacher_rate=rate)
+    expected, seen = weights(t.model), []
+    plain = t.teacher_follows
+
+    def follows():
+        plain()
+        step = t.state.global_step + 1
+        if step % 3 == 0:
+            for name, p in t.model.named_parameters():
+                expected[name] = torch.lerp(expected[name], p.detach(), rate)
+        seen.append(bitwise_equal(expected, weights(t.teacher.module)))
+
+    t.teacher_follows = follows
+    train(t)
+    assert seen == [True] * 7
+    assert not bitwise_equal(expected, weights(t.model))
+
+
+def test_a_step_between_two_meetings_is_not_lost_on_resume(tmp_path):
+    """Steps 1 and 2 move the student, step 3 has no teacher at all: the teacher follows then."""
+
+    def early(prompts, completions, trainer_state, **kwargs):
+        moved = trainer_state.global_step < 2
+        return parity_reward(prompts, completions) if moved else [0.0] * len(prompts)
+
+    options = dict(reward=early, teacher_sync_steps=3, save_strategy="steps", save_steps=2)
+    whole = make(tmp_path / "whole", trainer_kit.dataset(), max_steps=3, **options)
+    start = weights(whole.model)
+    train(whole)
+    train(make(tmp_path / "parts", trainer_kit.dataset(), max_steps=2, **options))
+    resumed = make(tmp_path / "parts", trainer_kit.dataset(), max_steps=3, **options)
+    train(resumed, resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    assert not bitwise_equal(start, weights(whole.teacher.module))
+    assert bitwise_equal(weights(whole.teacher.module), weights(resumed.teacher.module))
+
+
+def test_only_an_average_has_steps_to_follow(tmp_path):
+    with pytest.raises(UserError, match="teacher_sync_steps is 2, but teacher='frozen' follows no student"):
+        trainer_kit.config(tmp_path, teacher_sync_steps=2, teacher="frozen")
+    with pytest.raises(UserError, match="teacher_sync_steps is 0; it must be at least 1"):
+        trainer_kit.config(tmp_path, teacher_sync_steps=0)
+
+
+def said(path, steps: int, reward, **options) -> list[str]:
+    t = make(path, trainer_kit.dataset(), reward=reward, max_steps=steps, num_train_epochs=9, **options)
+    texts: list[str] = []
+    t.say = texts.append
+    train(t)
+    return texts
+
+
+def test_steps_without_signal_are_said(tmp_path):
+    texts = said(tmp_path, 5, nobody)
+    assert [t.split(":")[0] for t in texts] == ["at step 3, for 3 steps in a row"] * 2
+    assert (
+        "all 16 rewards were 0, so that they tell no completion from another; look at the reward function" in texts[0]
+    )
+    assert (
+        "no completion had a teacher, so that nothing was learned (largest reward 0, success_threshold = 1)" in texts[1]
+    )
+    texts = said(tmp_path, 8, nobody, diagnostics_warning_interval=2)
+    assert [t[8] for t in texts] == ["2", "2", "4", "4", "6", "6", "8", "8"]
+    assert said(tmp_path, 5, nobody, diagnostics_warning_interval=0) == []
+    assert len(said(tmp_path, 3, nobody, objective="grpo")) == 1  # no teacher is missed there
+
+
+def test_a_step_with_signal_starts_the_count_anew(tmp_path):
+    def now_and_then(prompts, completions, trainer_state, **kwargs):
+        return parity_reward(prompts, completions) if trainer_state.global_step % 3 == 2 else [0.0] * len(prompts)
+
+    assert said(tmp_path, 7, now_and_then) == [] and said(tmp_path, 4, parity_reward) == []
+
+
+def test_nearly_equal_rewards_are_equal_by_the_tolerance(tmp_path):
+    def nearly(prompts, completions, **kwargs):
+        return [1.0 + 1e-6 * (i % 2) for i in range(len(prompts))]
+
+    assert said(tmp_path, 3, nearly) == []
+    assert len(said(tmp_path, 3, nearly, diagnostics_flat_tolerance=1e-5)) == 1
+
+
+def test_a_step_without_a_teacher_logs_no_entropies(tmp_path):
+    (log,) = train(make(tmp_path, trainer_kit.dataset(), reward=nobody))
+    assert log["active_share"] == 0 and log["information"] == 0 and log["rho"] == 1
+    assert {"student_entropy", "teacher_entropy", "divergence", "sampled_kl"} & log.keys() == set()
+    (log,) = train(make(tmp_path, trainer_kit.dataset()))
+    assert {"student_entropy", "teacher_entropy", "divergence", "sampled_kl"} <= log.keys()
+
+
+# Environments ---------------------------------------------------------------------------------------------------------
+
+
+class Room:
+    """Scores by itself; what it says stands in the prompt."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+
+    def reset(self, **kwargs) -> str:
+        self.question = kwargs.get("index")
+        return "w9 w8"
+
+    def get_reward(self) -> float:
+        return 1.0
+
+
+class Broken(Room):
+    def get_reward(self):
+        return "much"
+
+
+def environment(path, data, factory, reward=None, **options):
+    options = {"objective": "grpo", "tokenizer": template("qwen3"), "rollout_func": None, "max_steps": 1} | options
+    return make(path, data, reward=reward, environment_factory=factory, **options)
+
+
+@pytest.mark.parametrize("data", ["prompts", "routes", "none"])
+def test_environments_that_own_their_reward(tmp_path, data):
+    rooms = {"a": Room, "b": Room}
+    factory = rooms if data == "routes" else Room
+    rows_of = {
+        "prompts": list(trainer_kit.dataset()),
+        "routes": [{"environment": "ab"[i % 2]} for i in range(8)],
+        "none": None,
+    }
+    t = environment(tmp_path, rows_of[data], factory)
+    train(t)
+    assert t.last_rollout.rewards == [1.0] * 16
+    assert t.last_rollout.prompts[0][-1]["content"].endswith("w9 w8")
+
+
+def test_what_an_environment_returns_is_judged_as_a_reward(tmp_path):
+    t = environment(tmp_path, list(trainer_kit.dataset()), Broken)
+    with pytest.raises(UserError, match="reward function 'get_reward' returned 'much' for sample 0 at step 1"):
+        train(t)
+
+
+def test_a_route_that_is_missing(tmp_path):
+    says = "environment_factory is a dict, but train_dataset has no column 'environment' .*: a, b"
+    with pytest.raises(UserError, match=says):
+        environment(tmp_path, rows(), {"a": Room, "b": Room})
+    with pytest.raises(UserError, match="environment_factory is not supported with self-distillation"):
+        environment(tmp_path, rows(), Room, objective="pgpo")
+    with pytest.raises(UserError, match="reward_funcs is empty"):
+        make(tmp_path, rows(), reward=None, objective="grpo")
