@@ -791,7 +791,7 @@ def test_only_an_average_has_steps_to_follow(tmp_path):
 def said(path, steps: int, reward, **options) -> list[str]:
     t = make(path, trainer_kit.dataset(), reward=reward, max_steps=steps, num_train_epochs=9, **options)
     texts: list[str] = []
-    t.say = texts.append
+    t.host.say = texts.append
     train(t)
     return texts
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 
@@ -27,9 +27,6 @@ from pgpo.train.field_types import shown
 from pgpo.train.prompts import Prompts
 from pgpo.train.sharding import sharding_problem
 from pgpo.train.user_functions import CONTEXT_COLUMN, REWARD_ARGUMENTS
-
-if TYPE_CHECKING:
-    from pgpo.train.trainer import PGPOTrainer
 
 _CHUNK = 1000  # ours: rows decoded at a time
 
@@ -176,8 +173,12 @@ def _check_column_names(name: str, found: Sequence[str], environments: bool) -> 
 # With the model -------------------------------------------------------------------------------------------------------
 
 
-def check_model(trainer: PGPOTrainer, train: Data, evaluation: Sequence[Data]) -> None:
-    """Also notes on the trainer what prompts are judged by: `prompts`, `teacher_prompt_limit`."""
+def check_model(trainer: Any, train: Data, evaluation: Sequence[Data]) -> tuple[Prompts, int | None]:
+    """What prompts are judged by, and the most tokens of a teacher prompt (None = no limit).
+
+    Args:
+        trainer: a PGPOTrainer whose TRL part is complete.
+    """
     model, tokenizer = trainer.model, trainer.tokenizer
     if tokenizer.pad_token_id is None:
         raise UserError("the tokenizer has no pad token and no eos token; set tokenizer.pad_token.")
@@ -196,23 +197,23 @@ def check_model(trainer: PGPOTrainer, train: Data, evaluation: Sequence[Data]) -
         raise UserError(problem)
     if trainer.distills and trainer.is_multimodal:
         raise UserError("self-distillation of vision-language models is not supported; use objective='grpo'.")
-    trainer.teacher_prompt_limit = _teacher_prompt_limit(trainer)
-    trainer.prompts = _prompts(trainer, trainer.distills, trainer.args.max_prompt_length)
-    trainer.prompt_limit = trainer.prompts.limit, trainer.prompts.limit_name
-    check_rows(trainer, train.head, 0)
+    teacher_prompt_limit = _teacher_prompt_limit(trainer)
+    prompts = _prompts(trainer, trainer.distills, trainer.args.max_prompt_length)
+    check_rows(prompts, train.head, 0, bool(trainer.environment_factories))
     if not train.late:
-        _check_dataset(train, trainer.prompts)
+        _check_dataset(train, prompts)
     for data in evaluation:
         if not data.late:
             _check_dataset(data, _prompts(trainer, hinted=False, longest=None))
-    if trainer.prompts.prefilled and trainer.accelerator.is_main_process:
+    if prompts.prefilled and trainer.accelerator.is_main_process:
         trainer.host.say(
             "a prompt ends in an assistant's message: as in TRL, the chat template closes it, and the completion is a "
             "turn of its own."
         )
+    return prompts, teacher_prompt_limit
 
 
-def _check_sharding(trainer: PGPOTrainer) -> None:
+def _check_sharding(trainer: Any) -> None:
     if (
         trainer.is_deepspeed_enabled
         and (problem := zero.zero_problem(trainer.model, trainer.accelerator, trainer.args)) is not None
@@ -230,7 +231,7 @@ def _check_sharding(trainer: PGPOTrainer) -> None:
 # Positions ------------------------------------------------------------------------------------------------------------
 
 
-def _room(trainer: PGPOTrainer) -> int | None:
+def _room(trainer: Any) -> int | None:
     """Tokens that the model's positions leave to a prompt beside a completion of full length; None = no limit."""
     most, completion = positions(trainer.model.config), trainer.args.max_completion_length or 1
     if most is None:
@@ -243,7 +244,7 @@ def _room(trainer: PGPOTrainer) -> int | None:
     return most - completion
 
 
-def _teacher_prompt_limit(trainer: PGPOTrainer) -> int | None:
+def _teacher_prompt_limit(trainer: Any) -> int | None:
     """max_teacher_prompt_length, or less where the model has fewer positions; says so."""
     room, limit = _room(trainer), trainer.args.max_teacher_prompt_length
     if not trainer.distills or room is None or (limit is not None and limit <= room):
@@ -260,7 +261,7 @@ def _teacher_prompt_limit(trainer: PGPOTrainer) -> int | None:
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def _prompts(trainer: PGPOTrainer, hinted: bool, longest: int | None) -> Prompts:
+def _prompts(trainer: Any, hinted: bool, longest: int | None) -> Prompts:
     limits = {"max_prompt_length": longest}
     limits["the model's positions less max_completion_length"] = _room(trainer)
     limit, name = min(((value, name) for name, value in limits.items() if value is not None), default=(None, ""))
@@ -280,17 +281,17 @@ def _check_dataset(data: Data, prompts: Prompts) -> None:
             _check_context(f"row {i} of {data.name}", text)
 
 
-def check_rows(trainer: PGPOTrainer, rows: Sequence[Mapping[str, Any]], first: int) -> None:
+def check_rows(prompts: Prompts, rows: Sequence[Mapping[str, Any]], first: int, environments: bool) -> None:
     """Rows that are judged as they are read; `first` is the place of the first one."""
     for i, row in enumerate(rows, first):
         place = f"row {i} of train_dataset, counted from 0 as they are read,"
-        _check_column_names(place, list(row), bool(trainer.environment_factories))
+        _check_column_names(place, list(row), environments)
         if "prompt" in row:
-            if (problem := trainer.prompts.problem(row["prompt"])) is not None:
+            if (problem := prompts.problem(row["prompt"])) is not None:
                 raise UserError(f"{place} {problem}")
-        elif not trainer.environment_factories:
+        elif not environments:
             raise UserError(_no_prompt(place, list(row)))
-        if trainer.distills:
+        if prompts.hinted:
             _check_context(place, row.get(CONTEXT_COLUMN))
 
 

@@ -61,7 +61,6 @@ from pgpo.train.guard import GuardActions
 from pgpo.train.host import Host
 from pgpo.train.multiplier import StepMultiplier
 from pgpo.train.problems import check_inputs, check_model, check_rows
-from pgpo.train.prompts import Prompts
 from pgpo.train.seam import Batch, Prompt, Rollout, Scores, SeamTrainer, sampling_explained
 from pgpo.train.sharding import keep_precision, shard
 from pgpo.train.signals import CollapseGuard
@@ -188,8 +187,6 @@ class PGPOTrainer(SeamTrainer):
         self.token_details: dict[int, list[TokenDetail]] = {}  # of the rows in host.watched
         self._behind = False  # whether the student has moved since the teacher followed
         self._degenerate = {"flat": 0, "inactive": 0}  # so many generations in a row
-        self.prompts: Prompts  # what rows are judged by
-        self.teacher_prompt_limit: int | None  # tokens: max_teacher_prompt_length, or what the model leaves
         _release(model, kwargs.get("optimizers"))
         super().__init__(
             model=model,
@@ -204,7 +201,8 @@ class PGPOTrainer(SeamTrainer):
             judges_late=data[0].late,
             **kwargs,
         )
-        check_model(self, *data)
+        self.prompts, self.teacher_prompt_limit = check_model(self, *data)
+        self.prompt_limit = self.prompts.limit, self.prompts.limit_name
         if self.accelerator.is_fsdp2:
             keep_precision(self.accelerator)
         if self.is_deepspeed_enabled:
@@ -235,7 +233,7 @@ class PGPOTrainer(SeamTrainer):
         return not self.distills or self.args.distillation_weight < 1
 
     def judge(self, rows: list[dict[str, Any]], first: int) -> None:
-        check_rows(self, rows, first)
+        check_rows(self.prompts, rows, first, bool(self.environment_factories))
 
     # Teacher contexts -----------------------------------------------------------------------------------------------
 
