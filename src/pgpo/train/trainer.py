@@ -50,7 +50,7 @@ from pgpo.evaluate.runners import TransformersRunner
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
 from pgpo.teacher.weights import reshard
 from pgpo.train import batching, zero
-from pgpo.train.adapters import adapter_problem
+from pgpo.train.adapters import adapter_problem, precision_problem
 from pgpo.train.batching import Bundle, Limits
 from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
 from pgpo.train.field_types import file_name
@@ -140,17 +140,26 @@ class PGPOTrainer(SeamTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list[Callable[..., Any]] | None = None,
+        rollout_func: Callable[..., Any] | None = None,
+        environment_factory: Any = None,
         *,
         feedback_funcs: Callable[..., Any] | list[Callable[..., Any]] | None = None,
         grade: Callable[[str, Any], Any] | None = None,
-        **kwargs: Any,
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = PGPOConfig(f"{file_name(name.split('/')[-1])}-PGPO")
         if not isinstance(args, PGPOConfig):
             raise UserError(f"args is a {type(args).__name__}; PGPOTrainer needs a PGPOConfig (same fields and more).")
-        _check_inputs(args, train_dataset, reward_funcs, kwargs)
+        _check_inputs(args, train_dataset, reward_funcs, {"tools": tools, "environment_factory": environment_factory})
+        if (problem := self.unused_override(args.objective != "grpo")) is not None:
+            raise UserError(problem)
         if feedback_funcs is None:
             feedback_funcs = []
         elif not isinstance(feedback_funcs, list):
@@ -176,8 +185,15 @@ class PGPOTrainer(SeamTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
             feedback_funcs=feedback_funcs,
-            **kwargs,
         )
         self._check_model(train_dataset)
         if self.accelerator.is_fsdp2:
@@ -905,6 +921,8 @@ class PGPOTrainer(SeamTrainer):
                 "the prompts are chat messages but the tokenizer has no chat template; set "
                 "tokenizer.chat_template, use an instruction-tuned model, or give prompts as plain strings."
             )
+        if (problem := precision_problem(self.model)) is not None:
+            raise UserError(problem)
         if (
             self.is_deepspeed_enabled
             and (problem := zero.zero_problem(self.model, self.accelerator, self.args)) is not None

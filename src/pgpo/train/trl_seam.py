@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from trl import GRPOTrainer
@@ -40,6 +41,13 @@ from pgpo.train.user_functions import call, call_async, check_rewards, check_tex
 
 MOST_SKIPS = 5  # ours: after so many steps in a row that were skipped, training stops
 _OWN = "pgpo_"  # begin of the names of our own files in a checkpoint
+# Methods that a subclass may override for TRL's trainer, which calls them, and for nothing here.
+_NEVER_CALLED = {
+    "compute_loss": "override `optimize`",
+    "prediction_step": "pass grade=, or override `evaluate`",
+    "evaluation_loop": "pass grade=, or override `evaluate`",
+    "get_eval_dataloader": "pass eval_dataset, or override `evaluate`",
+}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Batch = dict[str, Any]
@@ -120,6 +128,15 @@ class SeamTrainer(GRPOTrainer):
 
     def load_extra(self, directory: Path) -> None:
         """Read what `save_extra` wrote."""
+
+    @classmethod
+    def unused_override(cls, distills: bool) -> str | None:
+        """Which method of a user's subclass would never be called, as a sentence."""
+        policy = {"_compute_loss": "override `optimize`, or use objective='grpo'"} if distills else {}
+        for name, remedy in (_NEVER_CALLED | policy).items():
+            if getattr(cls, name) is not getattr(GRPOTrainer, name):
+                return f"{cls.__name__} overrides {name}, which PGPOTrainer never calls; {remedy}."
+        return None
 
     # Services for the subclass ----------------------------------------------------------------------------------
 
@@ -311,6 +328,9 @@ class SeamTrainer(GRPOTrainer):
             self.distrust(self.last_rollout.problem, here=None)
         with self.compute_loss_context_manager():
             loss = self.optimize(model, batch)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         self._step += 1
         end = time.perf_counter()
         self.record("generation_seconds", generated - start)
