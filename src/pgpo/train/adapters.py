@@ -1,4 +1,4 @@
-"""Which weights and PEFT adapters a run refuses, because what it trains or what its checkpoint gives back would be wrong.
+"""Which weights and adapters a run refuses, because what it trains or what its checkpoint gives back would be wrong.
 
 Beyond these, `teacher/weights.py` refuses what a second adapter cannot mirror, unless the teacher is the student.
 """
@@ -31,14 +31,15 @@ def adapter_problem(model: Any, distills: bool) -> str | None:
 def precision_problem(model: nn.Module) -> str | None:
     """Why this model's weights cannot be trained in their precision, as a sentence.
 
-    fp16 has 10 bits of mantissa and ends at 6e-8 and 65504: AdamW's epsilon of 1e-8 is 0 in it, so that a gradient
-    below 1e-4, whose square is 0 too, moves its weight without bound. (bf16 has the exponents of fp32.)
+    The smallest number of fp16 is 6e-8: AdamW's epsilon of 1e-8 is 0 in it, and so is the square of a gradient below
+    2e-4, which then moves its weight without bound. (bf16 has the exponents of fp32.)
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype == torch.float16:
             return (
-                f"the trained weight {name} is fp16, in which an optimizer's step overflows and vanishes; load the model "
-                "with dtype='float32' (with fp16=True or bf16=True for half-precision matmuls) or dtype='bfloat16'."
+                f"the weight {name} is fp16, in which squares of gradients and AdamW's epsilon are 0, so that steps "
+                "have no bound; load the model with dtype='float32' (fp16=True or bf16=True then halves the matmuls) "
+                "or dtype='bfloat16'."
             )
     return None
 
