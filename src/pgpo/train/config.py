@@ -50,8 +50,8 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class PGPOConfig(GRPOConfig):
-    """Configuration of `PGPOTrainer`; a field of trl.GRPOConfig works as in TRL, or is
-    refused when set (fields.py).
+    """Configuration of `PGPOTrainer`; a field of trl.GRPOConfig works as in TRL, or is refused when set
+    (fields.py).
 
     Raises:
         UserError: a value outside its range or a combination that cannot work, with the remedy.
