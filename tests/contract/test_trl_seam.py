@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 import pgpo
-from pgpo.train.config import LOSSES
+from pgpo.train.rules import LOSSES
 from pgpo.train.seam import step as seam_step
 
 SOURCE = Path(pgpo.__file__).parent

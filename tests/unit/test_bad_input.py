@@ -117,6 +117,11 @@ def finished(tiny, tmp_path_factory) -> Path:
         ("--max_steps 2.5", "--max_steps/--max-steps: invalid int value: '2.5'"),
         ("--max_steps", "--max_steps/--max-steps: expected one argument"),
         ("--test_rows 0", "test_rows is 0; it must be at least 1"),
+        ("--per_device_train_batch_size 16 --prompts_per_step 8", "prompts_per_step is 8, but .* make 2 questions"),
+        ("--loss_type bnpo", "loss_type is 'bnpo', which self-distillation does not have; .*set divergence"),
+        ("--model_init_kwargs {}", "--model_init_kwargs does nothing here; use --dtype"),
+        ("--resume_from_checkpoint run", "--resume_from_checkpoint does nothing here; use --resume"),
+        ("--task", "--task.*: expected one argument; see `pgpo train --help`"),
         ("--prompts_per_step 5000", "4096 training questions, fewer than prompts_per_step = 5000; lower"),
     ],
 )
@@ -305,6 +310,11 @@ def test_what_only_the_libraries_below_can_judge(refused, tiny, words, says):
     assert_matches(refused("train", "--model_name_or_path", tiny, *words.split())[1], says)
 
 
+def test_weights_in_fp16(refused, folder, tiny):
+    words = ("train", "--model_name_or_path", tiny, "--dtype", "float16", *SMALL)
+    assert_matches(refused(*words)[1], r"the weight model\S+ is fp16, .* load the model with dtype='float32'")
+
+
 # Run directories ------------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +386,13 @@ def test_resume_of_what_is_no_run(refused, folder):
     (folder / "run/config.json").write_text('{"model_type": "qwen3"}')
     assert_matches(refused("train", "--resume=run")[1], "run/config.json was not written by a run")
     assert_matches(refused("train", "--resume")[1], "--resume needs the run directory")
+
+
+def test_resume_with_a_recipe(refused, folder, finished):
+    shutil.copytree(finished, folder / "run")
+    (folder / "r.yaml").write_text("alpha: 2.0\n")
+    _, sentence = refused("train", "--resume", "run", "--config", "r.yaml")
+    assert_matches(sentence, "--resume continues the run with its own arguments; leave --config out")
 
 
 def test_resume_without_a_checkpoint(refused, folder, finished):

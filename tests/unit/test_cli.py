@@ -22,7 +22,8 @@ from pgpo.command import train as train_run
 from pgpo.errors import UserError
 from pgpo.runlog import RunLog
 from pgpo.tasks import lab_world
-from pgpo.train import checkpoint
+from pgpo.train import checkpoint, field_types
+from pgpo.train.arguments import parse
 
 COMMANDS = ("demo", "train", "eval", "sde", "lab-base")
 
@@ -78,7 +79,7 @@ def test_python_m_pgpo_exits_with_mains_status():
             "train",
             "objective alpha rho_max rho_min divergence divergence_beta teacher teacher_rate prompts_per_step "
             "num_generations success_threshold feedback_mode max_tokens_per_microbatch eval_k task domain "
-            "model_name_or_path output_dir overwrite use_peft learning_rate",
+            "model_name_or_path output_dir overwrite use_peft learning_rate config",
         ),
         ("eval", "task domain split k temperature top_p max_new_tokens rows seed hint no_hint use_vllm records"),
         ("sde", "json figure law quick"),
@@ -108,6 +109,62 @@ def test_what_a_command_raises_becomes_one_line_and_a_status(monkeypatch, capsys
     assert end_with(KeyboardInterrupt()) == (130, "pgpo: stopped.\n")
     with pytest.raises(RuntimeError):  # not the user's mistake: the traceback stays
         end_with(RuntimeError("a bug"))
+
+
+# From flags to the configuration --------------------------------------------------------------------------------------
+
+
+SCIENCE = "--task science_qa --domain physics --use_cpu"
+
+
+@pytest.mark.parametrize(
+    ("words", "questions", "tokens"),
+    [
+        ("--use_cpu", 8, 24),
+        ("--use_cpu --max-completion-length 12", 8, 12),
+        (SCIENCE, 8, 64),
+        (f"{SCIENCE} --model_name_or_path Qwen/Qwen3-8B", 32, 8192),
+        (f"{SCIENCE} --model-name-or-path=Qwen/Qwen3-8B", 32, 8192),
+        (f"{SCIENCE} --model_name_or_path Qwen/Qwen3-8B --prompts_per_step 4", 4, 8192),
+        (f"{SCIENCE} --model_name_or_path Qwen/Qwen3-8B --per_device_train_batch_size 16", 2, 8192),
+        ("--use_cpu --per-device-train-batch-size 16", 2, 24),
+        ("--use_cpu --per_device_train_batch_size 8 --gradient_accumulation_steps 3", 3, 24),
+        ("--config r.yaml --use_cpu", 2, 8192),
+        ("--config=r.yaml --use_cpu --task lab_world", 2, 24),
+        ("--use_cpu --prompts_per_step 4 --config r.yaml --per_device_train_batch_size 32", 4, 8192),
+    ],
+)
+def test_the_flags_that_choose_the_defaults_of_others(folder, words, questions, tokens):
+    """task, model and TRL's batch, in both spellings, on the command line or in a recipe."""
+    lines = "task: science_qa\ndomain: physics\nmodel_name_or_path: m\nper_device_train_batch_size: 16\n"
+    (folder / "r.yaml").write_text(lines)
+    parsed = parse(words.split())
+    assert (parsed.config.prompts_per_step, parsed.config.max_completion_length) == (questions, tokens)
+    assert "config" not in parsed.given
+
+
+def test_a_run_that_stored_no_default_of_its_time_goes_on_as_it_was(folder):
+    """The paper's batch and lengths were defaults of the configuration, and a run stores what differs from defaults."""
+    stored = {"task": "science_qa", "domain": "physics", "model_name_or_path": "m", "use_cpu": True, "alpha": 0.5}
+    again = parse(["--max_steps", "9"], stored=stored)
+    assert (again.config.prompts_per_step, again.config.max_completion_length, again.config.alpha) == (32, 8192, 0.5)
+    assert again.given.items() >= (stored | {"max_steps": 9}).items()
+    assert not {"prompts_per_step", "max_completion_length"} & again.given.keys()  # `--resume` changes nothing
+
+
+@pytest.mark.parametrize("name", ["alpha", "learning_rate", "task"])
+def test_a_value_is_looked_at_once(monkeypatch, name):
+    """argparse makes it what its field is; the dataclass that it ends in checks it; nothing else does."""
+    seen = []
+    plain = field_types._check_value
+
+    def look(field: str, value: object) -> None:
+        seen.extend([value] if field == name else [])
+        plain(field, value)
+
+    monkeypatch.setattr(field_types, "_check_value", look)
+    parse(["--use_cpu", *({"task": ["--task", "lab_world"]}.get(name) or [f"--{name}", "0.5"])])
+    assert len(seen) == 1
 
 
 # Demo -----------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from trainer_kit import (
 )
 
 from pgpo import UserError
-from pgpo.train.config import LOSSES
+from pgpo.train.rules import LOSSES
 
 SGD = dict(objective="grpo", optim="sgd", learning_rate=0.05, max_grad_norm=1e9, max_steps=2)
 # Each of them was multiplied by the number of micro-batches, or changed with it.

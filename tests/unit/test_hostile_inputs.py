@@ -102,7 +102,7 @@ BAD_VALUES: list[tuple[str, object, str]] = [
     ("gradient_accumulation_steps", 0, "gradient_accumulation_steps is 0; it must be at least 1"),
     ("steps_per_generation", 0, "steps_per_generation is 0; it must be at least 1"),
     ("save_steps", 0, "save_steps is 0; it must be above 0"),
-    ("top_k", -1, r"top_k is -1; it must be 0 \(all tokens\) or more"),
+    ("top_k", -2, r"top_k is -2; it must be 0 \(all tokens\) or more"),
     ("min_p", 1.5, r"min_p is 1.5; it must lie in \[0, 1\]"),
     ("prompts_per_step", 0, "prompts_per_step is 0; it must be at least 1"),
     ("on_nonfinite", "ignore", "on_nonfinite is 'ignore'; choose one of stop, skip"),

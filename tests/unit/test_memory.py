@@ -34,7 +34,7 @@ from pgpo.memory.moments import Step
 from pgpo.memory.shapes import BLOCKS, GIB, MATRICES, ModelShape, TrainingSetting, fitted, read_model
 from pgpo.teacher import weights
 from pgpo.train import trainer
-from pgpo.train.config import PGPOConfig
+from pgpo.train.config import PAPER, PGPOConfig
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -205,10 +205,10 @@ def test_copied_constants_are_those_of_the_code():
     assert moments.TRL_TILE == (chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE)
 
 
-def test_defaults_are_the_trainers():
+def test_defaults_are_the_papers_and_the_trainers():
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets
 
-    theirs = {field.name: field.default for field in dataclasses.fields(PGPOConfig)}
+    theirs = {field.name: field.default for field in dataclasses.fields(PGPOConfig)} | PAPER
     ours = TrainingSetting()
     for name in (
         "max_completion_length",

@@ -1,4 +1,4 @@
-"""The shipped recipes: they parse, they say what the paper says, and so do the defaults of `PGPOConfig`.
+"""The shipped recipes: they parse, they say what the paper says, and so does `PGPOConfig.paper()`.
 
 The expected numbers are written out here, so that a slip in a recipe or in a default shows on either side.
 """
@@ -15,6 +15,7 @@ import yaml
 from trl import GRPOConfig
 
 from pgpo import PGPOConfig
+from pgpo.errors import UserError
 from pgpo.lab.plan import Study, argv, read_study
 from pgpo.train.arguments import Parsed, parse
 
@@ -219,17 +220,91 @@ def test_the_lab_study_is_the_documented_one(monkeypatch) -> None:
     assert [run.seed for run in read.queue[:160]] == sorted([*range(100, 108)] * 20)
 
 
-def test_the_defaults_are_the_papers(tmp_path: Path) -> None:
-    defaults = PGPOConfig(str(tmp_path), use_cpu=True)
-    assert defaults.objective == "pgpo"
+def test_the_preset_has_the_papers_numbers(tmp_path: Path) -> None:
+    preset = PGPOConfig.paper(str(tmp_path), use_cpu=True)
+    assert preset.objective == "pgpo"
     for name, value in METHOD.items():
-        assert getattr(defaults, name) == value, name
+        assert getattr(preset, name) == value, name
 
 
-def test_a_paper_recipe_changes_no_default_of_the_method(tmp_path: Path) -> None:
-    """Whoever writes PGPOConfig() in Python trains what the recipe trains, but for the engine."""
+def test_a_paper_recipe_is_the_preset_and_its_engine(tmp_path: Path) -> None:
+    """Whoever writes PGPOConfig.paper() in Python, or names an own model, trains what the recipe trains."""
     parsed = read(ROOT / "recipes/paper/physics/pgpo-1.0.yaml", tmp_path)
-    assert differing(parsed.config, PGPOConfig(str(tmp_path), use_cpu=True)) == {"use_vllm", "vllm_max_model_length"}
+    flags = f"--task science_qa --domain physics --model_name_or_path Qwen/Qwen3-8B --output_dir {tmp_path} {CPU}"
+    for other in (PGPOConfig.paper(str(tmp_path), use_cpu=True), parse(flags.split()).config):
+        assert differing(parsed.config, other) == {"use_vllm", "vllm_max_model_length"}
+
+
+def test_the_preset_yields(tmp_path: Path) -> None:
+    own = PGPOConfig.paper(
+        str(tmp_path), use_cpu=True, alpha=0.5, max_completion_length=100, per_device_train_batch_size=16
+    )
+    assert (own.alpha, own.max_completion_length, own.prompts_per_step, own.num_generations) == (0.5, 100, 2, 8)
+    assert PGPOConfig.paper(use_cpu=True, output_dir=str(tmp_path)).output_dir == str(tmp_path)
+
+
+STEP = {
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "generation_batch_size", "steps_per_generation"),
+    *("num_generations", "num_iterations", "max_completion_length", "num_train_epochs", "max_steps"),
+}
+
+
+def test_one_changed_import_costs_what_it_cost(tmp_path: Path) -> None:
+    """Batch and lengths are TRL's; the numbers of the method are the paper's."""
+    ours, theirs = (cls(str(tmp_path), use_cpu=True) for cls in (PGPOConfig, GRPOConfig))
+    assert {name: getattr(ours, name) for name in STEP} == {name: getattr(theirs, name) for name in STEP}
+    assert (ours.prompts_per_step, ours.micro_batch_size, ours.max_prompt_length) == (1, None, None)
+    of_the_step = STEP | {"prompts_per_step", "max_prompt_length"}
+    for name, value in METHOD.items():
+        assert name in of_the_step or getattr(ours, name) == value, name
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks", "rows", "questions", "micro_batch"),
+    [
+        ({}, 1, 8, 1, None),
+        ({}, 2, 8, 2, None),
+        ({"num_generations": 4}, 1, 8, 2, None),
+        ({"gradient_accumulation_steps": 4}, 1, 32, 4, 8),
+        ({"gradient_accumulation_steps": 4, "micro_batch_size": 2}, 1, 32, 4, 2),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}, 2, 16, 4, 2),
+        ({"prompts_per_step": 6}, 2, 24, 6, None),
+        ({"prompts_per_step": 6, "per_device_train_batch_size": 24}, 2, 24, 6, None),
+    ],
+    ids=str,
+)
+def test_a_step_is_what_trls_words_make(tmp_path, monkeypatch, given, ranks, rows, questions, micro_batch) -> None:
+    plain = PGPOConfig._fold_batch
+
+    def fold(self) -> None:
+        with monkeypatch.context() as launched:  # not for longer: torch would look for the other ranks
+            launched.setenv("WORLD_SIZE", str(ranks))
+            plain(self)
+
+    monkeypatch.setattr(PGPOConfig, "_fold_batch", fold)
+    config = PGPOConfig(str(tmp_path), use_cpu=True, **given)
+    found = (config.per_device_train_batch_size, config.prompts_per_step, config.micro_batch_size)
+    assert found == (rows, questions, micro_batch)
+    assert (config.gradient_accumulation_steps, config.steps_per_generation) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"num_generations": 3}, "8 completions per step are no multiple of num_generations = 3"),
+        ({"prompts_per_step": 2, "gradient_accumulation_steps": 2}, "without per_device_train_batch_size; give both"),
+        (
+            {"prompts_per_step": 2, "per_device_train_batch_size": 32},
+            "prompts_per_step is 2, but per_device_train_batch_size, .* make 4 questions on 1 ranks; give one",
+        ),
+        ({"num_generations": None}, "num_generations is None; give"),
+        ({"information_source": "cross_fit"}, "two halves, but prompts_per_step is 1"),
+    ],
+    ids=str,
+)
+def test_a_step_that_cannot_be(tmp_path: Path, given: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        PGPOConfig(str(tmp_path), use_cpu=True, **given)
 
 
 def test_every_new_field_of_the_configuration_is_accounted_for() -> None:
@@ -245,6 +320,7 @@ def test_every_new_field_of_the_configuration_is_accounted_for() -> None:
         "micro_batch_size",
         "max_tokens_per_microbatch",
         "eval_batch_size",
+        "per_device_eval_batch_size",
         "logging_steps",
         "information_weight",
         "watch_demonstrations",

@@ -41,6 +41,11 @@ RESUMABLE = {
     "report_to",
     "data_path",
 }
+# Fields that act in Python alone, and the flags that stand for them.
+IN_PYTHON = {
+    "model_init_kwargs": "use --dtype, --attn_implementation, --model_revision or --load_in_4bit",
+    "resume_from_checkpoint": "use --resume with the run directory",
+}
 NOT_SAVED = 1  # the last checkpoint could not be written
 
 
@@ -81,6 +86,9 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
     Raises:
         UserError: a mistake of the user. A new directory without a finished step is removed again.
     """
+    for name, remedy in IN_PYTHON.items():
+        if getattr(parsed.config, name) is not None:
+            raise UserError(f"--{name} does nothing here; {remedy}.")
     if parsed.config.process_index != 0:  # the other ranks write no run log
         return _train(parsed, directory, resume)
     existing = run_directory.nearest_existing(directory)

@@ -1,4 +1,4 @@
-"""Which PEFT adapters a run refuses, because what it trains or what its checkpoint gives back would be wrong.
+"""Which weights and adapters a run refuses, because what it trains or what its checkpoint gives back would be wrong.
 
 Beyond these, `teacher/weights.py` refuses what a second adapter cannot mirror, unless the teacher is the student.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 # LoRA initializations that change the base model by random numbers, or by what it was prepared with. No checkpoint
@@ -24,6 +25,22 @@ def adapter_problem(model: Any, distills: bool) -> str | None:
     for config in getattr(model, "peft_config", {}).values():
         if problem := _problem(model, config, distills):
             return problem
+    return None
+
+
+def precision_problem(model: nn.Module) -> str | None:
+    """Why this model's weights cannot be trained in their precision, as a sentence.
+
+    The smallest number of fp16 is 6e-8: AdamW's epsilon of 1e-8 is 0 in it, and so is the square of a gradient below
+    2e-4, which then moves its weight without bound. (bf16 has the exponents of fp32.)
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            return (
+                f"the weight {name} is fp16, in which squares of gradients and AdamW's epsilon are 0, so that steps "
+                "have no bound; load the model with dtype='float32' (fp16=True or bf16=True then halves the matmuls) "
+                "or dtype='bfloat16'."
+            )
     return None
 
 

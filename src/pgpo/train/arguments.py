@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +17,8 @@ from trl import ModelConfig
 
 from pgpo.errors import SentenceParser, UserError
 from pgpo.tasks import Task, load_task
-from pgpo.train.config import PGPOConfig
-from pgpo.train.field_types import check_types, huge, reason, shown
+from pgpo.train.config import PAPER, PGPOConfig, yielding
+from pgpo.train.field_types import fit, huge, reason, shown
 from pgpo.train.yaml_file import read_yaml
 
 T = TypeVar("T")
@@ -29,6 +29,7 @@ PROTOCOLS = ("last", "strict", "paper")
 # gradient checkpointing cost 1.27x and 1.37x on a CPU. Evaluated at the training temperature, like its base model.
 _SMALL: dict[str, Any] = {
     "prompts_per_step": 8,
+    "max_prompt_length": PAPER["max_prompt_length"],
     "warmup_steps": 0,
     "bf16": False,
     "gradient_checkpointing": False,
@@ -49,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_steps": 20,
         "save_steps": 50,
     },
-    # For the model made on the spot (warm_start.py); a real model takes the paper's values, the defaults.
+    # For the model made on the spot (warm_start.py); a real model takes the paper's values.
     "science_qa": {
         **_SMALL,
         "prompt_style": "sdpo",
@@ -85,6 +86,7 @@ class TaskArguments:
     data_check: bool = field(default=True, metadata={"help": "science_qa: compare the data with the manifest."})
 
     def __post_init__(self) -> None:
+        fit(self)
         if self.task not in PRESETS:
             raise UserError(f"task is {self.task!r}; choose one of {', '.join(PRESETS)}.")
         if self.task == "science_qa":
@@ -139,6 +141,15 @@ class RunArguments(TaskArguments):
             raise UserError(f"samples_per_step is {self.samples_per_step}; it must be 0 or more.")
 
 
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's arguments of a model, their types checked."""
+
+    def __post_init__(self) -> None:
+        fit(self)
+        super().__post_init__()
+
+
 @dataclass(frozen=True)
 class Parsed:
     """Arguments as objects, and `given`: the flat values that differ from the dataclass defaults, for config.json."""
@@ -159,62 +170,69 @@ def parse(argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed:
     Raises:
         UserError: an unreadable recipe, an unknown name, or a value that does not fit.
     """
-    argv, recipe = _take_recipe(list(argv))
-    parser = Parser([RunArguments, PGPOConfig, ModelConfig], prog="pgpo train")
+    chosen = _choosing().parse_known_args(argv)[0]
+    recipe = {} if chosen.config is None else _recipe(chosen.config)
+    if recipe and stored is not None:
+        raise UserError("--resume continues the run with its own arguments; leave --config out, or start a new run.")
+    parser = Parser([RunArguments, PGPOConfig, ModelArguments], prog="pgpo train")
+    _add_config(parser)
     # Reversed: --no_x follows --x with the same name and a default that argparse never uses.
     defaults = {action.dest: action.default for action in reversed(parser._actions)}
-    known = set(defaults) - {"help"}
+    known = set(defaults) - {"help", "config"}
     unknown = sorted(name if isinstance(name, str) else shown(name) for name in set(recipe) - known)
     if unknown:
         raise UserError(f"the recipe has unknown names: {', '.join(unknown)}; see `pgpo train --help`.")
-    preset: dict[str, Any] = {}
+    base = recipe if stored is None else {name: value for name, value in stored.items() if name in known}
+    preset = _preset(base | {name: value for name, value in vars(chosen).items() if value is not None})
     if stored is None:
-        task = _peek(argv, "--task") or recipe.get("task") or RunArguments.task
-        own_model = bool(_peek(argv, "--model_name_or_path") or recipe.get("model_name_or_path"))
-        if isinstance(task, str) and task in PRESETS and not (task == "science_qa" and own_model):
-            preset = PRESETS[task]
         # Numbers as text, so that argparse checks a recipe's like a flag's (YAML itself reads 1e-5 as text).
-        texts = {k: str(v) if type(v) in (int, float) and not huge(v) else v for k, v in recipe.items()}
-        parser.set_defaults(**(preset | texts))
-    else:
-        parser.set_defaults(**{k: v for k, v in stored.items() if k in known})
+        base = {k: str(v) if type(v) in (int, float) and not huge(v) else v for k, v in recipe.items()}
+    else:  # what an earlier version took by default, and so did not store
+        defaults |= {name: value for name, value in preset.items() if name not in stored}
+    parser.set_defaults(**(preset | base))
     namespace = vars(parser.parse_args(argv))
+    del namespace["config"]
     given = {k: v for k, v in namespace.items() if v != defaults.get(k) or v != preset.get(k, v)}
-    return Parsed(make(RunArguments, namespace), make(PGPOConfig, namespace), make(ModelConfig, namespace), given)
+    return Parsed(make(RunArguments, namespace), make(PGPOConfig, namespace), make(ModelArguments, namespace), given)
 
 
 def make(cls: type[T], values: dict[str, Any]) -> T:
     """An argument dataclass from the parsed values of its fields."""
     names = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    values = {k: v for k, v in values.items() if k in names}
-    check_types(cls, values)
     try:
-        return cls(**values)
+        return cls(**{k: v for k, v in values.items() if k in names})
     except UserError:
         raise
     except Exception as error:  # transformers and TRL check values, each in its own way
         raise UserError(f"these arguments cannot be used: {reason(error)} ({type(error).__name__}).") from error
 
 
-def _take_recipe(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Remove `--config FILE` from the flags; the file's values."""
-    for i, word in enumerate(argv):
-        if word == "--config" or word.startswith("--config="):
-            value, width = (word.split("=", 1)[1], 1) if "=" in word else (argv[i + 1 : i + 2], 2)
-            if not value:
-                raise UserError("--config needs the path of a YAML recipe.")
-            path = Path(value if isinstance(value, str) else value[0])
-            recipe = read_yaml(path, "recipe")
-            if not isinstance(recipe, dict):
-                raise UserError(f"the recipe {path} holds no `name: value` lines; see recipes/ for examples.")
-            return argv[:i] + argv[i + width :], recipe
-    return argv, {}
+def _choosing() -> Parser:
+    """The flags that choose the defaults of all others."""
+    parser = Parser([], prog="pgpo train", add_help=False)
+    _add_config(parser)
+    for name in ("task", "model_name_or_path", "per_device_train_batch_size"):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    return parser
 
 
-def _peek(argv: Sequence[str], flag: str) -> str | None:
-    for i, word in enumerate(argv):
-        if word == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(flag + "="):
-            return word.split("=", 1)[1]
-    return None
+def _add_config(parser: Parser) -> None:
+    parser.add_argument("--config", nargs="?", const="", metavar="FILE", help="YAML recipe: `name: value` lines.")
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    if not name:
+        raise UserError("--config needs the path of a YAML recipe.")
+    recipe = read_yaml(Path(name), "recipe")
+    if not isinstance(recipe, dict):
+        raise UserError(f"the recipe {name} holds no `name: value` lines; see recipes/ for examples.")
+    return recipe
+
+
+def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the task that was chosen."""
+    task = given.get("task") or RunArguments.task
+    if not isinstance(task, str) or task not in PRESETS:
+        return {}  # RunArguments tells of it
+    own_model = task == "science_qa" and given.get("model_name_or_path")
+    return yielding(PAPER if own_model else PRESETS[task], given)

@@ -1,4 +1,7 @@
-"""`PGPOConfig`: trl.GRPOConfig plus the method's numbers. Defaults = the paper's setting.
+"""`PGPOConfig`: trl.GRPOConfig plus the method's numbers.
+
+The method's defaults are the paper's; batch and lengths are TRL's, so that one changed import costs what it cost.
+`PGPOConfig.paper()` has the paper's.
 
 Sources: PGPO = arXiv 2606.03620; SDPO = arXiv 2601.20802 and the settings of its public code, which PGPO follows.
 """
@@ -7,67 +10,36 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl import GRPOConfig
 
-from pgpo.core.divergence import KINDS, check_divergence
 from pgpo.core.viscosity import ExponentialLaw, SmoothExponentialLaw, linear_schedule
 from pgpo.errors import UserError
-from pgpo.train.field_types import check_types
-from pgpo.train.guard import GUARDS
+from pgpo.train.field_types import fit
+from pgpo.train.fields import refuse_unused
+from pgpo.train.rules import PARSED, check_combinations, check_values
 from pgpo.train.signals import choose_limits
 
-OBJECTIVES = ("pgpo", "sdpo", "grpo")
-TEACHERS = ("ema", "live", "frozen", "trust_region")
-DIVERGENCES = (*KINDS, "sampled_token")
-# Their update is not linear in lr (averages weighted by lr), or has no step() of its own to scale.
-_UNSCALABLE_OPTIMIZERS = ("schedule_free", "lomo", "adalomo", "rprop", "asgd", "layerwise")
-LOSSES = ("grpo", "sapo", "dr_grpo", "luspo", "dapo", "cispo", "vespo", "bnpo")  # of TRL's GRPO
-ON_NONFINITE = ("stop", "skip")
-
-_Rule = tuple[Callable[[float], bool], str]
-_NOT_NEGATIVE: _Rule = (lambda v: v >= 0, "it must be 0 or more")
-_POSITIVE: _Rule = (lambda v: v > 0, "it must be above 0")
-_SHARE: _Rule = (lambda v: 0 <= v <= 1, "it must lie in [0, 1]")
-_BELOW_ONE: _Rule = (lambda v: 0 <= v < 1, "it must lie in [0, 1)")
-_FROM_ONE: _Rule = (lambda v: v >= 1, "it must be at least 1")
-_SEED: _Rule = (lambda v: 0 <= v < 2**32, "a seed must be between 0 and 4294967295")
-# What TRL, transformers and torch would find out late, in their own words, or never.
-_RULES: dict[str, _Rule] = {
-    "learning_rate": _NOT_NEGATIVE,
-    "weight_decay": _NOT_NEGATIVE,
-    "max_grad_norm": (lambda v: v >= 0, "it must be 0 (no clipping) or more"),
-    "adam_beta1": _BELOW_ONE,
-    "adam_beta2": _BELOW_ONE,
-    "adam_epsilon": _NOT_NEGATIVE,
-    "warmup_steps": _NOT_NEGATIVE,
-    "num_train_epochs": _POSITIVE,
-    "max_steps": (lambda v: v == -1 or v >= 1, "it must be at least 1, or -1 to count in num_train_epochs"),
-    "gradient_accumulation_steps": _FROM_ONE,
-    "per_device_train_batch_size": _FROM_ONE,
-    "steps_per_generation": _FROM_ONE,
-    "num_iterations": _FROM_ONE,
-    "logging_steps": _POSITIVE,
-    "eval_steps": _POSITIVE,
-    "save_steps": _POSITIVE,
-    "seed": _SEED,
-    "data_seed": _SEED,
-    "top_p": (lambda v: 0 < v <= 1, "nucleus sampling needs a share in (0, 1]"),
-    "top_k": (lambda v: v >= 0, "it must be 0 (all tokens) or more"),
-    "min_p": _SHARE,
-    "repetition_penalty": _POSITIVE,
-    "beta": _NOT_NEGATIVE,
-    "epsilon": _NOT_NEGATIVE,
-    "epsilon_high": _NOT_NEGATIVE,
-    "reward_timeout": (lambda v: v > 0, "it must be seconds above 0, or None for no limit"),
-    "teacher_sync_steps": _FROM_ONE,
-    "diagnostics_warning_interval": _NOT_NEGATIVE,
-    "diagnostics_flat_tolerance": _NOT_NEGATIVE,
-    "rank_timeout": (lambda v: v == 0 or v >= 5, "it must be 5 seconds or more, or 0 for no limit"),
+# What one step of the paper is, and how long its texts: 256 completions of 8192 tokens, which TRL's defaults are not.
+PAPER: dict[str, Any] = {
+    "prompts_per_step": 32,
+    "num_generations": 8,
+    "max_prompt_length": 2048,
+    "max_completion_length": 8192,
 }
+# TRL's names for fields of ours, which they set.
+_SAME = {"num_generations_eval": "eval_k", "per_device_eval_batch_size": "eval_batch_size"}
+# What TRL says otherwise -> what we say.
+_TRANSLATED: dict[str, dict[Any, Any]] = {
+    "scale_rewards": {True: "group", False: "none"},
+    "max_grad_norm": {None: 0.0},
+    "top_k": {-1: 0},  # vLLM's word for all tokens
+}
+# For vLLM; transformers takes None for what the model's generation config says.
+_UNFILTERED: dict[str, dict[Any, Any]] = {"top_k": {None: 0}, "top_p": {None: 1.0}, "repetition_penalty": {None: 1.0}}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -76,14 +48,16 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class PGPOConfig(GRPOConfig):
-    """Configuration of `PGPOTrainer`; every field of trl.GRPOConfig works as in TRL.
+    """Configuration of `PGPOTrainer`; a field of trl.GRPOConfig works as in TRL, or is refused when set
+    (fields.py).
 
     Raises:
         UserError: a value outside its range or a combination that cannot work, with the remedy.
 
     One Trainer step is one optimizer step over `prompts_per_step * num_generations` completions on all ranks;
     the trainer splits it into micro-batches itself. `gradient_accumulation_steps = n` is accepted for compatibility
-    and folded: the step gets n times the rows, in micro-batches of `per_device_train_batch_size` rows.
+    and folded: the step gets n times the rows, in micro-batches of `per_device_train_batch_size` rows. Batch and
+    lengths default to TRL's; `PGPOConfig.paper()` has the paper's.
     """
 
     # The method -----------------------------------------------------------------------------------------------
@@ -186,9 +160,11 @@ class PGPOConfig(GRPOConfig):
     )
 
     # Batch and lengths ----------------------------------------------------------------------------------------
-    prompts_per_step: int = _option(32, "Questions per optimizer step, over all ranks. Paper: 32.")
+    prompts_per_step: int = _option(
+        None, "Questions per optimizer step, over all ranks; None = what per_device_train_batch_size makes. Paper: 32."
+    )
     per_device_train_batch_size: int | None = _option(
-        None, "Completions of one step on one rank; None = prompts_per_step * num_generations / ranks."
+        None, "Completions of one step on one rank; None = prompts_per_step * num_generations / ranks, else TRL's 8."
     )
     micro_batch_size: int | None = _option(None, "At most this many completions per forward; None = no limit.")
     max_tokens_per_microbatch: int | None = _option(
@@ -209,9 +185,7 @@ class PGPOConfig(GRPOConfig):
         None,
         "Rows of a micro-batch behind one another, without padding; None = with flash or flex attention on CUDA. Ours.",
     )
-    num_generations: int | None = _option(8, "Completions per question. Paper: 8.")
-    max_completion_length: int | None = _option(8192, "Tokens. Paper: 8192.")
-    max_prompt_length: int | None = _option(2048, "Tokens; a longer prompt is an error. Paper: 2048.")
+    max_prompt_length: int | None = _option(None, "Tokens; a longer prompt is an error; None = no limit. Paper: 2048.")
     max_teacher_prompt_length: int | None = _option(
         10240, "Tokens; demonstration and feedback are shortened to fit, question and instruction never. SDPO: 10240."
     )
@@ -221,6 +195,7 @@ class PGPOConfig(GRPOConfig):
     eval_temperature: float = _option(0.6, "Paper: 0.6.")
     eval_top_p: float = _option(0.95, "Paper: 0.95.")
     eval_batch_size: int = _option(256, "Sequences generated at once.")
+    per_device_eval_batch_size: int | None = _option(None, "TRL's name for eval_batch_size.")
 
     # Fields of TRL and transformers whose default is the paper's ----------------------------------------------
     learning_rate: float = _option(1e-5, "Paper: AdamW 1e-5, constant.")
@@ -231,204 +206,62 @@ class PGPOConfig(GRPOConfig):
     vllm_importance_sampling_mode: str = _option("token_truncate", "SDPO: token-level rollout correction,")
     vllm_importance_sampling_clip_max: float | None = _option(2.0, "with threshold 2.0.")
 
+    @classmethod
+    def paper(cls, output_dir: str | None = None, **overrides: Any) -> PGPOConfig:
+        """The paper's setting: its batch and lengths (`PAPER`), beside what is its anyway; overrides win."""
+        return cls(output_dir=output_dir, **yielding(PAPER, overrides) | overrides)
+
     def __post_init__(self) -> None:
-        self._check()
+        fit(self)
+        self._translate()
+        check_values(self)
         self._fold_batch()
+        check_combinations(self)
+        refuse_unused(vars(self), {f.name: f.default for f in fields(PGPOConfig)}, self.distills, self.follows_rewards)
         if self.chat_template_kwargs is None:  # type: ignore[has-type]
             self.chat_template_kwargs = {"enable_thinking": False}  # paper: thinking off; other templates ignore it
         # TRL wants eval batches in multiples of the group; evaluation does not go through its loop.
-        self.per_device_eval_batch_size = self.num_generations or 8
-        if self.num_generations == 1:
-            self.num_generations = _One()
+        self.per_device_eval_batch_size: int | None = self.num_generations_eval or self.num_generations
+        completions: int = self.num_generations or 1  # type: ignore[has-type]
+        if completions == 1:
+            self.num_generations: Any = _One()
         try:
             super().__post_init__()
         except UserError:
             raise
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
-        self.num_generations = int(self.num_generations or 1)
-        rows = self.per_device_train_batch_size * self.world_size
-        self.prompts_per_step = rows // (self.num_generations or 1)
+        self.num_generations = completions
+        self.per_device_eval_batch_size = self.eval_batch_size
+        check_combinations(self, PARSED)
 
-    def _check(self) -> None:
-        check_types(type(self), vars(self))
-        for name, (holds, rule) in _RULES.items():
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise UserError(f"{name} is {value}; {rule}.")
-        if self.join_siblings and not self.share_teacher_prompts:
-            raise UserError(
-                "join_siblings needs share_teacher_prompts, which is off; set it, or leave join_siblings out."
-            )
-        _choice("objective", self.objective, OBJECTIVES)
-        _choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
-        _choice("teacher", self.teacher, TEACHERS)
-        _choice("divergence", self.divergence, DIVERGENCES)
-        _choice("demonstration", self.demonstration, ("first", "random"))
-        _choice("feedback_mode", self.feedback_mode, ("without_demonstration", "always", "never"))
-        _choice("rho_law", self.rho_law, ("exponential", "smooth"))
-        _choice("information_source", self.information_source, ("same_batch", "lagged", "cross_fit"))
-        _choice("information_baseline", self.information_baseline, ("zero", "running_mean"))
-        _choice("information_denominator", self.information_denominator, ("all", "hinted"))
-        _choice("modulated_weight_decay", self.modulated_weight_decay, ("scaled", "fixed"))
-        try:
-            self.law(0)
-            if self.divergence != "sampled_token":
-                check_divergence(self.divergence, self.divergence_beta, self.divergence_top_k or None)
-            if self.alpha_end is not None:
-                self._law(self.alpha_end)
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{error} (alpha = {self.alpha!r}, rho_max = {self.rho_max!r}, rho_min = {self.rho_min!r}, "
-                f"divergence_beta = {self.divergence_beta!r})"
-                if isinstance(error, TypeError)
-                else str(error)
-            ) from error
-        if self.alpha_steps is not None and (self.alpha_end is None or self.alpha_steps < 1):
-            raise UserError(f"alpha_steps is {self.alpha_steps}; set it >= 1 and together with alpha_end.")
-        self._check_signal()
-        self._check_guard()
-        if not 0 <= self.teacher_rate <= 1:
-            raise UserError(f"teacher_rate is {self.teacher_rate}; a share of the student must lie in [0, 1].")
-        self._check_mix()
-        self._check_teaching()
-        if self.importance_clip is not None and not self.importance_clip >= 1:
-            raise UserError(f"importance_clip is {self.importance_clip}; a ratio's upper clip must be >= 1, or None.")
-        if not math.isfinite(self.success_threshold):
-            raise UserError(f"success_threshold is {self.success_threshold}; it must be a finite reward.")
-        for name in ("prompts_per_step", "eval_k", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in (
-            "micro_batch_size",
-            "max_tokens_per_microbatch",
-            "max_prompt_length",
-            "max_teacher_prompt_length",
-            "max_completion_length",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1 token or row, or None for no limit.")
-        if not (self.eval_temperature >= 0 and math.isfinite(self.eval_temperature)):
-            raise UserError(f"eval_temperature is {self.eval_temperature}; it must be 0 (greedy) or a positive number.")
-        if not 0 < self.eval_top_p <= 1:
-            raise UserError(f"eval_top_p is {self.eval_top_p}; nucleus sampling needs a share in (0, 1].")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise UserError(f"temperature is {self.temperature}; student and teacher logits are divided by it, so > 0.")
-        if self.objective == "pgpo" and any(name in str(self.optim).lower() for name in _UNSCALABLE_OPTIMIZERS):
-            raise UserError(
-                f"optim is {str(self.optim)!r}, whose update is not linear in the learning rate, so rho cannot act; "
-                "use adamw_torch, or objective='sdpo'."
-            )
-        if self.objective == "grpo":
-            _choice("loss_type", self.loss_type, LOSSES)
-        if self.objective != "grpo":
-            for name, off in (
-                ("beta", 0.0),
-                ("entropy_coef", 0.0),
-                ("use_adaptive_entropy", False),
-                ("top_entropy_quantile", 1.0),
-                ("off_policy_mask_threshold", None),
-            ):
-                if getattr(self, name) != off:
-                    raise UserError(
-                        f"{name} is {getattr(self, name)}, which self-distillation does not have; "
-                        f"leave it at {off}, or use objective='grpo'."
-                    )
-            if self.cast_lm_head_to_fp32:
-                raise UserError(
-                    "cast_lm_head_to_fp32 is True, but self-distillation computes divergence and entropy in fp32 from "
-                    "the model's own logits; leave it False."
-                )
-
-    def _check_mix(self) -> None:
-        """Combinations of distillation_weight."""
-        weight = self.distillation_weight
-        if not 0 <= weight <= 1:
-            raise UserError(f"distillation_weight is {weight}; a share of the loss must lie in [0, 1].")
-        if weight == 1:
-            return
-        if self.objective == "grpo":
-            raise UserError(
-                f"distillation_weight is {weight}, but objective='grpo' has no distillation; leave it at 1, or use "
-                "'sdpo' or 'pgpo'."
-            )
-        if self.information_source == "cross_fit":
-            raise UserError(
-                f"distillation_weight is {weight}, but information_source='cross_fit' scales each half of the "
-                "distillation by itself, and the policy loss has no halves; use 'same_batch' or 'lagged'."
-            )
-        _choice("loss_type", self.loss_type, LOSSES)
-
-    def _check_teaching(self) -> None:
-        """What the teacher shows, and how it follows; whether there is feedback, only the trainer knows."""
-        alone = self.objective != "grpo" and (self.feedback_mode != "never" or self.allow_own_success)
-        if self.num_generations is None or self.num_generations < (1 if alone else 2):
-            raise UserError(
-                f"num_generations is {self.num_generations}; with fewer than 2 completions per question no sibling can "
-                "be a demonstration (and no group has an advantage); use 2 or more, the paper takes 8."
-            )
-        if not self.use_successful_as_teacher and self.feedback_mode == "never":
-            raise UserError(
-                "use_successful_as_teacher is False and feedback_mode is 'never', so that no sample has a teacher; "
-                "change one of them."
-            )
-        if self.teacher_sync_steps != 1 and self.teacher != "ema":
-            raise UserError(
-                f"teacher_sync_steps is {self.teacher_sync_steps}, but teacher={self.teacher!r} follows no student; "
-                "leave it at 1, or use teacher='ema'."
-            )
-
-    def _check_signal(self) -> None:
-        """Combinations of information_source, information_baseline and rho_file."""
-        if not 0 < self.information_weight <= 1:
-            raise UserError(
-                f"information_weight is {self.information_weight}; the newest step's share must lie in (0, 1]."
-            )
-        if self.information_weight != 1 and self.information_source != "lagged":
-            raise UserError(
-                f"information_weight is {self.information_weight}, but information_source is "
-                f"{self.information_source!r}; only 'lagged' averages over earlier steps."
-            )
-        if self.information_source == "cross_fit" and self.prompts_per_step == 1:
-            raise UserError(
-                "information_source='cross_fit' splits a step's questions into two halves, but prompts_per_step is 1; "
-                "use 2 or more, or 'lagged'."
-            )
-        if self.rho_file is not None and (self.objective, self.information_source) != ("pgpo", "same_batch"):
-            raise UserError(
-                f"rho_file replaces the law of objective='pgpo' with information_source='same_batch'; here they are "
-                f"{self.objective!r} and {self.information_source!r}."
-            )
+    def _translate(self) -> None:
+        for names in (_TRANSLATED, _UNFILTERED) if self.use_vllm else (_TRANSLATED,):
+            for name, forms in names.items():
+                if getattr(self, name) in forms:
+                    setattr(self, name, forms[getattr(self, name)])
+        bounds = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if bounds == (None, None) and self.vllm_importance_sampling_mode.endswith("_truncate"):
+            self.vllm_importance_sampling_clip_max = math.inf  # no upper bound; TRL takes None in its other modes only
+        if isinstance(self.guard_signals, list):
+            self.guard_signals = ", ".join(map(str, self.guard_signals))
+        for theirs, ours in _SAME.items():
+            value, own = getattr(self, theirs), getattr(self, ours)
+            if value is None:
+                continue
+            if own not in (getattr(PGPOConfig, ours), value):
+                raise UserError(f"{theirs} is {value} and {ours} is {own}, which mean the same; give one.")
+            setattr(self, ours, value)
 
     @property
     def distills(self) -> bool:
         """PGPO and SDPO learn from the teacher; GRPO does not."""
         return self.objective != "grpo"
 
-    def _check_guard(self) -> None:
-        _choice("guard", self.guard, GUARDS)
-        for name, least in (("guard_warmup", 0), ("guard_patience", 1), ("guard_max_actions", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.guard == "off":
-            for name in ("guard_signals", "guard_limits"):
-                if getattr(self, name) is not None:
-                    raise UserError(f"{name} is {getattr(self, name)!r}, but guard is 'off'; set guard, e.g. 'warn'.")
-            return
-        self.guarded_signals()
-        if self.guard.endswith("_teacher") and (self.objective == "grpo" or self.teacher != "ema"):
-            teacher = "objective='grpo' has none" if self.objective == "grpo" else f"teacher={self.teacher!r} has none"
-            raise UserError(
-                f"guard={self.guard!r} acts on a teacher that follows the student, and {teacher}; use 'halve_step', "
-                "'rollback' or 'warn'."
-            )
-        unscalable = any(name in str(self.optim).lower() for name in _UNSCALABLE_OPTIMIZERS)
-        if self.guard in ("halve_step", "rollback") and unscalable:
-            raise UserError(
-                f"guard={self.guard!r} halves steps, but the update of optim={str(self.optim)!r} is not linear in the "
-                "learning rate; use adamw_torch, or another guard."
-            )
+    @property
+    def follows_rewards(self) -> bool:
+        """Whether TRL's policy loss, on advantages, is all of the loss or a part of it."""
+        return not self.distills or self.distillation_weight < 1
 
     def guarded_signals(self) -> dict[str, float]:
         """{signal: limit} that the guard watches; see signals.choose_limits."""
@@ -437,23 +270,41 @@ class PGPOConfig(GRPOConfig):
     def _fold_batch(self) -> None:
         """Make one Trainer step one optimizer step, whichever way the batch was given."""
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        accumulation = self.gradient_accumulation_steps  # type: ignore[has-type]
-        if self.per_device_train_batch_size is None:
+        group = self.num_generations or 1
+        questions, accumulation = self.prompts_per_step, self.gradient_accumulation_steps
+        if self.per_device_train_batch_size is None and questions is not None:
             if accumulation != 1:
                 raise UserError(
                     f"gradient_accumulation_steps is {accumulation} without per_device_train_batch_size; give both, or "
                     "give prompts_per_step and micro_batch_size."
                 )
-            rows = self.prompts_per_step * (self.num_generations or 1)
+            rows = questions * group
             if rows % ranks:
                 raise UserError(
                     f"prompts_per_step * num_generations = {rows} completions do not divide evenly by {ranks} ranks; "
                     "change prompts_per_step."
                 )
             self.per_device_train_batch_size = rows // ranks
-        elif accumulation > 1:
+        else:
+            self._fold_accumulation(self.per_device_train_batch_size or GRPOConfig.per_device_train_batch_size)
+        rows = (self.per_device_train_batch_size or 0) * ranks
+        if rows % group:
+            raise UserError(
+                f"{rows} completions per step are no multiple of num_generations = {self.num_generations}; every "
+                "question needs its whole group in the step."
+            )
+        self.prompts_per_step = rows // group
+        if questions not in (None, self.prompts_per_step):
+            raise UserError(
+                f"prompts_per_step is {questions}, but per_device_train_batch_size, gradient_accumulation_steps and "
+                f"num_generations make {self.prompts_per_step} questions on {ranks} ranks; give one or the other."
+            )
+
+    def _fold_accumulation(self, rows: int) -> None:
+        accumulation: int = self.gradient_accumulation_steps  # type: ignore[has-type]
+        if accumulation > 1:
             if self.micro_batch_size is None:
-                self.micro_batch_size = self.per_device_train_batch_size
+                self.micro_batch_size = rows
             if self.steps_per_generation is not None:  # TRL counts micro-batches here, we count optimizer steps
                 if self.steps_per_generation % accumulation:
                     raise UserError(
@@ -462,23 +313,17 @@ class PGPOConfig(GRPOConfig):
                         "within an optimizer step; make it one."
                     )
                 self.steps_per_generation //= accumulation
-            self.per_device_train_batch_size *= accumulation
             self.gradient_accumulation_steps = 1
-        rows = self.per_device_train_batch_size * ranks
-        if rows % (self.num_generations or 1):
-            raise UserError(
-                f"{rows} completions per step are no multiple of num_generations = {self.num_generations}; every "
-                "question needs its whole group in the step."
-            )
+        self.per_device_train_batch_size = rows * accumulation
 
     def law(self, step: int, total_steps: int | None = None) -> ExponentialLaw | SmoothExponentialLaw:
         """The multiplier law at a 0-based optimizer step. Raises ValueError for numbers outside their range."""
         alpha = self.alpha
         if self.alpha_end is not None and (steps := self.alpha_steps or total_steps):
             alpha = linear_schedule(self.alpha, self.alpha_end, steps)(step)
-        return self._law(alpha)
+        return self.law_of(alpha)
 
-    def _law(self, alpha: float) -> ExponentialLaw | SmoothExponentialLaw:
+    def law_of(self, alpha: float) -> ExponentialLaw | SmoothExponentialLaw:
         if self.rho_law == "exponential":
             return ExponentialLaw(alpha, self.rho_max, self.rho_min)
         if self.rho_min != 0:
@@ -496,6 +341,7 @@ class _One(int):
         return False
 
 
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name} is {value!r}; choose one of {', '.join(allowed)}.")
+def yielding(preset: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset beside what a user gives: its batch yields to one that is given in TRL's words."""
+    in_rows = given.get("per_device_train_batch_size") is not None
+    return {name: value for name, value in preset.items() if not (in_rows and name == "prompts_per_step")}

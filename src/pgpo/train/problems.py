@@ -21,7 +21,7 @@ from pgpo.forward.batching import positions
 from pgpo.forward.open_model import causal_lm
 from pgpo.forward.routers import router_problem
 from pgpo.train import zero
-from pgpo.train.adapters import adapter_problem
+from pgpo.train.adapters import adapter_problem, precision_problem
 from pgpo.train.config import PGPOConfig
 from pgpo.train.field_types import shown
 from pgpo.train.prompts import Prompts
@@ -190,6 +190,8 @@ def check_model(trainer: Any, train: Data, evaluation: Sequence[Data]) -> tuple[
             "reward functions and demonstrations cannot tell thinking from answer. Switch thinking off in "
             "chat_template_kwargs, or set tokenizer.response_template, by which TRL separates the two."
         )
+    if (problem := precision_problem(model)) is not None:
+        raise UserError(problem)
     _check_sharding(trainer)
     if (problem := adapter_problem(model, trainer.distills)) is not None:
         raise UserError(problem)

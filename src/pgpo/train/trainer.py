@@ -158,22 +158,32 @@ class PGPOTrainer(SeamTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list[Callable[..., Any]] | None = None,
+        rollout_func: Callable[..., Any] | None = None,
+        environment_factory: Any = None,
         *,
         feedback_funcs: Callable[..., Any] | list[Callable[..., Any]] | None = None,
         grade: Callable[[str, Any], Any] | None = None,
         host: Host | None = None,
-        **kwargs: Any,
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = PGPOConfig(f"{file_name(name.split('/')[-1])}-PGPO")
         if not isinstance(args, PGPOConfig):
             raise UserError(f"args is a {type(args).__name__}; PGPOTrainer needs a PGPOConfig (same fields and more).")
+        if (problem := self.unused_override(args.distills)) is not None:
+            raise UserError(problem)
         if feedback_funcs is None:
             feedback_funcs = []
         elif not isinstance(feedback_funcs, list):
             feedback_funcs = [feedback_funcs]
-        data = check_inputs(args, train_dataset, eval_dataset, reward_funcs, feedback_funcs, kwargs)
+        options = {"tools": tools, "environment_factory": environment_factory}
+        data = check_inputs(args, train_dataset, eval_dataset, reward_funcs, feedback_funcs, options)
         self.grade = grade
         self.meters = [InformationMeter(args.information_denominator) for _ in range(1 + _splits(args))]
         self.meter = self.meters[0]  # of the half-batch at work
@@ -187,7 +197,7 @@ class PGPOTrainer(SeamTrainer):
         self.token_details: dict[int, list[TokenDetail]] = {}  # of the rows in host.watched
         self._behind = False  # whether the student has moved since the teacher followed
         self._degenerate = {"flat": 0, "inactive": 0}  # so many generations in a row
-        _release(model, kwargs.get("optimizers"))
+        _release(model, optimizers)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -195,11 +205,18 @@ class PGPOTrainer(SeamTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
             feedback_funcs=feedback_funcs,
             host=host or Host(),
             reads_contexts=args.distills and data[0].may_hold(CONTEXT_COLUMN),
             judges_late=data[0].late,
-            **kwargs,
         )
         self.prompts, self.teacher_prompt_limit = check_model(self, *data)
         self.prompt_limit = self.prompts.limit, self.prompts.limit_name
@@ -230,7 +247,7 @@ class PGPOTrainer(SeamTrainer):
     @property
     def follows_rewards(self) -> bool:
         """Whether TRL's policy loss, on advantages, is all of the loss or a part of it."""
-        return not self.distills or self.args.distillation_weight < 1
+        return self.args.follows_rewards
 
     def judge(self, rows: list[dict[str, Any]], first: int) -> None:
         check_rows(self.prompts, rows, first, bool(self.environment_factories))

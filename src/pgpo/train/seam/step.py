@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -62,6 +63,13 @@ _LOSS_INPUTS = {
     "ref_per_token_logps": 0,
     "sampling_per_token_logps": 0,
     "importance_sampling_ratio": 1,
+}
+# Methods that a subclass may override for TRL's trainer, which calls them, and for nothing here.
+_NEVER_CALLED = {
+    "compute_loss": "override `optimize`",
+    "prediction_step": "pass grade=, or override `evaluate`",
+    "evaluation_loop": "pass grade=, or override `evaluate`",
+    "get_eval_dataloader": "pass eval_dataset, or override `evaluate`",
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -199,6 +207,15 @@ class StepSeam(GRPOTrainer):
 
     def forget_step(self) -> None:
         """Undo what `optimize` has noted of a step that is skipped."""
+
+    @classmethod
+    def unused_override(cls, distills: bool) -> str | None:
+        """Which method of a user's subclass would never be called, as a sentence."""
+        policy = {"_compute_loss": "override `optimize`, or use objective='grpo'"} if distills else {}
+        for name, remedy in (_NEVER_CALLED | policy).items():
+            if getattr(cls, name) is not getattr(GRPOTrainer, name):
+                return f"{cls.__name__} overrides {name}, which PGPOTrainer never calls; {remedy}."
+        return None
 
     # Services for the subclass ----------------------------------------------------------------------------------
 
@@ -460,6 +477,9 @@ class StepSeam(GRPOTrainer):
             self.distrust(self.last_rollout.problem, here=None)
         with self.compute_loss_context_manager():
             loss = self.optimize(model, batch)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         self._step += 1
         end = time.perf_counter()
         self.record("generation_seconds", generated - start)

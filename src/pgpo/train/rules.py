@@ -1,0 +1,264 @@
+"""What the values of a PGPOConfig must fulfil, as tables: ranges, choices, and combinations that cannot work.
+
+The first row that is broken is told, in one sentence. What TRL, transformers and torch would find out late, in their
+own words, or never, stands here too. Fields that would do nothing are in fields.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any
+
+from pgpo.core.divergence import KINDS, check_divergence
+from pgpo.errors import UserError
+from pgpo.train.guard import GUARDS
+
+LOSSES = ("grpo", "sapo", "dr_grpo", "luspo", "dapo", "cispo", "vespo", "bnpo")  # of TRL's GRPO
+# Their update is not linear in lr (averages weighted by lr), or has no step() of its own to scale.
+_UNSCALABLE_OPTIMIZERS = ("schedule_free", "lomo", "adalomo", "rprop", "asgd", "layerwise")
+
+Range = tuple[Callable[[Any], bool], str]
+_NOT_NEGATIVE: Range = (lambda v: v >= 0, "it must be 0 or more")
+_POSITIVE: Range = (lambda v: v > 0, "it must be above 0")
+_SHARE: Range = (lambda v: 0 <= v <= 1, "it must lie in [0, 1]")
+_BELOW_ONE: Range = (lambda v: 0 <= v < 1, "it must lie in [0, 1)")
+_FROM_ZERO: Range = (lambda v: v >= 0, "it must be at least 0")
+_FROM_ONE: Range = (lambda v: v >= 1, "it must be at least 1")
+_LIMIT: Range = (lambda v: v >= 1, "it must be at least 1 token or row, or None for no limit")
+_NUCLEUS: Range = (lambda v: 0 < v <= 1, "nucleus sampling needs a share in (0, 1]")
+_SEED: Range = (lambda v: 0 <= v < 2**32, "a seed must be between 0 and 4294967295")
+# None passes: it is a value of the fields that may be None.
+RANGES: dict[str, Range] = {
+    "learning_rate": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "max_grad_norm": (lambda v: v >= 0, "it must be 0 (no clipping) or more"),
+    "adam_beta1": _BELOW_ONE,
+    "adam_beta2": _BELOW_ONE,
+    "adam_epsilon": _NOT_NEGATIVE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "num_train_epochs": _POSITIVE,
+    "max_steps": (lambda v: v == -1 or v >= 1, "it must be at least 1, or -1 to count in num_train_epochs"),
+    "gradient_accumulation_steps": _FROM_ONE,
+    "per_device_train_batch_size": _FROM_ONE,
+    "steps_per_generation": _FROM_ONE,
+    "num_iterations": _FROM_ONE,
+    "logging_steps": _POSITIVE,
+    "eval_steps": _POSITIVE,
+    "save_steps": _POSITIVE,
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "torch_empty_cache_steps": _FROM_ONE,
+    "temperature": (lambda v: v > 0, "student and teacher logits are divided by it, so > 0"),
+    "top_p": _NUCLEUS,
+    "top_k": (lambda v: v >= 0, "it must be 0 (all tokens) or more"),
+    "min_p": _SHARE,
+    "repetition_penalty": _POSITIVE,
+    "beta": _NOT_NEGATIVE,
+    "epsilon": _NOT_NEGATIVE,
+    "epsilon_high": _NOT_NEGATIVE,
+    "reward_timeout": (lambda v: v > 0, "it must be seconds above 0, or None for no limit"),
+    "rank_timeout": (lambda v: v == 0 or v >= 5, "it must be 5 seconds or more, or 0 for no limit"),
+    "information_weight": (lambda v: 0 < v <= 1, "the newest step's share must lie in (0, 1]"),
+    "teacher_rate": (lambda v: 0 <= v <= 1, "a share of the student must lie in [0, 1]"),
+    "num_generations": _FROM_ONE,
+    "distillation_weight": (lambda v: 0 <= v <= 1, "a share of the loss must lie in [0, 1]"),
+    "teacher_sync_steps": _FROM_ONE,
+    "diagnostics_warning_interval": _NOT_NEGATIVE,
+    "diagnostics_flat_tolerance": _NOT_NEGATIVE,
+    "importance_clip": (lambda v: v >= 1, "a ratio's upper clip must be >= 1, or None"),
+    "success_threshold": (math.isfinite, "it must be a finite reward"),
+    "prompts_per_step": _FROM_ONE,
+    "eval_k": _FROM_ONE,
+    "eval_batch_size": _FROM_ONE,
+    "micro_batch_size": _LIMIT,
+    "max_tokens_per_microbatch": _LIMIT,
+    "max_prompt_length": _LIMIT,
+    "max_teacher_prompt_length": _LIMIT,
+    "max_completion_length": _LIMIT,
+    "eval_temperature": (lambda v: v >= 0, "it must be 0 (greedy) or a positive number"),
+    "eval_top_p": _NUCLEUS,
+    "guard_warmup": _FROM_ZERO,
+    "guard_patience": _FROM_ONE,
+    "guard_max_actions": _FROM_ONE,
+}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": ("pgpo", "sdpo", "grpo"),
+    "on_nonfinite": ("stop", "skip"),
+    "teacher": ("ema", "live", "frozen", "trust_region"),
+    "divergence": (*KINDS, "sampled_token"),
+    "demonstration": ("first", "random"),
+    "feedback_mode": ("without_demonstration", "always", "never"),
+    "rho_law": ("exponential", "smooth"),
+    "information_source": ("same_batch", "lagged", "cross_fit"),
+    "information_baseline": ("zero", "running_mean"),
+    "information_denominator": ("all", "hinted"),
+    "modulated_weight_decay": ("scaled", "fixed"),
+    "guard": GUARDS,
+    # TRL's, which it looks at in the first step
+    "loss_type": LOSSES,
+    "scale_rewards": ("group", "batch", "none"),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_mode": ("colocate", "server"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
+
+
+def _scalable(c: Any) -> bool:
+    return not any(name in str(c.optim).lower() for name in _UNSCALABLE_OPTIMIZERS)
+
+
+def _learns_alone(c: Any) -> bool:
+    """Whether one completion per question can have a teacher; whether there is feedback, only the trainer knows."""
+    return c.distills and (c.feedback_mode != "never" or c.allow_own_success)
+
+
+def _named(value: Any, key: str) -> Any:
+    """An entry of a field that may hold a mapping."""
+    return value.get(key) if isinstance(value, Mapping) else None
+
+
+# (what cannot work, the sentence); {c.x} is a field's value
+Combination = tuple[Callable[[Any], object], str]
+COMBINATIONS: tuple[Combination, ...] = (
+    (
+        lambda c: c.num_generations is None,
+        "num_generations is None; give the completions per question, the paper takes 8.",
+    ),
+    (
+        lambda c: c.join_siblings and not c.share_teacher_prompts,
+        "join_siblings needs share_teacher_prompts, which is off; set it, or leave join_siblings out.",
+    ),
+    (
+        lambda c: c.alpha_steps is not None and (c.alpha_end is None or c.alpha_steps < 1),
+        "alpha_steps is {c.alpha_steps}; set it >= 1 and together with alpha_end.",
+    ),
+    (
+        lambda c: c.information_weight != 1 and c.information_source != "lagged",
+        "information_weight is {c.information_weight}, but information_source is {c.information_source!r}; only "
+        "'lagged' averages over earlier steps.",
+    ),
+    (
+        lambda c: c.information_source == "cross_fit" and c.prompts_per_step == 1,
+        "information_source='cross_fit' splits a step's questions into two halves, but prompts_per_step is 1; use 2 "
+        "or more, or 'lagged'.",
+    ),
+    (
+        lambda c: c.rho_file is not None and (c.objective, c.information_source) != ("pgpo", "same_batch"),
+        "rho_file replaces the law of objective='pgpo' with information_source='same_batch'; here they are "
+        "{c.objective!r} and {c.information_source!r}.",
+    ),
+    (
+        lambda c: c.guard == "off" and c.guard_signals is not None,
+        "guard_signals is {c.guard_signals!r}, but guard is 'off'; set guard, e.g. 'warn'.",
+    ),
+    (
+        lambda c: c.guard == "off" and c.guard_limits is not None,
+        "guard_limits is {c.guard_limits!r}, but guard is 'off'; set guard, e.g. 'warn'.",
+    ),
+    (
+        lambda c: c.guard != "off" and not c.guarded_signals(),
+        "guard is {c.guard!r}, but there is no signal to watch.",
+    ),
+    (
+        lambda c: c.guard.endswith("_teacher") and c.objective == "grpo",
+        "guard={c.guard!r} acts on a teacher that follows the student, and objective='grpo' has none; use "
+        "'halve_step', 'rollback' or 'warn'.",
+    ),
+    (
+        lambda c: c.guard.endswith("_teacher") and c.teacher != "ema",
+        "guard={c.guard!r} acts on a teacher that follows the student, and teacher={c.teacher!r} has none; use "
+        "'halve_step', 'rollback' or 'warn'.",
+    ),
+    (
+        lambda c: c.guard in ("halve_step", "rollback") and not _scalable(c),
+        "guard={c.guard!r} halves steps, but the update of optim={optim!r} is not linear in the learning rate; use "
+        "adamw_torch, or another guard.",
+    ),
+    (
+        lambda c: c.objective == "pgpo" and not _scalable(c),
+        "optim is {optim!r}, whose update is not linear in the learning rate, so rho cannot act; use adamw_torch, or "
+        "objective='sdpo'.",
+    ),
+    (
+        lambda c: c.num_generations == 1 and not _learns_alone(c),
+        "num_generations is 1; with fewer than 2 completions per question no sibling can be a demonstration (and no "
+        "group has an advantage); use 2 or more, the paper takes 8.",
+    ),
+    (
+        lambda c: not c.use_successful_as_teacher and c.feedback_mode == "never",
+        "use_successful_as_teacher is False and feedback_mode is 'never', so that no sample has a teacher; change one "
+        "of them.",
+    ),
+    (
+        lambda c: c.teacher_sync_steps != 1 and c.teacher != "ema",
+        "teacher_sync_steps is {c.teacher_sync_steps}, but teacher={c.teacher!r} follows no student; leave it at 1, or "
+        "use teacher='ema'.",
+    ),
+    (
+        lambda c: c.distillation_weight != 1 and not c.distills,
+        "distillation_weight is {c.distillation_weight}, but objective='grpo' has no distillation; leave it at 1, or "
+        "use 'sdpo' or 'pgpo'.",
+    ),
+    (
+        lambda c: c.distillation_weight != 1 and c.information_source == "cross_fit",
+        "distillation_weight is {c.distillation_weight}, but information_source='cross_fit' scales each half of the "
+        "distillation by itself, and the policy loss has no halves; use 'same_batch' or 'lagged'.",
+    ),
+    (
+        lambda c: c.reward_weights is not None and not all(isinstance(w, Real) for w in c.reward_weights),
+        "reward_weights is {c.reward_weights!r}; it must be a list of numbers.",
+    ),
+)
+
+# Of fields that TRL reads from JSON and files, after it has done so.
+PARSED: tuple[Combination, ...] = (
+    (
+        lambda c: _named(c.model_init_kwargs, "torch_dtype") is not None,
+        "model_init_kwargs names torch_dtype, which is not read, so that the weights would be fp32; name it dtype.",
+    ),
+    (
+        lambda c: c.objective != "grpo" and _named(c.generation_kwargs, "temperature") is not None,
+        "generation_kwargs sets temperature, but student and teacher logits are divided by the field temperature; set "
+        "that.",
+    ),
+    (
+        lambda c: getattr(c.accelerator_config, "split_batches", False),
+        "accelerator_config sets split_batches, so that a step would have fewer rows than configured; leave it off.",
+    ),
+    (
+        lambda c: (
+            _named(getattr(c.accelerator_config, "gradient_accumulation_kwargs", None), "num_steps") not in (None, 1)
+        ),
+        "accelerator_config sets gradient_accumulation_kwargs.num_steps; set gradient_accumulation_steps.",
+    ),
+)
+
+
+def check_values(c: Any) -> None:
+    """Each value by itself, and the numbers of law and divergence. Raises UserError."""
+    for name, (holds, text) in RANGES.items():
+        value = getattr(c, name)
+        if value is not None and not holds(value):
+            raise UserError(f"{name} is {value}; {text}.")
+    for name, allowed in CHOICES.items():
+        if getattr(c, name) not in allowed:
+            raise UserError(f"{name} is {getattr(c, name)!r}; choose one of {', '.join(allowed)}.")
+    try:
+        c.law(0)
+        if c.divergence != "sampled_token":
+            check_divergence(c.divergence, c.divergence_beta, c.divergence_top_k or None)
+        if c.alpha_end is not None:
+            c.law_of(c.alpha_end)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def check_combinations(c: Any, rows: tuple[Combination, ...] = COMBINATIONS) -> None:
+    """Values that cannot work together; the batch is folded by now. Raises UserError."""
+    for broken, sentence in rows:
+        if broken(c):
+            raise UserError(sentence.format(c=c, optim=str(c.optim)))
