@@ -222,7 +222,7 @@ class PGPOConfig(GRPOConfig):
             self.chat_template_kwargs = {"enable_thinking": False}  # paper: thinking off; other templates ignore it
         # TRL wants eval batches in multiples of the group; evaluation does not go through its loop.
         self.per_device_eval_batch_size: int | None = self.num_generations_eval or self.num_generations
-        completions: int = self.num_generations or 1  # type: ignore[has-type]
+        completions: int = self.num_generations or 1
         if completions == 1:
             self.num_generations: Any = _One()
         try:
