@@ -237,6 +237,7 @@ A_READER_SAYS_B = [
     # option texts that hold another option's letter
     "B: 45 N/C",
     "B: vitamin A",
+    "B: between 0°C and 100°C",
     r"B: $\mathrm{C}_{6}\mathrm{H}_{6}$",
     "B: CCOC(=O)/C(F)=C(/C)c1cc2c(cc1OC)OC(C)(C)C=C2CC",
     "B. B",
@@ -491,6 +492,8 @@ VITAMINS = ["vitamin A", "vitamins A and C", "B vitamins", "none of A, B and C"]
         ("32 pC (B)", ["32 pC", "64 pC", "1 C", "2 C"], None),
         ("64 pC", ["32 pC", "64 pC", "1 C", "2 C"], None),
         ("B. subtilis", ["E. coli", "yeast", "x", "B. subtilis"], None),
+        ("B. subtilis", ["E. coli", "B. subtilis", "x", "yeast"], None),
+        ("C=CCc1cc(C)ccc1C(=O)OC", ["CC", "CCO", "C=CCc1cc(C)ccc1C(=O)OC", "O"], None),
         ("magnetic field (B)", ["x", "y", "magnetic field", "z"], None),
         # a text in other words decides nothing
         ("B: sixty-four", ["32 pC", "64 pC", "1 C", "2 C"], "B"),

@@ -327,7 +327,7 @@ _NAMED = re.compile(
     r"(?:^|[ \n,;/])[(\[] ?([A-Z]) ?[)\]]"
     r"|(?:^|[\n,;&]|\band\b|\bor\b|\boption\b|\bchoice\b) ?[(\[]? ?([A-Z])"
     r"(?= ?[)\].:,;&\n]| ?$| - | ?[–—]| and\b| or\b)"
-    r"|\b([A-Z]) (?:and|or|&) ",
+    r"|(?<![^ \n,;/(\[])([A-Z]) (?:and|or|&) "
 )
 # What turns the letter behind which, or before which, it stands into another statement.
 _DENIED = re.compile(r" ?(?:is|was) (?:not|wrong|incorrect|false)\b", re.IGNORECASE)
@@ -341,15 +341,15 @@ def _named_letter(content: str, labels: Sequence[str], options: Sequence[str] | 
     """The one label that the content names, None if there is none or several."""
     text = _plain(content)
     texts = {label: _bare(_plain(option)) for label, option in zip(labels, options or ())}
-    whole = _bare(text)
+    if len(_bare(text)) > 1 and _bare(text) in texts.values():
+        return None  # a text alone, and should it begin with a letter, as "B cells" does
     for match in filter(None, (_FIRST.match(text), _LAST.search(text))):
         letter = match["letter"]
         if letter not in labels:
             continue
         first = match.re is _FIRST
         rest = text[match.end("letter") :] if first else text[: match.start()]
-        given = {_bare(rest), whole} - {"", letter}
-        spelled = {label for label in texts if texts[label] in given}
+        spelled = {label for label in texts if texts[label] and texts[label] == _bare(rest)}
         if spelled:
             return letter if letter in spelled else None
         if match["joint"] is None:
