@@ -237,6 +237,7 @@ A_READER_SAYS_B = [
     # option texts that hold another option's letter
     "B: 45 N/C",
     "B: vitamin A",
+    "B: between 0°C and 100°C",
     r"B: $\mathrm{C}_{6}\mathrm{H}_{6}$",
     "B: CCOC(=O)/C(F)=C(/C)c1cc2c(cc1OC)OC(C)(C)C=C2CC",
     "B. B",
@@ -246,6 +247,17 @@ A_READER_SAYS_B = [
     "B is the correct answer",
     "B is the answer",
     "(B) is correct",
+    "B because q = 64",
+    "Probably B",
+    "I think B",
+    "We choose option B",
+    "Ans: B",
+    "Solution: B",
+    "64 pC, so B",
+    r"\(B\)",
+    r"\{B\}",
+    r"\begin{array}{c}B\end{array}",
+    r"B \par 64 pC",
     "✅ B",
     "B ✓",
     r"\checkmark B",
@@ -302,6 +314,15 @@ A_READER_SAYS_NOTHING = [
     "A/B",
     "B/C",
     "(A)(B)",
+    "(A)/(B)",
+    "A and/or B",
+    r"\{A, B\}",
+    "from A to B",
+    "blood type B",
+    "B-field",
+    r"\mathbf{B}_0",
+    "qvB",
+    "|B|",
     "(A), (B)",
     "(B) or (C)",
     "B or C",
@@ -361,7 +382,6 @@ A_READER_SAYS_NOTHING = [
     "(A, B)",
     "[A, B]",
     "{A, B}",
-    r"\{A, B\}",
     r"A \text{ and } B",
     r"A \text{ or } B",
     r"\text{A}\text{B}",
@@ -472,6 +492,8 @@ VITAMINS = ["vitamin A", "vitamins A and C", "B vitamins", "none of A, B and C"]
         ("32 pC (B)", ["32 pC", "64 pC", "1 C", "2 C"], None),
         ("64 pC", ["32 pC", "64 pC", "1 C", "2 C"], None),
         ("B. subtilis", ["E. coli", "yeast", "x", "B. subtilis"], None),
+        ("B. subtilis", ["E. coli", "B. subtilis", "x", "yeast"], None),
+        ("C=CCc1cc(C)ccc1C(=O)OC", ["CC", "CCO", "C=CCc1cc(C)ccc1C(=O)OC", "O"], None),
         ("magnetic field (B)", ["x", "y", "magnetic field", "z"], None),
         # a text in other words decides nothing
         ("B: sixty-four", ["32 pC", "64 pC", "1 C", "2 C"], "B"),
@@ -702,7 +724,7 @@ def test_blank_short_answer_is_an_error() -> None:
         grade_short_answer("<answer> </answer>", " ")
 
 
-LONG = 300_000  # characters: more than 8192 tokens hold, and at this length a quadratic step takes minutes
+LONG = 100_000  # characters: more than 8192 tokens hold, and at this length a quadratic step takes a minute
 
 
 @pytest.mark.parametrize(

@@ -507,6 +507,19 @@ def test_the_published_questions_with_a_text_twice_take_either_letter() -> None:
     assert taken == {237: "ABC", 632: "BD", 691: "BC"}
 
 
+@needs_published
+@pytest.mark.parametrize("form", ["{0}: {1}", "({0}) {1}", "{0} {1}", r"\text{{{0}}} - {1}", "{1} ({0})"])
+def test_a_letter_with_its_own_text_is_read_in_every_published_test_question(form: str) -> None:
+    """Texts that name letters (SMILES, vitamins, "A and C") must not hide the letter, and alone must not be one."""
+    for domain in FILE_STEMS:
+        task = load(domain, path=PUBLISHED)
+        for row in task.test:
+            for label, text in zip(row["labels"], row["options"]):
+                grade = task.grade(f"\\boxed{{{form.format(label, text)}}}", row | {"answer": label})
+                assert grade == Grade(1.0, label, True, None), (row["id"], label, text)
+                assert task.grade(f"\\boxed{{{text}}}", row).answer is None, (row["id"], text)
+
+
 @pytest.mark.parametrize("style", ["boxed", "sdpo"])
 def test_the_row_says_where_the_prompt_opened_the_thinking(tmp_path: Path, style: str) -> None:
     task = load("physics", path=write_split(tmp_path), style=style, check=False)

@@ -276,7 +276,7 @@ def _last_box(text: str) -> tuple[str | None, int]:
 
 # Commands that change the looks of what follows, or nothing; with one backslash, or two as in JSON.
 _LOOKS = (
-    r"\\{1,2}(?:(?:bbox|framebox)(?:\[[^\[\]]{0,40}\])?"
+    r"\\{1,2}(?:(?:bbox|framebox)(?:\[[^\[\]]{0,40}\])?|(?:begin|end)\{[a-z*]{0,40}\}(?:\{[lcr|]{0,40}\})?"
     r"|(?:colorbox|textcolor|color|fcolorbox\{[^{}]{0,40}\}|[hv]space\*?|scalebox)"
     r"(?:\[[^\[\]]{0,40}\])?(?:\{[^{}]{0,40}\})"
     r"|(?:text(?:bf|it|rm|sf|tt|sc|sl|up|md|normal|style)?|math(?:rm|bf|it|sf|tt|cal|bb|frak|scr|normal|bin|ord)"
@@ -286,9 +286,9 @@ _LOOKS = (
     r"(?![A-Za-z]))"
 )
 _PLAIN = re.compile(
-    rf"(?P<line>\\\\(?![A-Za-z])|\\newline(?![A-Za-z])|<br ?/?>)|{_LOOKS}"
+    rf"(?P<line>\\\\(?![A-Za-z])|\\(?:newline|par)(?![A-Za-z])|<br ?/?>)|{_LOOKS}"
     r"|(?P<arrow>\\{1,2}(?:(?:[Ll]ong)?[Rr]ightarrow|implies|to)(?![A-Za-z])|[=-]>)|(?P<break>\\\\)"
-    r"|\\[,;:! ]|</?(?:b|i|u|em|strong)>|[{}$~*`\"“”„«»✓✔✅☑\uFE0F\u200B]"
+    r"|\\[,;:! (){}\[\]]|</?(?:b|i|u|em|strong)>|[{}$~*`\"“”„«»✓✔✅☑\uFE0F\u200B]"
 )
 _MEANING = {"line": "\n", "break": "\n", "arrow": "→"}
 _SINGLE_QUOTES = re.compile(r"['‘]{1,2}([^'‘’]*)['’]{1,2}")
@@ -304,28 +304,30 @@ def _plain(content: str) -> str:
 
 # Words that may stand before the letter without changing what it says.
 _LEAD = (
-    r"(?:(?:the|my|our|so|thus|hence|therefore|is|it|its|it's|final|correct|right|best|most|likely|answer|option|choice"
-    r"|letter|statement|must be|should be|would be|i (?:choose|pick|select|think))\b[ \n:.,=→-]*)*"
+    r"(?:(?:the|my|our|so|thus|hence|therefore|is|it|its|it's|final|correct|right|best|most|likely|probably"
+    r"|answer|ans|solution|option|choice|letter|statement|must be|should be|would be"
+    r"|(?:(?:i|we) )?(?:choose|pick|select|think))\b[ \n:.,=→-]*)*"
 )
 _JOINT = (
     r"(?: ?[)\]]| ?[.,:;!…→]| ?(?:[–—\n]|--+|-(?= |$))| (?=[(\[])|$"
-    r"| is (?:the )?(?:only |most |best |likely )*(?:correct|right|true|answer))"
+    r"| is (?:the )?(?:only |most |best |likely )*(?:correct|right|true|answer)| (?:because|since)\b)"
 )
 _FIRST = re.compile(
     rf"(?i:{_LEAD})(?P<named>(?i:(?<=option )|(?<=choice )))?[(\[]? ?(?P<letter>[A-Z])\b"
     rf"(?P<joint>(?(named)|{_JOINT}))?"
 )
 _LAST = re.compile(
-    r"(?P<joint>(?:^|[ \n])[(\[] ?|(?i:\b(?:option|choice|letter|answer)(?: is)?)[ :]+[(\[]?|[→\n–—] ?[(\[]?)?"
+    r"(?P<joint>(?:^|[ \n])[(\[] ?"
+    r"|(?i:\b(?:option|choice|letter|answer|so|hence|thus|therefore)(?: is)?)[ :,]+[(\[]?|[→\n–—] ?[(\[]?)?"
     r"\b(?P<letter>[A-Z]) ?[)\]]? ?[.!]?$"
 )
 # A letter that is named as an option: in brackets; first, after a comma or a word like "or", if something ends it; or
 # before "or". A slash is no comma: "45 N/C".
 _NAMED = re.compile(
-    r"(?:^|[ \n,;])[(\[] ?([A-Z]) ?[)\]]"
+    r"(?:^|[ \n,;/])[(\[] ?([A-Z]) ?[)\]]"
     r"|(?:^|[\n,;&]|\band\b|\bor\b|\boption\b|\bchoice\b) ?[(\[]? ?([A-Z])"
     r"(?= ?[)\].:,;&\n]| ?$| - | ?[–—]| and\b| or\b)"
-    r"|\b([A-Z]) (?:and|or|&) ",
+    r"|(?<![^ \n,;/(\[])([A-Z]) (?:and|or|&) "
 )
 # What turns the letter behind which, or before which, it stands into another statement.
 _DENIED = re.compile(r" ?(?:is|was) (?:not|wrong|incorrect|false)\b", re.IGNORECASE)
@@ -339,15 +341,15 @@ def _named_letter(content: str, labels: Sequence[str], options: Sequence[str] | 
     """The one label that the content names, None if there is none or several."""
     text = _plain(content)
     texts = {label: _bare(_plain(option)) for label, option in zip(labels, options or ())}
-    whole = _bare(text)
+    if len(_bare(text)) > 1 and _bare(text) in texts.values():
+        return None  # a text alone, and should it begin with a letter, as "B cells" does
     for match in filter(None, (_FIRST.match(text), _LAST.search(text))):
         letter = match["letter"]
         if letter not in labels:
             continue
         first = match.re is _FIRST
         rest = text[match.end("letter") :] if first else text[: match.start()]
-        given = {_bare(rest), whole} - {"", letter}
-        spelled = {label for label in texts if texts[label] in given}
+        spelled = {label for label in texts if texts[label] and texts[label] == _bare(rest)}
         if spelled:
             return letter if letter in spelled else None
         if match["joint"] is None:
