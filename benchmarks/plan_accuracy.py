@@ -264,6 +264,7 @@ def _watch(trainer: Any, spans: list[tuple[str, int, int]], before_rollout: Any 
     wrap(trainer, "_teacher_states", "teacher")
     wrap(trainer, "_distill", "loss")
     wrap(trainer, "grpo_loss", "loss")
+    wrap(trainer, "grpo_scores", "loss")
     wrap(trainer.accelerator, "backward", "backward")
 
 

@@ -76,6 +76,7 @@ CASES: dict[str, dict] = {
     "lora": dict(peft_config=lora),
     "environment": dict(rollout=trainer_kit.environment_rollout, micro_batch_size=2, watch_demonstrations=True),
     "experts": dict(model=trainer_kit.build_experts, router_aux_loss_coef=0.5, micro_batch_size=3),
+    "mixed": dict(distillation_weight=0.3, reward=first_half_fails, micro_batch_size=3),
     # all that TRL's loss has beside its token sum, and a mean over the tokens of the batch
     "grpo_terms": dict(
         objective="grpo",

@@ -584,10 +584,11 @@ class PGPOTrainer(SeamTrainer):
             loads,
         )
         assert output.loss is not None and output.student_logprob is not None and output.teacher_logprob is not None
+        # An idle rank goes the same ways back: ZeRO-3 compares what the ranks run.
+        router_loss = loads[0].loss(load) * (not idle) if loads else torch.zeros((), device=labels.device)
+        loss = output.loss + self.router_aux_loss_coef * router_loss if loads else output.loss
         if idle:
-            return output.loss, torch.zeros(len(Sums.__annotations__), dtype=torch.float64, device=labels.device)
-        router_loss = torch.zeros((), device=labels.device) if not loads else loads[0].loss(load)
-        loss = output.loss if not loads else output.loss + self.router_aux_loss_coef * router_loss
+            return loss, torch.zeros(len(Sums.__annotations__), dtype=torch.float64, device=labels.device)
         lengths = [len(r.labels) for r in rows]
         mask = _mask(lengths).to(labels.device)
 
