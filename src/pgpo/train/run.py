@@ -26,7 +26,6 @@ from trl import get_peft_config, get_quantization_config
 
 from pgpo import runlog
 from pgpo.errors import UserError
-from pgpo.evaluate.avg_at_k import summarize
 from pgpo.evaluate.run import write_records
 from pgpo.runlog import RunLog
 from pgpo.tasks import Row, Task, lab_world
@@ -441,7 +440,9 @@ class _Session(TrainerCallback):
         if file is not None and self.main:  # before the line that says that it is done
             write_records(self.log.directory / file, records)
         if not (self.curve == split == "test" and step and self._evaluated("test", step)):  # the curve has it already
-            self._write_evaluation(step, {"split": split, **summarize(records, self.trainer.args.eval_k).as_dict()})
+            self._write_evaluation(
+                step, {"split": split, **self.trainer.held_out_evaluation.summarize(records).as_dict()}
+            )
 
     def _write_evaluation(self, step: int, values: dict[str, Any]) -> None:
         if not self.main:
@@ -498,7 +499,7 @@ class _Session(TrainerCallback):
         return samples
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
-        values = {k.removeprefix("eval_"): v for k, v in metrics.items()}
+        values = {k: metrics[f"eval_{k}"] for k in runlog.EVALUATIONS if f"eval_{k}" in metrics}
         self._write_evaluation(state.global_step, {"split": self.curve, **values})
 
     def _alarm(self, line: dict[str, Any], text: str) -> None:

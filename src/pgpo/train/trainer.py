@@ -16,7 +16,6 @@ Departures from lasgroup/SDPO and from TRL's SDPOTrainer are listed in docs/METH
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import json
 import logging
@@ -44,21 +43,22 @@ from pgpo.core import (
 )
 from pgpo.core.stepping import Modulation
 from pgpo.errors import UserError
-from pgpo.evaluate.avg_at_k import Record, summarize
-from pgpo.evaluate.run import evaluate
-from pgpo.evaluate.runners import TransformersRunner
+from pgpo.evaluate.avg_at_k import Record
 from pgpo.teacher import ContextTemplates, Teacher, build_contexts
 from pgpo.teacher.weights import reshard
 from pgpo.train import batching, zero
 from pgpo.train.adapters import adapter_problem
 from pgpo.train.batching import Bundle, Limits
 from pgpo.train.config import ROW_MEAN_LOSSES, PGPOConfig
-from pgpo.train.field_types import file_name
+from pgpo.train.field_types import file_name, shown
 from pgpo.train.guard import CollapseGuard, GuardActions
+from pgpo.train.held_out import HeldOut
 from pgpo.train.multiplier import StepMultiplier
 from pgpo.train.passes import Passes, States, causal_lm, head_error, head_problem, joins, open_forward
 from pgpo.train.sharding import keep_precision, shard, sharding_problem
-from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, sampling_explained, torch_optimizer
+from pgpo.train.success import deciding
+from pgpo.train.trl_seam import Batch, Prompt, Rollout, SeamTrainer, function_name, torch_optimizer
+from pgpo.train.user_functions import is_async
 
 TEACHER_FILE = "pgpo_teacher.safetensors"
 STATE_FILE = "pgpo_state.json"
@@ -123,10 +123,10 @@ class PGPOTrainer(SeamTrainer):
         feedback_funcs: called like reward functions; each returns one text or None per completion, on the sample's
             own attempt. The teacher reads the first text found (`args.feedback_mode`).
         grade: (completion text, dataset row) -> pgpo.tasks.graders.Grade, for held-out evaluation; by default the
-            weighted sum of the reward functions, one completion at a time.
+            reward functions, called as in training, the one that decides on success (`args.success_reward`) counting.
 
     Held-out evaluation (`eval_strategy`, `trainer.evaluate()`) samples `eval_k` completions per row of
-    `eval_dataset` at `eval_temperature` and reports avg@k with an interval clustered by question.
+    `eval_dataset` at `eval_temperature` and reports avg@k with an interval clustered by question (held_out.py).
 
     Raises:
         UserError: what cannot work, in one sentence with the remedy.
@@ -151,11 +151,11 @@ class PGPOTrainer(SeamTrainer):
         if not isinstance(args, PGPOConfig):
             raise UserError(f"args is a {type(args).__name__}; PGPOTrainer needs a PGPOConfig (same fields and more).")
         _check_inputs(args, train_dataset, reward_funcs, kwargs)
+        _check_evaluation_inputs(args, eval_dataset, grade)
         if feedback_funcs is None:
             feedback_funcs = []
         elif not isinstance(feedback_funcs, list):
             feedback_funcs = [feedback_funcs]
-        self.grade = grade
         self.meters = [InformationMeter(args.information_denominator) for _ in range(1 + _splits(args))]
         self.meter = self.meters[0]  # of the half-batch at work
         self.multiplier = StepMultiplier(args)
@@ -179,7 +179,9 @@ class PGPOTrainer(SeamTrainer):
             feedback_funcs=feedback_funcs,
             **kwargs,
         )
+        self.held_out_evaluation = HeldOut(self, grade)
         self._check_model(train_dataset)
+        self._check_evaluation()
         if self.accelerator.is_fsdp2:
             keep_precision(self.accelerator)
         if self.is_deepspeed_enabled:
@@ -208,6 +210,7 @@ class PGPOTrainer(SeamTrainer):
 
     def annotate(self, batch: Batch, rollout: Rollout) -> Batch:
         mine = range(len(rollout.prompts))[rollout.local]
+        success = rollout.rewards if rollout.success is None else rollout.success
         self._log_rollout(rollout, batch["completion_mask"])
         if not self.distills:
             if math.isinf(self.recorded("reward_std") or 0.0):
@@ -218,6 +221,8 @@ class PGPOTrainer(SeamTrainer):
                 )
             return batch
         a = self.args
+        if self.accelerator.is_main_process:
+            self.success.warn_once(success, self.say)
         rendered: dict[str, list[int]] = {}  # siblings share one or two teacher prompts
 
         def render(prompt: Prompt) -> list[int]:
@@ -231,7 +236,7 @@ class PGPOTrainer(SeamTrainer):
             contexts = build_contexts(
                 rollout.prompts,
                 rollout.completions,
-                rollout.rewards,
+                success,
                 a.num_generations,
                 feedback=rollout.feedback,
                 success_threshold=a.success_threshold,
@@ -252,7 +257,7 @@ class PGPOTrainer(SeamTrainer):
         batch["teacher_prompt_ids"] = [None if prompt is None else render(prompt) for prompt in prompts]
         batch["row"] = torch.arange(len(mine))
         batch["half"] = torch.tensor([i // a.num_generations % 2 for i in mine])
-        batch["solved"] = torch.tensor([rollout.rewards[i] >= a.success_threshold for i in mine])
+        batch["solved"] = torch.tensor([self.success.right(success[i]) for i in mine])
         if a.watch_demonstrations:
             shown: dict[int, list[int]] = {}  # demonstration of this rank -> the prompt that shows it
             for i in mine:
@@ -287,8 +292,10 @@ class PGPOTrainer(SeamTrainer):
                 )
 
     def _log_rollout(self, rollout: Rollout, completion_mask: Tensor) -> None:
-        rewards = [r for r in rollout.rewards if not math.isnan(r)]
-        self.record("success_share", sum(r >= self.args.success_threshold for r in rewards) / max(len(rewards), 1))
+        if rollout.success is not None:
+            # None of a reward that decides is no success; a sample that no function rewards is not counted.
+            counted = [s for s, r in zip(rollout.success, rollout.rewards, strict=True) if not math.isnan(r)]
+            self.record("success_share", sum(map(self.success.right, counted)) / max(len(counted), 1))
         for ours, trl in _TRL_METRICS.items():
             if (value := self.recorded(trl)) is not None:
                 self.record(ours, value)
@@ -811,6 +818,8 @@ class PGPOTrainer(SeamTrainer):
     ) -> dict[str, float]:
         """avg@k, pass@k and maj@k on held-out rows, with the evaluation's own sampling; logged like any metric."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, str) and isinstance(self.eval_dataset, dict):
+            data = self.eval_dataset.get(data)
         if isinstance(data, dict):
             results: dict[str, float] = {}
             for name, part in data.items():
@@ -818,81 +827,33 @@ class PGPOTrainer(SeamTrainer):
             return results
         if data is None:
             raise UserError("there is no eval_dataset to evaluate on; pass one to the trainer or to evaluate().")
-        rows = list(data)
-        if not rows or any("prompt" not in row for row in rows):
-            raise UserError("eval_dataset needs rows, each with a 'prompt' (chat messages or text); check its columns.")
-        self.last_records = self.held_out_records(rows)
-        summary = summarize(self.last_records, self.args.eval_k).as_dict()
-        metrics = {
-            f"{metric_key_prefix}_{name}": value for name, value in summary.items() if isinstance(value, (int, float))
-        }
+        outcome = self.held_out_evaluation.run(data)
+        self.last_records = outcome.records
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.held_out_evaluation.metrics(outcome).items()}
         self.model.eval()  # TRL files a log under train or eval by the model's mode; the next step trains again
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def held_out_records(self, rows: list[dict[str, Any]], seed: int | None = None) -> list[Record]:
-        """`eval_k` graded completions for every row, gathered from all ranks."""
-        if self.accelerator.is_fsdp2 and not hasattr(self.model, "reshard"):
-            raise UserError("FSDP shards the model when training begins, so evaluate after it, or set eval_on_start.")
-        rows = [{"id": str(i), "domain": "", **row} for i, row in enumerate(rows)]
-        seed = self.args.seed if seed is None else seed
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        mine = rows[rank::ranks]
-        filled = mine
-        if len(mine) * ranks < len(rows) and (self.args.use_vllm or self.gathers_layers):
-            # vLLM and FSDP need every rank in every call: a short rank repeats a question and drops it again.
-            filled = [*mine, {**rows[0], "id": "filler"}]
-        if self.args.use_vllm:
-            records = evaluate(filled, self._vllm_generate, self._grade, self.args.eval_k, seed)
-        else:
-            with self.generation_model() as model, sampling_explained(f"after step {self.state.global_step}"):
-                runner = TransformersRunner(
-                    model,
-                    self.tokenizer,
-                    temperature=self.args.eval_temperature,
-                    top_p=self.args.eval_top_p,
-                    max_new_tokens=self.args.max_completion_length,
-                    batch_size=self.args.eval_batch_size,
-                    chat_template_kwargs=self.args.chat_template_kwargs,
-                )
-                records = evaluate(filled, runner, self._grade, self.args.eval_k, seed) if filled else []
-        self.raise_together()
-        return self.gather_objects(records[: len(mine) * self.args.eval_k])
+    def held_out_records(self, rows: Sequence[Mapping[str, Any]], seed: int | None = None) -> list[Record]:
+        """`eval_k` graded completions for every row, gathered from all ranks, in the order of the rows."""
+        return self.held_out_evaluation.run(rows, seed).records
 
-    def _vllm_generate(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:
-        """TRL's vLLM engine as a `generate` callable, with the evaluation's sampling; its seed is the engine's."""
-        repeated = [ids for ids in map(self.render, prompts) for _ in range(k)]
-        with self.vllm_sampling(self.args.eval_temperature, self.args.eval_top_p) as engine:
-            _, completions, _, _ = engine.generate(prompts=repeated, images=None, num_generations=k)
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        return [texts[i * k : (i + 1) * k] for i in range(len(prompts))]
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but a `metric_for_best_model` that no evaluation gives is found before the first step."""
+        self._check_best_metric()
+        return super().train(*args, **kwargs)
 
-    def _grade(self, text: str, row: Mapping[str, Any]) -> Any:
-        if self.grade is not None:
-            return self.grade(text, row)
-        from pgpo.tasks.graders import Grade
+    def _check_evaluation(self) -> None:
+        if self.eval_dataset is not None:
+            self.held_out_evaluation.check(self.eval_dataset)
+        if self.args.load_best_model_at_end or self.args.save_strategy == "best":
+            self._check_best_metric()
 
-        prompt = row["prompt"]
-        completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        columns = {k: [v] for k, v in row.items() if k not in ("prompt", "completion")}
-        reward = 0.0
-        functions: list[Any] = self.reward_funcs
-        for function, weight in zip(functions, self.reward_weights.tolist()):
-            if isinstance(function, nn.Module) or inspect.iscoroutinefunction(function):
-                raise UserError("a reward model or async reward cannot grade held-out completions; pass grade=.")
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            value = function(
-                prompts=[prompt],
-                completions=[completion],
-                completion_ids=[ids],
-                trainer_state=self.state,
-                log_extra=lambda *_: None,
-                log_metric=lambda *_: None,
-                **columns,
-            )[0]
-            reward += weight * (value or 0.0)
-        return Grade(reward=reward, answer=None, well_formed=True, feedback=None)
+    def _check_best_metric(self) -> None:
+        own = "evaluate" not in vars(self) and type(self).evaluate is PGPOTrainer.evaluate
+        if own and self.eval_dataset is not None:
+            self.held_out_evaluation.check_best_metric(self.eval_dataset)
 
     # Checks ---------------------------------------------------------------------------------------------------------
 
@@ -945,6 +906,9 @@ class _GuardWatches(TrainerCallback):
 def _check_inputs(args: PGPOConfig, train_dataset: Any, reward_funcs: Any, kwargs: Mapping[str, Any]) -> None:
     if not reward_funcs:
         raise UserError("reward_funcs is empty; pass a function that grades completions (1.0 = right).")
+    if not kwargs.get("environment_factory"):  # an environment may bring a reward of its own
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        deciding(args.success_reward, [function_name(f) for f in functions], args.objective != "grpo")
     if args.objective != "grpo":
         for name in ("tools", "environment_factory"):
             if kwargs.get(name):
@@ -962,6 +926,19 @@ def _check_inputs(args: PGPOConfig, train_dataset: Any, reward_funcs: Any, kwarg
                 f"train_dataset has {len(train_dataset)} rows, fewer than prompts_per_step = {args.prompts_per_step}; "
                 "lower prompts_per_step."
             )
+
+
+def _check_evaluation_inputs(args: PGPOConfig, eval_dataset: Any, grade: Any) -> None:
+    if args.eval_strategy != "no" and eval_dataset is None:
+        raise UserError(
+            f"eval_strategy is {str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r}, but there is no "
+            "eval_dataset; pass one, or set eval_strategy='no'."
+        )
+    if grade is not None and (not callable(grade) or is_async(grade)):
+        raise UserError(
+            f"grade is {'an async function' if callable(grade) else shown(grade)}; pass a plain function (completion "
+            "text, dataset row) -> pgpo.tasks.graders.Grade."
+        )
 
 
 def _templates(args: PGPOConfig) -> ContextTemplates:
