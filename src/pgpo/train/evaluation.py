@@ -41,6 +41,10 @@ class EvalArguments(TaskArguments):
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     records: str | None = field(default=None, metadata={"help": "Write the graded completions to this JSONL file."})
 
+    # Of the run that is evaluated, if it is one: options of generation and of the chat template.
+    generation: dict[str, Any] = field(default_factory=dict, init=False)
+    template: dict[str, Any] = field(default_factory=dict, init=False)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.split not in ("test", "validation", "train"):
@@ -77,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
         values = vars(parser.parse_args(list(argv)))
     del values["model"]
     args = make(EvalArguments, values)
+    args.generation, args.template = generation, stored.get("chat_template_kwargs") or {}
     quiet()
     if not torch.cuda.is_available():
         torch.set_num_threads(1) if args.task == "lab_world" else None
@@ -84,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     rows = getattr(task, args.split)[: args.rows]
     if not rows:
         raise UserError(f"the {args.split} split holds no questions; choose another --split.")
-    generate = _generator(model_folder(name), args, rows, generation, stored.get("chat_template_kwargs"))
+    generate = _generator(model_folder(name), args, rows)
     right = stored.get("success_threshold", RIGHT)
 
     student = evaluate(rows, generate, task.grade, args.k, args.seed)
@@ -144,17 +149,14 @@ def generation_of(stored: Mapping[str, Any], use_vllm: bool) -> dict[str, Any]:
     return dict(options)
 
 
-def _generator(
-    model: str, args: EvalArguments, rows: Sequence[Row], generation: dict[str, Any], template: dict[str, Any] | None
-) -> Generate:
-    """Samples with these arguments; stops, forbidden words and template options are those of the run, if it is one."""
+def _generator(model: str, args: EvalArguments, rows: Sequence[Row]) -> Generate:
     sampling: dict[str, Any] = {
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_new_tokens": args.max_new_tokens,
         # paper: thinking off; other templates ignore it
-        "chat_template_kwargs": template or {"enable_thinking": False},
-        "generation": generation,
+        "chat_template_kwargs": args.template or {"enable_thinking": False},
+        "generation": args.generation,
     }
     if args.use_vllm:
         return VLLMRunner(model, **sampling)

@@ -33,7 +33,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from pgpo.errors import UserError
-from pgpo.evaluate.runners import TransformersRunner, answer_text, render_prompt, shared_options
+from pgpo.evaluate.runners import TransformersRunner, answer_text, render_prompt, shared_options, trimmed
 from pgpo.teacher.weights import TEACHER_ADAPTER
 from pgpo.train import checkpoint as checkpoints
 from pgpo.train import zero
@@ -121,6 +121,9 @@ class SeamTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         decides = deciding(self.args.success_reward, self.reward_func_names, self.args.objective != "grpo")
         self.success = Success(decides, self.args.success_threshold)
+        if self.args.objective != "grpo":
+            # TRL cuts a completion behind these alone; what fills it up behind a stop of the user's would be trained.
+            self.eos_token_ids = list(dict.fromkeys(self._stops))
 
     # Hooks ----------------------------------------------------------------------------------------------------
 
@@ -351,7 +354,7 @@ class SeamTrainer(GRPOTrainer):
 
     def ended(self, ids: list[int]) -> bool:
         """Whether a completion ends by a stop token, not at the length limit; as TRL judges."""
-        return ids[-1] in (*self.eos_token_ids, self.tokenizer.pad_token_id)
+        return ids[-1] in (*self._stops, self.tokenizer.pad_token_id)
 
     @contextlib.contextmanager
     def _vllm_sampling(self, temperature: float, top_p: float) -> Iterator[Any]:
@@ -556,7 +559,33 @@ class SeamTrainer(GRPOTrainer):
     ) -> Any:
         if self._held_out is not None:
             return self._held_out.sample(prompt_ids, num_generations), None
-        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
+        with self._stop_strings_known() as by_string:
+            ids, logprobs = super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, **kwargs
+            )
+        return [trimmed(row, self._stops, self.generation_config) for row in ids] if by_string else ids, logprobs
+
+    @contextlib.contextmanager
+    def _stop_strings_known(self) -> Iterator[bool]:
+        """transformers needs the tokenizer for `stop_strings`, which TRL does not hand over. Whether there are any."""
+        if self.use_vllm or not self.generation_config.stop_strings:
+            yield False
+            return
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        model.generate = functools.partial(model.generate, tokenizer=self.tokenizer)
+        try:
+            yield True
+        finally:
+            del model.generate
+
+    @property
+    def _stops(self) -> list[int]:
+        """Every token that ends a completion."""
+        if self.use_vllm:
+            own = (self.args.generation_kwargs or {}).get("stop_token_ids")
+        else:
+            own = self.generation_config.eos_token_id
+        return [*self.eos_token_ids, *([] if own is None else [own] if isinstance(own, int) else own)]
 
     def _tokenize_prompts(self, prompts: list[Prompt]) -> Any:
         repeats = 1 if self._held_out is None else self._held_out.repeats
