@@ -324,9 +324,10 @@ class SeamTrainer(GRPOTrainer):
         Every rank must call it, with equally many prompts.
         """
         if self.tools:
-            asynchronous, plain = ({t.__name__: t for t in self._standalone_tools if is_async(t) is a} for a in (1, 0))
+            tools = {t.__name__: t for t in self._standalone_tools}
+            asynchronous = {name: t for name, t in tools.items() if is_async(t)}
             self._async_tool_dicts: Any = [asynchronous] * len(prompts)
-            self._sync_tool_dicts: Any = [plain] * len(prompts)
+            self._sync_tool_dicts: Any = [{n: t for n, t in tools.items() if n not in asynchronous}] * len(prompts)
         _, ids, _, completions, *_ = self._generate(prompts)
         return ids, completions
 
