@@ -492,6 +492,8 @@ def test_a_metric_that_cannot_be_stops_before_the_first_step(tmp_path):
 def test_evaluation_without_a_dataset_is_refused_at_construction(tmp_path):
     with pytest.raises(UserError, match="eval_strategy is 'steps', but there is no eval_dataset"):
         trainer_kit.trainer(tmp_path, eval_strategy="steps", eval_steps=1)
+    with pytest.raises(UserError, match="eval_on_start is True, but there is no eval_dataset"):
+        trainer_kit.trainer(tmp_path, eval_on_start=True)
 
 
 @pytest.mark.parametrize("objective", ["pgpo", "sdpo", "grpo"])

@@ -102,13 +102,14 @@ def summarize(
     which a completion is right; None if none says so.
     Raises UserError when there are no records, or a question has not k completions.
     """
+    questions = len(_by_question(records, k))
     forms = [record["well_formed"] for record in records if record["well_formed"] is not None]
     passed = None if right is None else estimate(pass_scores(records, k, right), bootstrap_seed)
     judged = bool(forms) or any(record["answer"] is not None for record in records)
     voted = None if right is None or not judged else estimate(maj_scores(records, k, right), bootstrap_seed)
     return Summary(
         k=k,
-        questions=len(_by_question(records, k)),
+        questions=questions,
         avg_at_k=estimate(avg_scores(records, k), bootstrap_seed),
         pass_at_k=passed,
         maj_at_k=voted,

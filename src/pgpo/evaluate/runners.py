@@ -184,8 +184,8 @@ def trimmed(ids: list[int], stops: Sequence[int], config: GenerationConfig) -> l
 
 def _text(tokenizer: Any, prompt: Any, prompt_ids: list[int], ids: list[int], stopped: Any) -> str:
     """The answer in sampled ids, as reward functions get it in training: TRL parses what has a response template."""
-    templates = (getattr(tokenizer, name, None) for name in ("response_template", "response_schema"))
-    if not isinstance(prompt, str) and any(template is not None for template in templates):
+    form = "response_template" if hasattr(tokenizer, "response_template") else "response_schema"  # before 5.13
+    if not isinstance(prompt, str) and getattr(tokenizer, form, None) is not None:
         from trl.chat_template_utils import parse_response
 
         return str(parse_response(tokenizer, ids, prefix=prompt_ids)["content"])

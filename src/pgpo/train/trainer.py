@@ -929,11 +929,13 @@ def _check_inputs(args: PGPOConfig, train_dataset: Any, reward_funcs: Any, kwarg
 
 
 def _check_evaluation_inputs(args: PGPOConfig, eval_dataset: Any, grade: Any) -> None:
-    if args.eval_strategy != "no" and eval_dataset is None:
-        raise UserError(
-            f"eval_strategy is {str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r}, but there is no "
-            "eval_dataset; pass one, or set eval_strategy='no'."
-        )
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    for asked, given, remedy in (
+        (strategy != "no", f"eval_strategy is {strategy!r}", "set eval_strategy='no'"),
+        (args.eval_on_start, "eval_on_start is True", "leave it False"),
+    ):
+        if asked and eval_dataset is None:
+            raise UserError(f"{given}, but there is no eval_dataset; pass one, or {remedy}.")
     if grade is not None and (not callable(grade) or is_async(grade)):
         raise UserError(
             f"grade is {'an async function' if callable(grade) else shown(grade)}; pass a plain function (completion "
