@@ -39,6 +39,9 @@ OVERRIDES = {
     "_tokenize_prompts": ["self", "prompts"],
     "_generate": ["self", "prompts"],
     "get_high_entropy_mask": ["self", "entropies", "mask", "threshold"],
+    "_generate_single_turn": [
+        *("self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"),
+    ],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
@@ -92,7 +95,10 @@ def test_the_loss_has_the_types_that_the_configuration_names():
     assert set(re.findall(r"\w+", " ".join(named))) == set(LOSSES)
 
 
-@pytest.mark.parametrize("name", ["_compute_loss", "_prepare_inputs", "_get_learning_rate", "_push_from_checkpoint"])
+CALLED = ("_compute_loss", "_prepare_inputs", "_get_learning_rate", "_push_from_checkpoint", "_generate")
+
+
+@pytest.mark.parametrize("name", CALLED)
 def test_called_methods_exist(name):
     assert callable(getattr(GRPOTrainer, name))
 
@@ -101,7 +107,9 @@ def test_called_methods_exist(name):
     "attribute",
     [
         *("_metrics", "_step", "_tokenizer", "_is_vlm", "_dist", "_last_loaded_step", "chat_template"),
-        *("reward_weights", "_buffered_inputs", "shuffle_dataset", "num_iterations"),
+        *("reward_weights", "_buffered_inputs", "shuffle_dataset", "num_iterations", "generation_config"),
+        *("_pending_metrics", "_pending_extra_logs", "_standalone_tools", "_sync_tool_dicts", "_async_tool_dicts"),
+        *("reward_func_names", "eos_token_ids", "rollout_func", "num_generations_eval", "environment_factories"),
     ],
 )
 def test_attributes_are_set_by_trl(attribute):
@@ -127,15 +135,26 @@ def test_the_sampler_draws_one_permutation_per_pass():
     assert source.count("torch.randperm(self.num_samples, generator=self.generator)") == source.count("randperm") == 1
 
 
+def test_held_out_rows_go_through_the_code_that_makes_completions_in_training():
+    """`_generate` returns ids second and completions fourth, by the trainer's own sampler and in its mode."""
+    source = inspect.getsource(GRPOTrainer._generate)
+    returned = "return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images"
+    assert returned in source and "self._generate_single_turn(" in source
+    assert 'self.num_generations if mode == "train" else self.num_generations_eval' in source
+    assert 'mode = "train" if self.model.training else "eval"' in source
+
+
 def test_every_private_name_of_the_seam_is_listed_here():
     """A new private member in the seam must come with its check."""
-    own = methods() | {"_captured", "_grad_norm", "_recorded_before"}
+    own = methods() | {"_captured", "_grad_norm", "_recorded_before", "_held_out"}
     own |= {"_scratch", "_sampler", "_unlogged", "_failure", "_problem", "_distrusted", "_watching", "_forwarded"}
-    listed = set(OVERRIDES) | {
-        "_compute_loss",
-        "_prepare_inputs",
-        "_get_learning_rate",
-        "_push_from_checkpoint",
+    listed = set(OVERRIDES) | set(CALLED)
+    listed |= {
+        "_pending_metrics",
+        "_pending_extra_logs",
+        "_standalone_tools",
+        "_sync_tool_dicts",
+        "_async_tool_dicts",
         "_buffered_inputs",
         "_tr_loss",
         "_globalstep_last_logged",

@@ -46,6 +46,15 @@ def nobody_succeeds(prompts, completions, **kwargs):
     return [0.0] * len(prompts)
 
 
+def ids_decide(prompts, completions, completion_ids, **kwargs):
+    """What ids alone tell: the end-of-text token, and which tokens came before."""
+    return [float(ids[-1] == 1 and sum(ids) % 2) for ids in completion_ids]
+
+
+def form(prompts, completions, **kwargs):
+    return [0.25] * len(prompts)
+
+
 def untied():
     model = build_model()
     model.config.tie_word_embeddings = False
@@ -72,6 +81,13 @@ CASES: dict[str, dict] = {
     "trust_region": dict(teacher="trust_region"),
     # evaluation is greedy, in 5 calls of `generate` on one rank, in 3 and 2 on two
     "untied": dict(model=untied, micro_batch_size=3, max_grad_norm=0.1, eval_temperature=0.0, eval_batch_size=4),
+    "seen_ids": dict(
+        reward=[ids_decide, form],
+        success_reward="ids_decide",
+        generation_kwargs=dict(suppress_tokens=list(range(25)), forced_eos_token_id=1, max_new_tokens=5),
+        eval_temperature=0.0,
+        eval_batch_size=4,
+    ),
     "checkpointed": dict(gradient_checkpointing=True, fused_head=False),
     "lora": dict(peft_config=lora),
     "environment": dict(rollout=trainer_kit.environment_rollout, micro_batch_size=2, watch_demonstrations=True),
@@ -156,15 +172,17 @@ def run(options: dict, folder: str) -> dict:
     t.accelerator.no_sync = lambda model: deferred.append(model) or no_sync(model)
     logs = trainer_kit.train(t)
     questions = [dict(row, id=str(i)) for i, row in enumerate(trainer_kit.dataset(5))]
+    evaluation = t.held_out_evaluation.run(questions)
     return {
         **state(t),
+        "evaluation": t.held_out_evaluation.metrics(evaluation),
         "logs": logs,
         "held": [held(m.parameters()) for m in (t.model, t.teacher and t.teacher.module) if m is not None],
         "deferred": len(deferred),
         "ranks": t.accelerator.num_processes,
         "rank": t.accelerator.process_index,
         "active_rows": [len(rows) for rows in hinted],
-        "records": [(r["question_id"], r["sample"], r["completion"]) for r in t.held_out_records(questions)],
+        "records": [(r["question_id"], r["sample"], r["completion"], r["reward"]) for r in evaluation.records],
     }
 
 

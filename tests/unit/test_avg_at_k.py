@@ -255,3 +255,17 @@ def test_the_summary_speaks_the_schema_of_the_run_log() -> None:
     assert {runlog.STEP, runlog.SPLIT, *values} == runlog.EVALUATIONS.keys()
     assert (values["avg_at_k"], values["k"], values["questions"]) == (0.75, 2, 2)
     assert values["avg_at_k_low"] < values["avg_at_k"] < values["avg_at_k_high"]
+
+
+def test_measures_that_the_grades_do_not_tell_are_left_out() -> None:
+    records = _records({"a": [1, 0.5], "b": [0.5, 0]})
+    for record in records:
+        record["well_formed"] = None
+    values = summarize(records, k=2).as_dict()
+    assert not [name for name in values if name.startswith(("maj", "well_formed"))]
+    assert (values["avg_at_k"], values["pass_at_k"]) == (0.5, 0.5)
+    assert summarize(records, k=2, right=0.5).as_dict()["pass_at_k"] == 1.0
+    assert not [name for name in summarize(records, k=2, right=None).as_dict() if name.startswith("pass")]
+    records[0]["answer"], records[0]["well_formed"] = "x", True
+    values = summarize(records, k=2).as_dict()
+    assert (values["maj_at_k"], values["well_formed_share"]) == (0.5, 1.0)  # the share of what was judged

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -286,6 +287,39 @@ def test_eval_without_hints(monkeypatch, capsys, science):
     asked = evaluate_with(monkeypatch, [[A], [A], [B]], hinted=A)
     assert main(["eval", "model", *science, "--prompt_style", "boxed", "--k", "1", "--no_hint"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(asked) == 1
+
+
+@pytest.mark.parametrize("trained_with_vllm", [False, True])
+def test_eval_of_a_run_samples_with_its_stops(monkeypatch, capsys, science, tmp_path, trained_with_vllm):
+    """Red if a run's stops, length or template options hold in training alone."""
+    stored = dict(
+        generation_kwargs=dict(stop_strings=["!"], max_new_tokens=5),
+        chat_template_kwargs=dict(loud=True),
+        max_completion_length=9,
+        use_vllm=trained_with_vllm,
+    )
+    RunLog.create(tmp_path / "run", stored)
+    (tmp_path / "run" / "checkpoints").mkdir()
+    given = {}
+
+    def runner(model, tokenizer, **options):
+        given.update(options)
+        return lambda prompts, k, seed: [[A] * k for _ in prompts]
+
+    monkeypatch.setattr(evaluation, "model_folder", lambda name: name)
+    monkeypatch.setattr(
+        evaluation, "load_model", lambda *_, **__: (types.SimpleNamespace(to=lambda device: None), None)
+    )
+    monkeypatch.setattr(evaluation, "check_prompts", lambda *_: None)
+    monkeypatch.setattr(evaluation, "TransformersRunner", runner)
+    assert main(["eval", str(tmp_path / "run"), *science, "--prompt_style", "boxed", "--k", "1", "--no_hint"]) == 0
+    assert given["chat_template_kwargs"] == dict(loud=True)
+    said = capsys.readouterr().err
+    if trained_with_vllm:  # its options have other names
+        assert given["generation"] == {} and given["max_new_tokens"] == 9
+        assert "generation_kwargs (stop_strings, max_new_tokens) are of another engine" in said
+    else:
+        assert given["generation"] == stored["generation_kwargs"] and given["max_new_tokens"] == 5
 
 
 def test_a_solution_that_is_nothing_but_thinking_is_no_hint(monkeypatch, capsys, science):

@@ -146,3 +146,9 @@ def test_files_that_hold_no_records_are_refused(tmp_path: Path) -> None:
     path.write_text(whole.replace('"reward"', '"score"', 1))
     with pytest.raises(UserError, match=r"Line 1 of .* is not a record, it has no 'reward'"):
         read_records(path)
+
+
+@pytest.mark.parametrize("grade", [1.0, None, Grade(float("nan"), None, True, None)])
+def test_what_is_no_grade_is_refused(grade: Any) -> None:
+    with pytest.raises(UserError, match="for question 'p-1'"):
+        evaluate(ROWS[:1], lambda *_: [["a"]], lambda *_: grade, k=1, seed=0)

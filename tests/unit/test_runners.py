@@ -235,6 +235,45 @@ def test_eos_tokens_of_tokenizer_and_model_both_end_a_completion(
     assert runner([_prompt("w1"), long], 1, 0) == [[" ".join(words[:3])], [_greedy(model, _texts(long), 6)]]
 
 
+def test_stops_and_forbidden_words_of_training_hold_and_its_sampling_does_not(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    words = _greedy(model, "w1", 6).split()
+    assert words[3] not in words[:3]
+    stop, plain = WORDS.index(words[3]), dict(temperature=0, max_new_tokens=6)
+    generation = dict(eos_token_id=stop, repetition_penalty=9.0, num_return_sequences=3, max_new_tokens=1)
+    runner = TransformersRunner(model, tokenizer, **plain, generation=generation)
+    assert runner([_prompt("w1")], 1, 0) == [[" ".join(words[:3])]]
+    assert runner.sample([_ids("w1")], 0) == [[WORDS.index(word) for word in words[:4]]]  # the stop stands in the ids
+    model.generation_config.suppress_tokens = [stop]
+    (other,) = TransformersRunner(model, tokenizer, **plain)([_prompt("w1")], 1, 0)
+    assert other[0].split()[:3] == words[:3] and words[3] not in other[0].split()
+
+
+def test_plain_text_is_not_put_into_the_template(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    seen: list[list[int]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    TransformersRunner(model, tokenizer, max_new_tokens=1)(["w1 w2"], 1, 0)
+    assert seen == [tokenizer("w1 w2")["input_ids"]]
+
+
+def test_a_response_template_gives_the_answer_without_the_thinking(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    words = _greedy(model, "w1", 6).split()
+    assert words[2] not in words[:2]
+    thinking = {"open": words[0] + " ", "close_pattern": words[2], "content": "text"}
+    fields = {"reasoning_content": thinking, "content": {"close_pattern": "<eos>", "content": "text"}}
+    defaults = {"role": "assistant"}
+    tokenizer.response_template = {"defaults": defaults, "start_anchor": "<assistant>", "fields": fields}
+    assert (
+        TransformersRunner(model, tokenizer, temperature=0, max_new_tokens=6)([_prompt("w1")], 1, 0)[0][0].split()
+        == (words[3:])
+    )
+
+
 def test_what_cannot_be_run_is_refused_at_once(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     for options, message in (
         ({"temperature": -0.1}, "temperature = -0.1"),

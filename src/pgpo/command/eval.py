@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from pgpo.command.directory import last_checkpoint
 from pgpo.command.models import check_prompts, load_model
 from pgpo.command.terminal import quiet, say
 from pgpo.errors import UserError
-from pgpo.evaluate.avg_at_k import Record, summarize
+from pgpo.evaluate.avg_at_k import RIGHT, Record, summarize
 from pgpo.evaluate.run import Generate, evaluate, write_records
 from pgpo.evaluate.runners import TEMPERATURE, TOP_P, TransformersRunner, VLLMRunner
 from pgpo.tasks import Row
@@ -43,6 +43,10 @@ class EvalArguments(TaskArguments):
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     records: str | None = field(default=None, metadata={"help": "Write the graded completions to this JSONL file."})
 
+    # Of the run that is evaluated, if it is one: options of generation and of the chat template.
+    generation: dict[str, Any] = field(default_factory=dict, init=False)
+    template: dict[str, Any] = field(default_factory=dict, init=False)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.split not in ("test", "validation", "train"):
@@ -69,14 +73,17 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser([EvalArguments], prog="pgpo eval")
     parser.add_argument("model", help="a folder, a hub id, or a run directory (its newest checkpoint)")
     values = vars(parser.parse_args(list(argv)))
-    name = values["model"]
+    name, stored, generation = values["model"], {}, {}
     if _is_run(name):  # what the run trained on, unless a flag says otherwise
         stored = runlog.read_run(name).config
         parser.set_defaults(**{k: stored[k] for k in _OF_THE_RUN if k in stored})
-        parser.set_defaults(max_new_tokens=stored.get("max_completion_length"))
+        generation = generation_of(stored, values["use_vllm"])
+        limit = generation.get("max_tokens" if values["use_vllm"] else "max_new_tokens")
+        parser.set_defaults(max_new_tokens=limit or stored.get("max_completion_length"))
         values = vars(parser.parse_args(list(argv)))
     del values["model"]
     args = make(EvalArguments, values)
+    args.generation, args.template = generation, stored.get("chat_template_kwargs") or {}
     quiet()
     if not torch.cuda.is_available():
         torch.set_num_threads(1) if args.task == "lab_world" else None
@@ -85,19 +92,20 @@ def main(argv: Sequence[str]) -> int:
     if not rows:
         raise UserError(f"the {args.split} split holds no questions; choose another --split.")
     generate = _generator(model_folder(name), args, rows)
+    right = stored.get("success_threshold", RIGHT)
 
     student = evaluate(rows, generate, task.grade, args.k, args.seed)
-    _report("student", student, args.k)
+    _report("student", student, args.k, right)
     written = [{**r, "reader": "student"} for r in student]
     if args.hint:
-        solutions = right_solutions(rows, student)
+        solutions = right_solutions(rows, student, right)
         prompts = {row["id"]: hinted_prompt(row, solutions[row["id"]]) for row in rows if row["id"] in solutions}
         hinted = [row for row in rows if prompts.get(row["id"])]
         if hinted:
             teacher = evaluate(hinted, generate, task.grade, args.k, args.seed, lambda row: prompts[row["id"]])
-            _report("hinted", teacher, args.k)
+            _report("hinted", teacher, args.k, right)
             if len(hinted) < len(rows):
-                _report("student*", [r for r in student if prompts.get(r["question_id"])], args.k)
+                _report("student*", [r for r in student if prompts.get(r["question_id"])], args.k, right)
             written += [{**r, "reader": "hinted"} for r in teacher]
         if len(hinted) < len(rows):
             say(
@@ -120,11 +128,11 @@ def _is_run(name: str) -> bool:
     return (Path(name) / runlog.CONFIG_FILE).exists() and (Path(name) / runlog.CHECKPOINTS_FOLDER).is_dir()
 
 
-def right_solutions(rows: Sequence[Row], records: Sequence[Record]) -> dict[str, str]:
+def right_solutions(rows: Sequence[Row], records: Sequence[Record], right: float = RIGHT) -> dict[str, str]:
     """Question id -> the solution in the task, else the first right completion of the model (as in training)."""
     found: dict[str, str] = {}
     for record in records:
-        if record["reward"] >= 1.0:
+        if record["reward"] >= right:
             found.setdefault(record["question_id"], record["completion"])
     return found | {row["id"]: row["solution"] for row in rows if row.get("solution")}
 
@@ -134,12 +142,23 @@ def hinted_prompt(row: Row, solution: str) -> Any:
     return build_contexts([row["prompt"]] * 2, [solution, ""], [1.0, 0.0], 2)[1].prompt
 
 
+def generation_of(stored: Mapping[str, Any], use_vllm: bool) -> dict[str, Any]:
+    """A run's `generation_kwargs`; none for an evaluation with the other engine, which has other names for them."""
+    options = stored.get("generation_kwargs") or {}
+    if options and use_vllm != bool(stored.get("use_vllm")):
+        say(f"the run's generation_kwargs ({', '.join(options)}) are of another engine and left out; see --use_vllm.")
+        return {}
+    return dict(options)
+
+
 def _generator(model: str, args: EvalArguments, rows: Sequence[Row]) -> Generate:
     sampling: dict[str, Any] = {
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_new_tokens": args.max_new_tokens,
-        "chat_template_kwargs": {"enable_thinking": False},  # paper: thinking off; other templates ignore it
+        # paper: thinking off; other templates ignore it
+        "chat_template_kwargs": args.template or {"enable_thinking": False},
+        "generation": args.generation,
     }
     if args.use_vllm:
         return VLLMRunner(model, **sampling)
@@ -149,13 +168,13 @@ def _generator(model: str, args: EvalArguments, rows: Sequence[Row]) -> Generate
     return TransformersRunner(loaded, tokenizer, batch_size=args.batch_size, **sampling)
 
 
-def _report(reader: str, records: Sequence[Record], k: int) -> None:
-    s = summarize(records, k)
+def _report(reader: str, records: Sequence[Record], k: int, right: float) -> None:
+    s = summarize(records, k, right=right)
     cells = [
         f"{name}@{k} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
         for name, e in (("avg", s.avg_at_k), ("pass", s.pass_at_k), ("maj", s.maj_at_k))
+        if e is not None
     ]
-    print(
-        f"{reader:8s} {'  '.join(cells)}  well-formed {s.well_formed_share:.3f}  {s.questions} questions "
-        "(95 % intervals clustered by question)"
-    )
+    if s.well_formed_share is not None:
+        cells.append(f"well-formed {s.well_formed_share:.3f}")
+    print(f"{reader:8s} {'  '.join(cells)}  {s.questions} questions (95 % intervals clustered by question)")

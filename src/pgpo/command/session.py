@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 from pgpo import runlog
 from pgpo.command.interrupt import Interruption
 from pgpo.command.terminal import progress, say
-from pgpo.evaluate.avg_at_k import summarize
 from pgpo.evaluate.run import write_records
 from pgpo.files import json_line, write_atomically
 from pgpo.runlog import RunLog
@@ -118,7 +117,9 @@ class Session(TrainerCallback):
             write_records(self.log.directory / file, records)
         of_the_curve = self.curve == split == runlog.TEST and step and self._evaluated(split, step)
         if not of_the_curve:
-            self._write_evaluation(step, {"split": split, **summarize(records, self.trainer.args.eval_k).as_dict()})
+            self._write_evaluation(
+                step, {"split": split, **self.trainer.held_out_evaluation.summarize(records).as_dict()}
+            )
 
     def _write_evaluation(self, step: int, values: dict[str, Any]) -> None:
         if not self.main:
@@ -175,7 +176,7 @@ class Session(TrainerCallback):
         return samples
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
-        values = {k.removeprefix("eval_"): v for k, v in metrics.items()}
+        values = {k: metrics[f"eval_{k}"] for k in runlog.EVALUATIONS if f"eval_{k}" in metrics}
         self._write_evaluation(state.global_step, {"split": self.curve, **values})
 
     def _alarm(self, line: dict[str, Any], text: str) -> None:

@@ -28,14 +28,17 @@ RIGHT = 1.0  # SDPO's threshold for a successful attempt: reward >= 1.0
 
 
 class Record(TypedDict):
-    """One graded completion."""
+    """One graded completion.
+
+    answer: what it votes for, None if it gives none. well_formed: None where the grader does not judge the form.
+    """
 
     question_id: str
     domain: str
     sample: int
     reward: float
     answer: str | None
-    well_formed: bool
+    well_formed: bool | None
     completion: str
 
 
@@ -61,14 +64,18 @@ class Difference:
 
 @dataclass(frozen=True)
 class Summary:
-    """What one evaluation says. `as_dict` has the names of `runlog.EVALUATIONS`."""
+    """What one evaluation says. `as_dict` has the names of `runlog.EVALUATIONS`.
+
+    None is what the grades do not tell, and no entry of `as_dict`: pass@k and maj@k where nothing says which
+    completions are right, the share where none judges the form, and then maj@k too if none holds an answer.
+    """
 
     k: int
     questions: int
     avg_at_k: Estimate
-    pass_at_k: Estimate
-    maj_at_k: Estimate
-    well_formed_share: float
+    pass_at_k: Estimate | None
+    maj_at_k: Estimate | None
+    well_formed_share: float | None
 
     def as_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {runlog.K: self.k, runlog.QUESTIONS: self.questions}
@@ -78,26 +85,35 @@ class Summary:
             runlog.MAJ_AT_K: self.maj_at_k,
         }
         for name, measure in measures.items():
-            values |= {name: measure.value, name + runlog.LOW: measure.low, name + runlog.HIGH: measure.high}
-        return values | {runlog.WELL_FORMED_SHARE: self.well_formed_share}
+            if measure is not None:
+                values |= {name: measure.value, name + runlog.LOW: measure.low, name + runlog.HIGH: measure.high}
+        return values if self.well_formed_share is None else values | {runlog.WELL_FORMED_SHARE: self.well_formed_share}
 
 
 Scores = Callable[[Sequence[Record], int], dict[str, float]]
 
 
-def summarize(records: Sequence[Record], k: int, bootstrap_seed: int | None = None) -> Summary:
+def summarize(
+    records: Sequence[Record], k: int, bootstrap_seed: int | None = None, right: float | None = RIGHT
+) -> Summary:
     """avg@k, pass@k and maj@k of records with exactly k completions a question.
 
-    `bootstrap_seed` replaces the normal interval by a percentile bootstrap over questions.
+    `bootstrap_seed` replaces the normal interval by a percentile bootstrap over questions. `right` is the reward from
+    which a completion is right; None if none says so.
     Raises UserError when there are no records, or a question has not k completions.
     """
+    questions = len(_by_question(records, k))
+    forms = [record["well_formed"] for record in records if record["well_formed"] is not None]
+    passed = None if right is None else estimate(pass_scores(records, k, right), bootstrap_seed)
+    judged = bool(forms) or any(record["answer"] is not None for record in records)
+    voted = None if right is None or not judged else estimate(maj_scores(records, k, right), bootstrap_seed)
     return Summary(
         k=k,
-        questions=len(_by_question(records, k)),
+        questions=questions,
         avg_at_k=estimate(avg_scores(records, k), bootstrap_seed),
-        pass_at_k=estimate(pass_scores(records, k), bootstrap_seed),
-        maj_at_k=estimate(maj_scores(records, k), bootstrap_seed),
-        well_formed_share=float(np.mean([record["well_formed"] for record in records])),
+        pass_at_k=passed,
+        maj_at_k=voted,
+        well_formed_share=float(np.mean(forms)) if forms else None,
     )
 
 
@@ -109,8 +125,8 @@ def avg_scores(records: Sequence[Record], k: int) -> dict[str, float]:
     }
 
 
-def pass_scores(records: Sequence[Record], j: int) -> dict[str, float]:
-    """Chance that at least one of j completions is right, from the n >= j of each question.
+def pass_scores(records: Sequence[Record], j: int, right: float = RIGHT) -> dict[str, float]:
+    """Chance that at least one of j completions is right (reward >= `right`), from the n >= j of each question.
 
     1 - C(n-c, j) / C(n, j) for c right ones: unbiased (Chen et al. 2021, arXiv 2107.03374, Eq. 1), as a
     product of ratios because the binomials overflow. Raises UserError when a question has fewer than j
@@ -118,7 +134,7 @@ def pass_scores(records: Sequence[Record], j: int) -> dict[str, float]:
     """
     scores = {}
     for question, group in _by_question(records).items():
-        n, c = len(group), sum(_is_right(record) for record in group)
+        n, c = len(group), sum(record["reward"] >= right for record in group)
         if not 1 <= j <= n:
             raise UserError(f"pass@{j} needs 1 to {n} completions, question {question!r} has {n}; lower j or raise k.")
         none_right = math.prod(1.0 - j / i for i in range(n - c + 1, n + 1)) if n - c >= j else 0.0
@@ -126,23 +142,23 @@ def pass_scores(records: Sequence[Record], j: int) -> dict[str, float]:
     return scores
 
 
-def maj_scores(records: Sequence[Record], k: int) -> dict[str, float]:
+def maj_scores(records: Sequence[Record], k: int, right: float = RIGHT) -> dict[str, float]:
     """Whether the most frequent answer of each question's k completions is right, 0 or 1.
 
     Tied answers give the share of them that is right, the expectation of drawing one of them. A completion
     without an answer does not vote; no votes give 0. An answer is right if any completion that gives it was
-    graded right. Raises UserError unless each question has k completions.
+    graded right (reward >= `right`). Raises UserError unless each question has k completions.
     """
     scores = {}
     for question, group in _by_question(records, k).items():
         votes: dict[str, int] = defaultdict(int)
-        right: dict[str, bool] = defaultdict(bool)
+        solved: dict[str, bool] = defaultdict(bool)
         for record in group:
             if record["answer"] is not None:
                 votes[record["answer"]] += 1
-                right[record["answer"]] |= _is_right(record)
+                solved[record["answer"]] |= record["reward"] >= right
         tied = [answer for answer, count in votes.items() if count == max(votes.values())]
-        scores[question] = sum(right[answer] for answer in tied) / len(tied) if tied else 0.0
+        scores[question] = sum(solved[answer] for answer in tied) / len(tied) if tied else 0.0
     return scores
 
 
@@ -248,10 +264,6 @@ def _runs(records: Sequence[Record] | Sequence[Sequence[Record]]) -> list[Sequen
     if isinstance(records[0], Mapping):
         return [records]  # type: ignore[list-item]
     return list(records)  # type: ignore[arg-type]
-
-
-def _is_right(record: Record) -> bool:
-    return record["reward"] >= RIGHT
 
 
 def _resample(rng: np.random.Generator, count: int, resamples: int) -> npt.NDArray[np.float64]:

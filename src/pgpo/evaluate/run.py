@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from pgpo.files import json_line, read_lines, write_atomically
 if TYPE_CHECKING:
     from pgpo.tasks.graders import Grade
 
-Messages = list[dict[str, str]]
+Messages = Any  # chat messages, or plain text
 Generate = Callable[[list[Messages], int, int], list[list[str]]]
 """(prompts, k, seed) -> k completion texts per prompt; `pgpo.evaluate.runners` has two, a function of yours
 will do."""
@@ -41,24 +42,51 @@ def evaluate(
         raise UserError(f"k = {k} completions per question cannot be averaged; set k to 1 or more.")
     if not rows:
         raise UserError("There are no rows to evaluate; check the split of the task.")
-    question, count = Counter(row["id"] for row in rows).most_common(1)[0]
-    if count > 1:
-        raise UserError(
-            f"{count} rows have the id {question!r}, they would count as one question; make the ids unique."
-        )
+    check_ids([row["id"] for row in rows])
     prompts = [context(row) if context else row["prompt"] for row in rows]
     completions = generate(prompts, k, seed)
     _check_shape(completions, len(prompts), k, generate)
     opens = opens or getattr(generate, "opens_thinking", None)
-    graded = [
+    marked = [
         {"thinking_opened": True, **row} if opens is not None and opens(prompt) else row
         for row, prompt in zip(rows, prompts, strict=True)
     ]
     return [
-        _record(row, sample, text, grade(text, row))
-        for row, texts in zip(graded, completions, strict=True)
+        graded(row, sample, text, grade(text, row))
+        for row, texts in zip(marked, completions, strict=True)
         for sample, text in enumerate(texts)
     ]
+
+
+def check_ids(ids: Sequence[Any]) -> None:
+    """Raises UserError where two rows have the same id."""
+    question, count = Counter(ids).most_common(1)[0]
+    if count > 1:
+        raise UserError(
+            f"{count} rows have the id {question!r}, they would count as one question; make the ids unique."
+        )
+
+
+def graded(row: Mapping[str, Any], sample: int, text: str, grade: Grade) -> Record:
+    """The record of one completion. Raises UserError if a grader returned no Grade, or one without a finite reward."""
+    try:
+        reward, answer, well_formed = float(grade.reward), grade.answer, grade.well_formed
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(
+            f"grade returned {grade!r:.100} for question {row['id']!r}; it must return a pgpo.tasks.graders.Grade, "
+            "with a number as its reward."
+        ) from None
+    if not math.isfinite(reward):
+        raise UserError(f"grade returned the reward {reward} for question {row['id']!r}; a reward must be finite.")
+    return Record(
+        question_id=row["id"],
+        domain=row["domain"],
+        sample=sample,
+        reward=reward,
+        answer=answer,
+        well_formed=well_formed,
+        completion=text,
+    )
 
 
 def write_records(path: str | os.PathLike[str], records: Sequence[Record]) -> None:
@@ -79,18 +107,6 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
             raise UserError(f"Line {number} of {path} is not a record, it has no {missing[0]!r}; evaluate again.")
         records.append(Record(**line))  # type: ignore[typeddict-item]
     return records
-
-
-def _record(row: Mapping[str, Any], sample: int, text: str, grade: Grade) -> Record:
-    return Record(
-        question_id=row["id"],
-        domain=row["domain"],
-        sample=sample,
-        reward=float(grade.reward),
-        answer=grade.answer,
-        well_formed=grade.well_formed,
-        completion=text,
-    )
 
 
 def _check_shape(completions: Any, prompts: int, k: int, generate: Generate) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,50 @@ if TYPE_CHECKING:
 
 TEMPERATURE = 0.6  # validation sampling of the paper
 TOP_P = 0.95  # validation sampling of the paper
+# Options of transformers and of vLLM that shape the distribution: an evaluation has its own. All others, such as stops,
+# lengths, and words that are forbidden or forced, hold in training and in evaluation.
+SAMPLING = frozenset(
+    (
+        *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+        *("repetition_penalty", "encoder_repetition_penalty", "presence_penalty", "frequency_penalty"),
+        *("guidance_scale", "penalty_alpha", "dola_layers", "num_beams", "num_beam_groups", "diversity_penalty"),
+        *("length_penalty", "early_stopping", "use_beam_search", "num_return_sequences", "n", "best_of", "seed"),
+    )
+)
+# Of transformers' options, what a runner sets itself, or what changes the form of what `generate` returns.
+_OWN = frozenset(
+    (
+        *("max_length", "max_new_tokens", "pad_token_id", "eos_token_id", "use_cache", "return_dict_in_generate"),
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "transformers_version"),
+    )
+)
+
+
+def shared_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What training and evaluation have in common of generation options: all that is set and no sampling."""
+    return {name: value for name, value in options.items() if value is not None and name not in SAMPLING}
+
+
+def render_prompt(processing_class: Any, prompt: Any, **template: Any) -> list[int]:
+    """Token ids of a prompt, ready for generation: plain text, or messages by the chat template with its options."""
+    if isinstance(prompt, str):
+        return list(processing_class(text=prompt)["input_ids"])
+    encoded = processing_class.apply_chat_template(
+        conversation=prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template
+    )
+    return list(encoded["input_ids"])
+
+
+def answer_text(completion: Any) -> str:
+    """What a user sees of a completion, a text or a list of messages."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 class TransformersRunner:
     """Samples with `model.generate`, and leaves no trace on a model in training.
 
-    Only the settings given here shape the sampling: the model's own generation_config (top_k, penalties) is
-    set aside, except that its eos tokens end a completion too. Restored afterwards: the RNG streams of the
+    The settings given here shape the distribution: what the model's own generation_config says of it (top_k,
+    penalties) is set aside. Its stops and its forbidden words hold. Restored afterwards: the RNG streams of the
     CPU and of the model's CUDA devices, the train/eval mode of each module, the generation_config. The
     key-value cache is used even where training switched it off.
 
@@ -43,15 +80,19 @@ class TransformersRunner:
         max_new_tokens: int,
         batch_size: int = 256,  # as many as one training step of the paper samples
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
+        rendered: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """temperature 0 is greedy; batch_size counts sequences, that is prompts x k.
 
-        `chat_template_kwargs`: for example {"enable_thinking": False} for Qwen3. `progress(done, total)` is
-        called after each batch, in sequences. Raises UserError for a tokenizer without chat template, or
-        without both pad and eos token, and for settings out of range.
+        `chat_template_kwargs`: for example {"enable_thinking": False} for Qwen3. `generation`: options of
+        transformers' GenerationConfig that training uses (eos_token_id, stop_strings, suppress_tokens, ...); those of
+        `SAMPLING` among them are left out. `rendered`: only `sample` is called, so no chat template is needed.
+        `progress(done, total)` is called after each batch, in sequences. Raises UserError for a tokenizer without chat
+        template, or without both pad and eos token, and for settings out of range.
         """
-        if not tokenizer.chat_template:
+        if not rendered and not tokenizer.chat_template:
             raise UserError(
                 f"The tokenizer {tokenizer.name_or_path!r} has no chat template; set tokenizer.chat_template or take"
                 " that of an instruction-tuned model."
@@ -70,49 +111,57 @@ class TransformersRunner:
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.generation = dict(generation or {})
         self.progress = progress
 
     def __call__(self, prompts: list[Messages], k: int, seed: int) -> list[list[str]]:
         """k completion texts per prompt, without special tokens."""
-        encoded = [self._encode(messages) for messages in prompts]
+        encoded = [render_prompt(self.tokenizer, prompt, **self.chat_template_kwargs) for prompt in prompts]
+        sampled = self.sample([ids for ids in encoded for _ in range(k)], seed)
+        stops = self._config().eos_token_id or []
+        texts = [
+            _text(self.tokenizer, prompts[i // k], encoded[i // k], ids, ids[-1:] and ids[-1] in stops)
+            for i, ids in enumerate(sampled)
+        ]
+        return [texts[prompt * k : (prompt + 1) * k] for prompt in range(len(prompts))]
+
+    def sample(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
+        """Token ids of one completion per prompt (token ids too), each with the stop token that ended it, if any."""
         # Similar lengths share a batch: little padding. The longest go first: if memory runs out, then at once.
-        order = sorted(range(len(prompts) * k), key=lambda sequence: -len(encoded[sequence // k]))
-        texts = [""] * len(order)
+        order = sorted(range(len(prompts)), key=lambda sequence: -len(prompts[sequence]))
+        found: list[list[int]] = [[]] * len(order)
         config = self._config()
         with torch.no_grad(), _isolated_rng(self.model, seed), _ready_to_generate(self.model, config):
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                completions = self._complete([encoded[sequence // k] for sequence in batch], config)
-                for sequence, text in zip(batch, completions, strict=True):
-                    texts[sequence] = text
+                completions = self._complete([prompts[sequence] for sequence in batch], config)
+                for sequence, ids in zip(batch, completions, strict=True):
+                    found[sequence] = ids
                 if self.progress:
                     self.progress(start + len(batch), len(order))
-        return [texts[prompt * k : (prompt + 1) * k] for prompt in range(len(prompts))]
+        return found
 
     def opens_thinking(self, messages: Messages) -> bool:
         """Whether the rendered prompt ends inside a thinking block, as behind a template's `<think>`."""
-        return opens_thinking(self._render(messages))
-
-    def _render(self, messages: Messages) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
-            )
+        if isinstance(messages, str):
+            return opens_thinking(messages)
+        text = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
         )
-
-    def _encode(self, messages: Messages) -> list[int]:
-        # The template has the special tokens already.
-        return list(self.tokenizer(self._render(messages), add_special_tokens=False)["input_ids"])
+        return opens_thinking(str(text))
 
     def _config(self) -> GenerationConfig:
         from transformers import GenerationConfig
 
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        own = self.model.generation_config.to_dict()
         stops: set[int] = set()
-        for ids in (eos, self.model.generation_config.eos_token_id):
+        for ids in (eos, own["eos_token_id"], self.generation.get("eos_token_id")):
             stops.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+        shared = shared_options(own) | shared_options(self.generation)
         sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return GenerationConfig(
+            **{name: value for name, value in shared.items() if name not in _OWN and not name.startswith("_")},
             max_new_tokens=self.max_new_tokens,
             pad_token_id=eos if pad is None else pad,
             eos_token_id=sorted(stops) or None,
@@ -120,7 +169,7 @@ class TransformersRunner:
             **(sampling if self.temperature > 0 else {"do_sample": False}),
         )
 
-    def _complete(self, prompts: list[list[int]], config: GenerationConfig) -> list[str]:
+    def _complete(self, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
         width = max(map(len, prompts))
         input_ids = torch.full((len(prompts), width), config.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
@@ -128,12 +177,29 @@ class TransformersRunner:
             input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
             attention_mask[row, width - len(prompt) :] = 1
         device = self.model.device
-        output = self.model.generate(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
-        return [self._decode(row, config.eos_token_id or []) for row in output[:, width:].tolist()]
+        inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+        strings = {"tokenizer": self.tokenizer} if config.stop_strings else {}
+        output = self.model.generate(**inputs, **strings)
+        return [trimmed(row, config.eos_token_id or [], config) for row in output[:, width:].tolist()]
 
-    def _decode(self, tokens: list[int], stops: list[int]) -> str:
-        end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
-        return str(self.tokenizer.decode(tokens[:end], skip_special_tokens=True))
+
+def trimmed(ids: list[int], stops: Sequence[int], config: GenerationConfig) -> list[int]:
+    """A row of what `generate` returned, without what fills it up behind its end."""
+    end = next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))
+    if end == len(ids) and config.stop_strings:  # a row that a string ended has no stop token
+        while end > 1 and ids[end - 1] == config.pad_token_id:
+            end -= 1
+    return ids[:end]
+
+
+def _text(tokenizer: Any, prompt: Any, prompt_ids: list[int], ids: list[int], stopped: Any) -> str:
+    """The answer in sampled ids, as reward functions get it in training: TRL parses what has a response template."""
+    form = "response_template" if hasattr(tokenizer, "response_template") else "response_schema"  # before 5.13
+    if not isinstance(prompt, str) and getattr(tokenizer, form, None) is not None:
+        from trl.chat_template_utils import parse_response
+
+        return str(parse_response(tokenizer, ids, prefix=prompt_ids)["content"])
+    return str(tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True))
 
 
 class VLLMRunner:
@@ -150,9 +216,12 @@ class VLLMRunner:
         top_p: float = TOP_P,
         max_new_tokens: int,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
         **engine_options: Any,
     ) -> None:
         """`engine_options` go to `vllm.LLM`: max_model_len, gpu_memory_utilization, tensor_parallel_size, ...
+
+        `generation`: options of vLLM's SamplingParams that training uses (stop, bad_words, ...), without `SAMPLING`.
 
         Raises UserError when vLLM is not installed, and for settings out of range.
         """
@@ -165,7 +234,10 @@ class VLLMRunner:
             ) from error
         self._new_parameters = SamplingParams
         self._engine = LLM(model=model_path, **engine_options)
-        self._sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens}
+        self._sampling = {
+            **shared_options(generation or {}),
+            **{"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens},
+        }
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def opens_thinking(self, messages: Messages) -> bool:
@@ -182,9 +254,12 @@ class VLLMRunner:
         parameters = [
             self._new_parameters(n=k, seed=seed + k * prompt, **self._sampling) for prompt in range(len(prompts))
         ]
-        outputs = self._engine.chat(
-            prompts, parameters, use_tqdm=False, chat_template_kwargs=self._chat_template_kwargs
-        )
+        if isinstance(prompts[0], str):
+            outputs = self._engine.generate(prompts, parameters, use_tqdm=False)
+        else:
+            outputs = self._engine.chat(
+                prompts, parameters, use_tqdm=False, chat_template_kwargs=self._chat_template_kwargs
+            )
         return [[completion.text for completion in output.outputs] for output in outputs]
 
 

@@ -106,6 +106,11 @@ class PGPOConfig(GRPOConfig):
         False, "Log how likely the teacher finds a demonstration that its own prompt shows (a few short forwards)."
     )
     success_threshold: float = _option(1.0, "Reward from which a completion counts as a right solution.")
+    success_reward: str | None = _option(
+        None,
+        "Name of the reward function whose reward (without its weight) is compared with that; None = the only one. Or "
+        "a rule over several: 'all' must reach it, or their weighted 'sum'.",
+    )
     demonstration: str = _option("first", "Which right sibling is shown: 'first' (SDPO) or 'random' (seeded).")
     allow_own_success: bool = _option(False, "May a right completion be its own demonstration? SDPO: no.")
     feedback_mode: str = _option(

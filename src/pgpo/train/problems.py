@@ -25,8 +25,10 @@ from pgpo.train.adapters import adapter_problem, precision_problem
 from pgpo.train.config import PGPOConfig
 from pgpo.train.field_types import shown
 from pgpo.train.prompts import Prompts
+from pgpo.train.seam.step import function_name
 from pgpo.train.sharding import sharding_problem
-from pgpo.train.user_functions import CONTEXT_COLUMN, REWARD_ARGUMENTS
+from pgpo.train.success import deciding
+from pgpo.train.user_functions import CONTEXT_COLUMN, REWARD_ARGUMENTS, is_async
 
 _CHUNK = 1000  # ours: rows decoded at a time
 
@@ -80,6 +82,7 @@ def check_inputs(
     eval_dataset: Any,
     reward_funcs: Any,
     feedback_funcs: Any,
+    grade: Any,
     options: Mapping[str, Any],
 ) -> tuple[Data, list[Data]]:
     """The training set and the evaluation sets, for `check_model`.
@@ -90,6 +93,10 @@ def check_inputs(
     environments = options.get("environment_factory")
     if not reward_funcs and not environments:
         raise UserError("reward_funcs is empty; pass a function that grades completions (1.0 = right).")
+    if not environments:  # an environment may bring a reward of its own
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        deciding(args.success_reward, [function_name(f) for f in functions], args.distills)
+    _check_evaluation(args, eval_dataset, grade)
     if args.distills:
         for name in ("tools", "environment_factory"):
             if options.get(name):
@@ -140,6 +147,21 @@ def _no_prompt(name: str, found: Sequence[str]) -> str:
     elif "messages" in found:
         remedy = "make it of messages, without the answer"
     return f"{name} has the columns {', '.join(found)} but no 'prompt'; {remedy}."
+
+
+def _check_evaluation(args: PGPOConfig, eval_dataset: Any, grade: Any) -> None:
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    for asked, given, remedy in (
+        (strategy != "no", f"eval_strategy is {strategy!r}", "set eval_strategy='no'"),
+        (args.eval_on_start, "eval_on_start is True", "leave it False"),
+    ):
+        if asked and eval_dataset is None:
+            raise UserError(f"{given}, but there is no eval_dataset; pass one, or {remedy}.")
+    if grade is not None and (not callable(grade) or is_async(grade)):
+        raise UserError(
+            f"grade is {'an async function' if callable(grade) else shown(grade)}; pass a plain function (completion "
+            "text, dataset row) -> pgpo.tasks.graders.Grade."
+        )
 
 
 def _check_teaching(args: PGPOConfig, data: Data, feedback_funcs: Any) -> None:

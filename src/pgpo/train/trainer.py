@@ -16,7 +16,6 @@ Departures from lasgroup/SDPO and from TRL's SDPOTrainer are listed in docs/METH
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import json
 import logging
@@ -43,9 +42,7 @@ from pgpo.core import (
     fused_distillation_head,
 )
 from pgpo.errors import UserError
-from pgpo.evaluate.avg_at_k import Record, summarize
-from pgpo.evaluate.run import evaluate
-from pgpo.evaluate.runners import TransformersRunner
+from pgpo.evaluate.avg_at_k import Record
 from pgpo.forward import batching
 from pgpo.forward.batching import Bundle, Limits
 from pgpo.forward.open_model import causal_lm, head_error, head_problem, joins, open_forward, release_forward
@@ -58,10 +55,11 @@ from pgpo.train.config import PGPOConfig
 from pgpo.train.field_types import file_name
 from pgpo.train.gate import torch_optimizer
 from pgpo.train.guard import GuardActions
+from pgpo.train.held_out import HeldOut
 from pgpo.train.host import Host
 from pgpo.train.multiplier import StepMultiplier
 from pgpo.train.problems import check_inputs, check_model, check_rows
-from pgpo.train.seam import Batch, Prompt, Rollout, Scores, SeamTrainer, sampling_explained
+from pgpo.train.seam import Batch, Prompt, Rollout, Scores, SeamTrainer
 from pgpo.train.sharding import keep_precision, shard
 from pgpo.train.signals import CollapseGuard
 from pgpo.train.user_functions import CONTEXT_COLUMN
@@ -140,11 +138,11 @@ class PGPOTrainer(SeamTrainer):
         feedback_funcs: called like reward functions; each returns one text or None per completion, on the sample's
             own attempt. The teacher reads the first text found (`args.feedback_mode`).
         grade: (completion text, dataset row) -> pgpo.tasks.graders.Grade, for held-out evaluation; by default the
-            weighted sum of the reward functions, one completion at a time.
+            reward functions, called as in training, the one that decides on success (`args.success_reward`) counting.
         host: where messages, alarms and checkpoints' names go (pgpo.train.host.Host); by default to stderr.
 
     Held-out evaluation (`eval_strategy`, `trainer.evaluate()`) samples `eval_k` completions per row of
-    `eval_dataset` at `eval_temperature` and reports avg@k with an interval clustered by question.
+    `eval_dataset` at `eval_temperature` and reports avg@k with an interval clustered by question (held_out.py).
 
     Raises:
         UserError: what cannot work, in one sentence with the remedy.
@@ -183,8 +181,7 @@ class PGPOTrainer(SeamTrainer):
         elif not isinstance(feedback_funcs, list):
             feedback_funcs = [feedback_funcs]
         options = {"tools": tools, "environment_factory": environment_factory}
-        data = check_inputs(args, train_dataset, eval_dataset, reward_funcs, feedback_funcs, options)
-        self.grade = grade
+        data = check_inputs(args, train_dataset, eval_dataset, reward_funcs, feedback_funcs, grade, options)
         self.meters = [InformationMeter(args.information_denominator) for _ in range(1 + _splits(args))]
         self.meter = self.meters[0]  # of the half-batch at work
         self.multiplier = StepMultiplier(args)
@@ -220,6 +217,8 @@ class PGPOTrainer(SeamTrainer):
         )
         self.prompts, self.teacher_prompt_limit = check_model(self, *data)
         self.prompt_limit = self.prompts.limit, self.prompts.limit_name
+        self.held_out_evaluation = HeldOut(self, grade)
+        self._check_evaluation()
         if self.accelerator.is_fsdp2:
             keep_precision(self.accelerator)
         if self.is_deepspeed_enabled:
@@ -256,6 +255,7 @@ class PGPOTrainer(SeamTrainer):
 
     def annotate(self, batch: Batch, rollout: Rollout) -> Batch:
         mine = range(len(rollout.prompts))[rollout.local]
+        success = rollout.rewards if rollout.success is None else rollout.success
         self._log_rollout(rollout)
         if self.follows_rewards and math.isinf(self.recorded("reward_std") or 0.0):
             largest = max(map(abs, rollout.rewards))
@@ -266,6 +266,8 @@ class PGPOTrainer(SeamTrainer):
         if not self.distills:
             return batch
         a = self.args
+        if self.accelerator.is_main_process:
+            self.success.warn_once(success, self.host.say)
         rendered: dict[str, list[int]] = {}  # siblings share one or two teacher prompts
 
         def render(prompt: Prompt) -> list[int]:
@@ -279,7 +281,7 @@ class PGPOTrainer(SeamTrainer):
             contexts = build_contexts(
                 rollout.prompts,
                 rollout.completions,
-                rollout.rewards,
+                success,
                 a.num_generations,
                 feedback=rollout.feedback,
                 success_threshold=a.success_threshold,
@@ -303,7 +305,7 @@ class PGPOTrainer(SeamTrainer):
         batch["teacher_prompt_ids"] = [None if prompt is None else render(prompt) for prompt in prompts]
         batch["row"] = torch.arange(len(mine))
         batch["half"] = torch.tensor([i // a.num_generations % 2 for i in mine])
-        batch["solved"] = torch.tensor([rollout.rewards[i] >= a.success_threshold for i in mine])
+        batch["solved"] = torch.tensor([self.success.right(success[i]) for i in mine])
         if a.watch_demonstrations:
             shown: dict[int, list[int]] = {}  # demonstration of this rank -> the prompt that shows it
             for i in mine:
@@ -338,14 +340,16 @@ class PGPOTrainer(SeamTrainer):
                 )
 
     def _log_rollout(self, rollout: Rollout) -> None:
-        rewards = [r for r in rollout.rewards if not math.isnan(r)]
-        self.record("success_share", sum(r >= self.args.success_threshold for r in rewards) / max(len(rewards), 1))
+        if rollout.success is not None:
+            # None of a reward that decides is no success; a sample that no function rewards is not counted.
+            counted = [s for s, r in zip(rollout.success, rollout.rewards, strict=True) if not math.isnan(r)]
+            self.record("success_share", sum(map(self.success.right, counted)) / max(len(counted), 1))
         for ours, trl in _TRL_METRICS.items():
             if (value := self.recorded(trl)) is not None:
                 self.record(ours, value)
         lengths = torch.tensor(self.gather_objects(self.completion_lengths)).float()
         self.record("length_tail", torch.quantile(lengths, 0.95).item())
-        self._warn_if_flat(rewards)
+        self._warn_if_flat([r for r in rollout.rewards if not math.isnan(r)])
         self.last_rollout = rollout
 
     def _warn_if_flat(self, rewards: list[float]) -> None:
@@ -1003,6 +1007,8 @@ class PGPOTrainer(SeamTrainer):
     ) -> dict[str, float]:
         """avg@k, pass@k and maj@k on held-out rows, with the evaluation's own sampling; logged like any metric."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, str) and isinstance(self.eval_dataset, dict):
+            data = self.eval_dataset.get(data)
         if isinstance(data, dict):
             results: dict[str, float] = {}
             for name, part in data.items():
@@ -1010,82 +1016,33 @@ class PGPOTrainer(SeamTrainer):
             return results
         if data is None:
             raise UserError("there is no eval_dataset to evaluate on; pass one to the trainer or to evaluate().")
-        rows = list(data)
-        if not rows or any("prompt" not in row for row in rows):
-            raise UserError("eval_dataset needs rows, each with a 'prompt' (chat messages or text); check its columns.")
-        self.last_records = self.held_out_records(rows)
-        summary = summarize(self.last_records, self.args.eval_k).as_dict()
-        metrics = {
-            f"{metric_key_prefix}_{name}": value for name, value in summary.items() if isinstance(value, (int, float))
-        }
+        outcome = self.held_out_evaluation.run(data)
+        self.last_records = outcome.records
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.held_out_evaluation.metrics(outcome).items()}
         self.model.eval()  # TRL files a log under train or eval by the model's mode; the next step trains again
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def held_out_records(self, rows: list[dict[str, Any]], seed: int | None = None) -> list[Record]:
-        """`eval_k` graded completions for every row, gathered from all ranks."""
-        if self.accelerator.is_fsdp2 and not hasattr(self.model, "reshard"):
-            raise UserError("FSDP shards the model when training begins, so evaluate after it, or set eval_on_start.")
-        rows = [{"id": str(i), "domain": "", **row} for i, row in enumerate(rows)]
-        seed = self.args.seed if seed is None else seed
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        mine = rows[rank::ranks]
-        filled = mine
-        if len(mine) * ranks < len(rows) and (self.args.use_vllm or self.gathers_layers):
-            # vLLM and FSDP need every rank in every call: a short rank repeats a question and drops it again.
-            filled = [*mine, {**rows[0], "id": "filler"}]
-        opens = self.opens_thinking
-        if self.args.use_vllm:
-            records = evaluate(filled, self._vllm_generate, self._grade, self.args.eval_k, seed, opens=opens)
-        else:
-            with self.generation_model() as model, sampling_explained(f"after step {self.state.global_step}"):
-                runner = TransformersRunner(
-                    model,
-                    self.tokenizer,
-                    temperature=self.args.eval_temperature,
-                    top_p=self.args.eval_top_p,
-                    max_new_tokens=self.args.max_completion_length,
-                    batch_size=self.args.eval_batch_size,
-                    chat_template_kwargs=self.args.chat_template_kwargs,
-                )
-                records = evaluate(filled, runner, self._grade, self.args.eval_k, seed, opens=opens) if filled else []
-        self.raise_together()
-        return self.gather_objects(records[: len(mine) * self.args.eval_k])
+    def held_out_records(self, rows: Sequence[Mapping[str, Any]], seed: int | None = None) -> list[Record]:
+        """`eval_k` graded completions for every row, gathered from all ranks, in the order of the rows."""
+        return self.held_out_evaluation.run(rows, seed).records
 
-    def _vllm_generate(self, prompts: list[Any], k: int, seed: int) -> list[list[str]]:
-        """TRL's vLLM engine as a `generate` callable, with the evaluation's sampling; its seed is the engine's."""
-        repeated = [ids for ids in map(self.render, prompts) for _ in range(k)]
-        with self.vllm_sampling(self.args.eval_temperature, self.args.eval_top_p) as engine:
-            _, completions, _, _ = engine.generate(prompts=repeated, images=None, num_generations=k)
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        return [texts[i * k : (i + 1) * k] for i in range(len(prompts))]
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but a `metric_for_best_model` that no evaluation gives is found before the first step."""
+        self._check_best_metric()
+        return super().train(*args, **kwargs)
 
-    def _grade(self, text: str, row: Mapping[str, Any]) -> Any:
-        if self.grade is not None:
-            return self.grade(text, row)
-        from pgpo.tasks.graders import Grade
+    def _check_evaluation(self) -> None:
+        if self.eval_dataset is not None:
+            self.held_out_evaluation.check(self.eval_dataset)
+        if self.args.load_best_model_at_end or self.args.save_strategy == "best":
+            self._check_best_metric()
 
-        prompt = row["prompt"]
-        completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        columns = {k: [v] for k, v in row.items() if k not in ("prompt", "completion")}
-        reward = 0.0
-        functions: list[Any] = self.reward_funcs
-        for function, weight in zip(functions, self.reward_weights.tolist()):
-            if isinstance(function, nn.Module) or inspect.iscoroutinefunction(function):
-                raise UserError("a reward model or async reward cannot grade held-out completions; pass grade=.")
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            value = function(
-                prompts=[prompt],
-                completions=[completion],
-                completion_ids=[ids],
-                trainer_state=self.state,
-                log_extra=lambda *_: None,
-                log_metric=lambda *_: None,
-                **columns,
-            )[0]
-            reward += weight * (value or 0.0)
-        return Grade(reward=reward, answer=None, well_formed=True, feedback=None)
+    def _check_best_metric(self) -> None:
+        own = "evaluate" not in vars(self) and type(self).evaluate is PGPOTrainer.evaluate
+        if own and self.eval_dataset is not None:
+            self.held_out_evaluation.check_best_metric(self.eval_dataset)
 
 
 class _TeacherFollows(TrainerCallback):

@@ -109,6 +109,24 @@ async def call_async(
     return _items(returned, what, place, unit, len(kwargs["prompts"]))
 
 
+def call_grader(grade: Callable[[str, Any], Any], text: str, row: Mapping[str, Any], timeout: float | None) -> Any:
+    """What a held-out grader says of one completion.
+
+    Raises:
+        UserError: it raised, or took longer than `timeout` seconds.
+    """
+    place = f"for question {row['id']!r}"
+    try:
+        with time_limit(timeout):
+            return grade(text, row)
+    except _TimeUp:
+        raise _too_slow("grade", place, timeout) from None
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"grade raised {type(error).__name__} {place}: {reason(error)}.") from error
+
+
 def check_rewards(rewards: list[Any], what: str, place: str) -> tuple[list[float | None], str | None]:
     """Rewards as floats, and what is not finite among them (those are None then).
 

@@ -26,8 +26,10 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from pgpo.errors import UserError
+from pgpo.evaluate.runners import TransformersRunner, render_prompt, shared_options, trimmed
 from pgpo.forward.batching import positions
 from pgpo.forward.open_model import causal_lm
 from pgpo.forward.routers import Load, watched
@@ -35,6 +37,7 @@ from pgpo.train import zero
 from pgpo.train.gate import StepGate
 from pgpo.train.host import Host
 from pgpo.train.ranks import watch_ranks
+from pgpo.train.success import Success, deciding, weighted_sum
 from pgpo.train.user_functions import (
     CONTEXT_COLUMN,
     REWARD_ARGUMENTS,
@@ -75,6 +78,18 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Batch = dict[str, Any]
 Prompt = Any  # a list of chat messages, or a plain string
+Ids = list[list[int]]  # one list of tokens per completion or prompt
+
+
+@dataclass(frozen=True)
+class HeldOutSampler:
+    """What samples in place of training's sampler: (token ids of prompts, completions per prompt) -> token ids.
+
+    Each prompt stands `repeats` times in a row.
+    """
+
+    sample: Callable[[Ids, int], Ids]
+    repeats: int
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,7 @@ class Rollout:
         prompts: N prompts as given in the dataset.
         completions: N texts.
         rewards: [N] weighted sum over the reward functions.
+        success: [N] rewards that tell right solutions (success.py), nan where there is none; None if nothing tells.
         feedback: N texts or None, or None if there are neither feedback functions nor a column of contexts.
         local: this rank's rows.
         problem: what is not finite in the rewards, with on_nonfinite="skip".
@@ -98,6 +114,7 @@ class Rollout:
     local: slice
     problem: str | None = None
     opened: list[bool] | None = None
+    success: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +193,7 @@ class StepSeam(GRPOTrainer):
         self._forwarded: tuple[Tensor, Tensor, Tensor | None] | None = None  # what TRL's loss is to take for a forward
         self._captured: tuple[list[Prompt], list[str], list[bool], Tensor, list[str | None] | None] | None = None
         self.prompt_limit: tuple[int | None, str] = None, ""  # tokens, and where the limit comes from
+        self._held_out: HeldOutSampler | None = None  # while held-out rows are sampled and graded
         self._recorded_before: dict[str, int] = {}  # scalars per name when this training step began
         self._grad_norm: float | None = None
         self._failure: UserError | None = None  # of a user's function on this rank, until all ranks know of it
@@ -191,6 +209,11 @@ class StepSeam(GRPOTrainer):
         functions: list[Any] = self.reward_funcs  # type: ignore[has-type]
         own = functions[len(reward_funcs) :]  # get_reward of environments, which TRL appends
         self.reward_funcs = functions[: len(reward_funcs)] + [self._guarded(f) for f in own]
+        decides = deciding(self.args.success_reward, self.reward_func_names, self.args.distills)
+        self.success = Success(decides, self.args.success_threshold)
+        if self.args.distills:
+            # TRL cuts a completion behind these alone; what fills it up behind a stop of the user's would be trained.
+            self.eos_token_ids = list(dict.fromkeys(self._stops))
 
     # Hooks ----------------------------------------------------------------------------------------------------
 
@@ -337,9 +360,10 @@ class StepSeam(GRPOTrainer):
 
     def raise_together(self) -> None:
         """End all ranks with the sentence of a user's function that failed on one. Every rank must call it."""
-        for text in self.gather_objects([None if self._failure is None else str(self._failure)]):
+        failure, self._failure = self._failure, None
+        for text in self.gather_objects([None if failure is None else str(failure)]):
             if text is not None:
-                raise UserError(text) from self._failure
+                raise UserError(text) from failure
 
     def base_learning_rate(self) -> float:
         """The scheduler's learning rate of this step, before any modulation."""
@@ -365,16 +389,9 @@ class StepSeam(GRPOTrainer):
 
     def render(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, ready for generation, by the same template as the student's prompts."""
-        if isinstance(prompt, str):
-            return self.processing_class(text=prompt)["input_ids"]
-        return self.processing_class.apply_chat_template(
-            conversation=prompt,
-            chat_template=self.chat_template,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **self.chat_template_kwargs,
-        )["input_ids"]
+        return render_prompt(
+            self.processing_class, prompt, chat_template=self.chat_template, **self.chat_template_kwargs
+        )
 
     def answer_prefix(self, prompt: Prompt) -> str:
         """Text that the chat template puts behind the last message to open the answer; none for plain text."""
@@ -434,19 +451,110 @@ class StepSeam(GRPOTrainer):
         ):
             yield model
 
+    def held_out_sampler(self, repeats: int, seed: int) -> HeldOutSampler:
+        """The evaluation's own sampling (`eval_*`), with training's stops, lengths and forbidden words."""
+        a = self.args
+
+        def by_vllm(prompts: Ids, num_generations: int) -> Ids:
+            with self._vllm_sampling(a.eval_temperature, a.eval_top_p) as engine:
+                return engine.generate(prompts=prompts, images=None, num_generations=num_generations)[1]
+
+        def by_transformers(prompts: Ids, num_generations: int) -> Ids:
+            with self.generation_model() as model, sampling_explained(f"after step {self.state.global_step}"):
+                runner = TransformersRunner(
+                    model,
+                    self.tokenizer,
+                    temperature=a.eval_temperature,
+                    top_p=a.eval_top_p,
+                    max_new_tokens=self.generation_config.max_new_tokens,
+                    batch_size=a.eval_batch_size,
+                    generation=self.generation_config.to_dict(),
+                    rendered=True,
+                )
+                return runner.sample(prompts, seed)
+
+        return HeldOutSampler(by_vllm if self.use_vllm else by_transformers, repeats)
+
     @contextlib.contextmanager
-    def vllm_sampling(self, temperature: float, top_p: float) -> Iterator[Any]:
+    def held_out(self, sampler: HeldOutSampler) -> Iterator[None]:
+        """Inside, `complete` and `score` work on held-out rows; afterwards training is as it was before."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        before = {name: getattr(self, name) for name in ("rollout_func", "num_generations_eval")}
+        self.rollout_func: Any = None  # it has its own sampling
+        self.num_generations_eval = sampler.repeats
+        self._held_out = sampler
+        self.model.eval()  # TRL files what it records under train or eval by the model's mode
+        try:
+            yield
+        finally:
+            self._held_out = None
+            self.rollout_func, self.num_generations_eval = before.values()
+            for module, training in modes:
+                module.training = training
+            self._metrics["eval"].clear()
+            self._pending_extra_logs.clear()
+            self._pending_metrics.clear()
+
+    def complete(self, prompts: list[Prompt]) -> tuple[Ids, list[Any]]:
+        """Sampled token ids and what reward functions see of them, by the code that makes both in training.
+
+        Every rank must call it, with equally many prompts.
+        """
+        if self.tools:
+            tools = {t.__name__: t for t in self._standalone_tools}
+            asynchronous = {name: t for name, t in tools.items() if is_async(t)}
+            self._async_tool_dicts: Any = [asynchronous] * len(prompts)
+            self._sync_tool_dicts: Any = [{n: t for n, t in tools.items() if n not in asynchronous}] * len(prompts)
+        _, ids, _, completions, *_ = self._generate(prompts)
+        return ids, completions
+
+    def score(self, rows: list[Batch], prompts: list[Prompt], completions: list[Any], ids: Ids) -> Tensor:
+        """Rewards of held-out completions: [this rank's, functions], nan where a function does not apply.
+
+        Every rank must call it, with equally many completions.
+        """
+        self._problem = None
+        per_function = super()._calculate_rewards(rows, prompts, completions, ids)  # all ranks
+        self.raise_together()
+        if self._problem is not None:
+            self.say(f"{self._problem} It counts as None.")
+            self._problem = None
+        start = self.accelerator.process_index * len(prompts)
+        return per_function[start : start + len(prompts)].cpu()
+
+    def logged_by_functions(self) -> dict[str, float]:
+        """Means over all ranks of what reward functions gave to `log_metric` on held-out completions."""
+        found: dict[str, list[float]] = {}
+        for logged in self.gather_objects([{name: list(values) for name, values in self._pending_metrics.items()}]):
+            for name, values in logged.items():
+                found.setdefault(name, []).extend(values)
+        return {name: sum(values) / len(values) for name, values in found.items()}
+
+    def ended(self, ids: list[int]) -> bool:
+        """Whether a completion ends by a stop token, not at the length limit; as TRL judges."""
+        return ids[-1] in (*self._stops, self.tokenizer.pad_token_id)
+
+    @contextlib.contextmanager
+    def _vllm_sampling(self, temperature: float, top_p: float) -> Iterator[Any]:
         """TRL's vLLM engine with other sampling parameters and the current weights."""
         engine = self.vllm_generation
-        before = engine.temperature, engine.top_p
+        other: dict[str, Any] = {
+            "temperature": temperature,
+            "top_p": top_p,
+            **{"top_k": 0, "min_p": None, "repetition_penalty": 1.0},  # off
+            "generation_kwargs": shared_options(self.args.generation_kwargs or {}),
+        }
+        before = {name: getattr(engine, name, None) for name in other}
         if self.state.global_step != self._last_loaded_step:
             engine.sync_weights()
             self._last_loaded_step: int = self.state.global_step
-        engine.temperature, engine.top_p = temperature, top_p
         try:
+            for name, value in other.items():
+                setattr(engine, name, value)
             yield engine
         finally:
-            engine.temperature, engine.top_p = before
+            for name, value in before.items():
+                setattr(engine, name, value)
 
     # TRL's members ----------------------------------------------------------------------------------------------
 
@@ -493,7 +601,7 @@ class StepSeam(GRPOTrainer):
         with sampling_explained(f"at step {self.state.global_step + 1}"):
             batch = super()._generate_and_score_completions(inputs)
         assert self._captured is not None
-        prompts, completions, opened, rewards, feedback = self._captured
+        prompts, completions, opened, per_function, feedback = self._captured
         self._captured = None
         rows = len(prompts)
         gathered_prompts, gathered_texts = self.gather_objects(prompts), self.gather_objects(completions)
@@ -501,7 +609,8 @@ class StepSeam(GRPOTrainer):
         rollout = Rollout(
             prompts=gathered_prompts,
             completions=gathered_texts,
-            rewards=rewards.tolist(),
+            rewards=weighted_sum(per_function, self.reward_weights).tolist(),
+            success=self.success.of(per_function, self.reward_weights, self.reward_func_names),
             feedback=None if feedback is None else self.gather_objects(feedback),
             local=slice(start, start + rows),
             problem=next((p for p in self.gather_objects([self._problem]) if p is not None), None),
@@ -525,13 +634,10 @@ class StepSeam(GRPOTrainer):
         if any(opened):
             inputs = [{"thinking_opened": flag, **row} for flag, row in zip(opened, inputs, strict=True)]
         per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # all ranks
-        weights = self.reward_weights.to(per_function.device)
-        rewards = (per_function * weights).nansum(dim=1)
-        rewards[per_function.isnan().all(dim=1)] = math.nan
-        if rewards.isinf().any():
+        if weighted_sum(per_function, self.reward_weights).isinf().any():
             self._problem = self._problem or f"the weighted sum of the rewards is inf {self._place}"
             if self.args.on_nonfinite == "stop":
-                self._fail(UserError(f"{self._problem}; lower reward_weights, or the rewards."))
+                self.fail(UserError(f"{self._problem}; lower reward_weights, or the rewards."))
         columns = {k: [row[k] for row in inputs] for k in inputs[0] if k not in ("prompt", "completion")}
         feedback = self._feedback(
             prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
@@ -540,7 +646,7 @@ class StepSeam(GRPOTrainer):
             given = [row.get(CONTEXT_COLUMN) for row in inputs]
             feedback = [a or b for a, b in zip(feedback or given, given, strict=True)]
         self.raise_together()
-        self._captured = (prompts, texts, opened, rewards, feedback)
+        self._captured = (prompts, texts, opened, per_function, feedback)
         return per_function
 
     def _begins_in_thinking(self, prompts: list[Prompt], texts: list[str], ids: list[list[int]]) -> list[bool]:
@@ -577,19 +683,19 @@ class StepSeam(GRPOTrainer):
             return None
         found: list[str | None] = [None] * len(kwargs["prompts"])
         for function in self.feedback_funcs:
-            what, timeout = f"feedback function {_name(function)!r}", self.args.reward_timeout
+            what, timeout = f"feedback function {function_name(function)!r}", self.args.reward_timeout
             try:
                 texts = call(function, what, self._place, "text", timeout, {"trainer_state": self.state, **kwargs})
                 found = [a or b for a, b in zip(found, check_texts(texts, what, self._place), strict=True)]
             except UserError as error:
-                self._fail(error)
+                self.fail(error)
         return found
 
     def _guarded(self, function: Any) -> Any:
         """A reward function that TRL can take: floats or None, whatever the user's does."""
         if isinstance(function, (str, nn.Module)):
             return function
-        what = f"reward function {_name(function)!r}"
+        what = f"reward function {function_name(function)!r}"
 
         def check(rewards: list[Any]) -> list[float | None]:
             checked, problem = check_rewards(rewards, what, self._place)
@@ -606,9 +712,9 @@ class StepSeam(GRPOTrainer):
                     limit = self.args.reward_timeout
                     return check(await call_async(function, what, self._place, "reward", limit, kwargs))
                 except UserError as error:
-                    return self._fail(error, len(kwargs["prompts"]))
+                    return self.fail(error, len(kwargs["prompts"]))
 
-            guarded_async.__name__ = _name(function)
+            guarded_async.__name__ = function_name(function)
             return guarded_async
 
         @functools.wraps(function, assigned=("__doc__",), updated=())
@@ -616,9 +722,9 @@ class StepSeam(GRPOTrainer):
             try:
                 return check(call(function, what, self._place, "reward", self.args.reward_timeout, kwargs))
             except UserError as error:
-                return self._fail(error, len(kwargs["prompts"]))
+                return self.fail(error, len(kwargs["prompts"]))
 
-        guarded.__name__ = _name(function)  # TRL names the metric after it
+        guarded.__name__ = function_name(function)  # TRL names the metric after it
         return guarded
 
     def _checked(self, rollout: Callable[..., Any]) -> Callable[..., Any]:
@@ -656,9 +762,11 @@ class StepSeam(GRPOTrainer):
     def _place(self) -> str:
         """Where a user's function is called, for a sentence."""
         step = f"at step {self.state.global_step + 1}"
+        if self._held_out is not None:
+            step = f"in the evaluation after step {self.state.global_step}"
         return step if self.accelerator.num_processes == 1 else f"{step} on rank {self.accelerator.process_index}"
 
-    def _fail(self, error: UserError, count: int = 0) -> list[float | None]:
+    def fail(self, error: UserError, count: int = 0) -> list[float | None]:
         """End the run. Where other ranks wait, not before they know: with rewards of no meaning until then."""
         if self.accelerator.num_processes == 1:
             raise error
@@ -675,8 +783,43 @@ class StepSeam(GRPOTrainer):
                     "learning rate."
                 )
 
+    def _generate_single_turn(
+        self, prompt_ids: Ids, images: Any, multimodal_fields: Any, num_generations: int, **kwargs: Any
+    ) -> Any:
+        if self._held_out is not None:
+            return self._held_out.sample(prompt_ids, num_generations), None
+        with self._stop_strings_known() as by_string:
+            ids, logprobs = super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, **kwargs
+            )
+        return [trimmed(row, self._stops, self.generation_config) for row in ids] if by_string else ids, logprobs
+
+    @contextlib.contextmanager
+    def _stop_strings_known(self) -> Iterator[bool]:
+        """transformers needs the tokenizer for `stop_strings`, which TRL does not hand over. Whether there are any."""
+        if self.use_vllm or not self.generation_config.stop_strings:
+            yield False
+            return
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        model.generate = functools.partial(model.generate, tokenizer=self.tokenizer)
+        try:
+            yield True
+        finally:
+            del model.generate
+
+    @property
+    def _stops(self) -> list[int]:
+        """Every token that ends a completion."""
+        if self.use_vllm:
+            own = (self.args.generation_kwargs or {}).get("stop_token_ids")
+        else:
+            own = self.generation_config.eos_token_id
+        return [*self.eos_token_ids, *([] if own is None else [own] if isinstance(own, int) else own)]
+
     def _tokenize_prompts(self, prompts: list[Prompt]) -> Any:
-        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        repeats = 1 if self._held_out is None else self._held_out.repeats
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts[::repeats])
+        prompt_ids = [ids for ids in prompt_ids for _ in range(repeats)]
         limit, name = self.prompt_limit
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
             if limit is not None and len(ids) > limit:
@@ -751,8 +894,13 @@ def _check_env_mask(output: dict[str, Any], place: str) -> None:
             )
 
 
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+def function_name(function: Any) -> str:
+    """What TRL calls a function or a reward model, in metrics too."""
+    if isinstance(function, str):
+        return function.split("/")[-1]
+    if isinstance(function, nn.Module):
+        return str(get_config_model_id(function.config)).split("/")[-1]
+    return str(get_callable_name(function))
 
 
 def _start(prompt: Prompt, characters: int = 60) -> str:
