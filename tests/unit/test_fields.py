@@ -22,8 +22,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from pgpo import PGPOConfig, PGPOTrainer
 from pgpo.errors import UserError
-from pgpo.train import trl_seam
 from pgpo.train.fields import FATES
+from pgpo.train.gate import torch_optimizer
+from pgpo.train.seam import step as seam_step
 
 OBJECTIVES = ("pgpo", "sdpo", "grpo")
 INHERITED = {f.name for cls in (GRPOConfig, TrainingArguments) for f in dataclasses.fields(cls) if f.init}
@@ -180,7 +181,7 @@ def test_the_device_cache_is_emptied_every_so_many_steps(tmp_path, monkeypatch, 
     """transformers does it in its own training_step, which is not run here."""
     at = []
     t = trainer_kit.trainer(tmp_path, objective=objective, max_steps=5, torch_empty_cache_steps=2)
-    monkeypatch.setattr(trl_seam, "clear_device_cache", lambda: at.append(t.state.global_step))
+    monkeypatch.setattr(seam_step, "clear_device_cache", lambda: at.append(t.state.global_step))
     trainer_kit.train(t)
     assert at == [0, 2, 4]  # as transformers counts
 
@@ -359,7 +360,7 @@ def test_arguments_behind_the_tokenizer_act(tmp_path):
         *(None, None, None, trainer_kit.fake_rollout),
     )
     trainer_kit.train(t)
-    assert begun == [0] and trl_seam.torch_optimizer(t.optimizer) is optimizer
+    assert begun == [0] and torch_optimizer(t.optimizer) is optimizer
     assert not trainer_kit.bitwise_equal(trainer_kit.weights(t.model), trainer_kit.weights(build_model()))
 
 

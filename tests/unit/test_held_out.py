@@ -10,13 +10,13 @@ import torch
 import trainer_kit
 from conftest import CHAT_TEMPLATE, build_model, build_tokenizer
 from datasets import Dataset, IterableDataset
-from pgpo.train.trl_seam import HeldOutSampler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from pgpo import PGPOTrainer
 from pgpo.errors import UserError
 from pgpo.tasks.graders import Grade
+from pgpo.train.seam.step import HeldOutSampler
 
 GREEDY = dict(top_k=1, eval_temperature=0.0, max_completion_length=8)
 STOPS = [1, 42, 49]

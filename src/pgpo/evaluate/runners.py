@@ -53,7 +53,7 @@ def render_prompt(processing_class: Any, prompt: Any, **template: Any) -> list[i
 
 def answer_text(completion: Any) -> str:
     """What a user sees of a completion, a text or a list of messages."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+    return completion if isinstance(completion, str) else str(completion[-1].get("content") or "")
 
 
 class TransformersRunner:

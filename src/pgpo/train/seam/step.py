@@ -514,10 +514,11 @@ class StepSeam(GRPOTrainer):
         Every rank must call it, with equally many completions.
         """
         self._problem = None
-        per_function = super()._calculate_rewards(rows, prompts, completions, ids)  # all ranks
+        opened = self._begins_in_thinking(prompts, [answer_text(c) for c in completions], ids)
+        per_function = super()._calculate_rewards(_marked(rows, opened), prompts, completions, ids)  # all ranks
         self.raise_together()
         if self._problem is not None:
-            self.say(f"{self._problem} It counts as None.")
+            self.host.say(f"{self._problem} It counts as None.")
             self._problem = None
         start = self.accelerator.process_index * len(prompts)
         return per_function[start : start + len(prompts)].cpu()
@@ -629,10 +630,9 @@ class StepSeam(GRPOTrainer):
         self, inputs: list[Batch], prompts: list[Prompt], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> Tensor:
         self._problem = None
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        texts = [answer_text(c) for c in completions]
         opened = self._begins_in_thinking(prompts, texts, completion_ids_list)
-        if any(opened):
-            inputs = [{"thinking_opened": flag, **row} for flag, row in zip(opened, inputs, strict=True)]
+        inputs = _marked(inputs, opened)
         per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # all ranks
         if weighted_sum(per_function, self.reward_weights).isinf().any():
             self._problem = self._problem or f"the weighted sum of the rewards is inf {self._place}"
@@ -869,6 +869,13 @@ class StepSeam(GRPOTrainer):
             raise UserError(f"{text}; the {MOST_SKIPS} last steps were skipped, so training stops. Look for the cause.")
         if self.accelerator.is_main_process:
             self.host.say(text)
+
+
+def _marked(rows: list[Batch], opened: list[bool]) -> list[Batch]:
+    """Rows that tell reward functions whether the prompt has opened the thinking, where any prompt has."""
+    if not any(opened):
+        return rows
+    return [{"thinking_opened": flag, **row} for flag, row in zip(opened, rows, strict=True)]
 
 
 def _check_env_mask(output: dict[str, Any], place: str) -> None:
