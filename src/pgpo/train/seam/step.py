@@ -29,7 +29,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from pgpo.errors import UserError
-from pgpo.evaluate.runners import TransformersRunner, render_prompt, shared_options, trimmed
+from pgpo.evaluate.runners import TransformersRunner, answer_text, render_prompt, shared_options, trimmed
 from pgpo.forward.batching import positions
 from pgpo.forward.open_model import causal_lm
 from pgpo.forward.routers import Load, watched
