@@ -372,10 +372,7 @@ class SeamTrainer(GRPOTrainer):
         self, inputs: list[Batch], prompts: list[Prompt], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> Tensor:
         self._problem = None
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        opened = self._begins_in_thinking(prompts, texts, completion_ids_list)
-        if any(opened):
-            inputs = [{"thinking_opened": flag, **row} for flag, row in zip(opened, inputs, strict=True)]
+        inputs = self.told_of_thinking(inputs, prompts, completions, completion_ids_list)
         per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # all ranks
         weights = self.reward_weights.to(per_function.device)
         rewards = (per_function * weights).nansum(dim=1)
@@ -384,22 +381,31 @@ class SeamTrainer(GRPOTrainer):
             self._problem = self._problem or f"the weighted sum of the rewards is inf {self._place}"
             if self.args.on_nonfinite == "stop":
                 self._fail(UserError(f"{self._problem}; lower reward_weights, or the rewards."))
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         columns = {k: [row[k] for row in inputs] for k in inputs[0] if k not in ("prompt", "completion")}
         feedback = self._feedback(
             prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
         )
         self.raise_together()
+        opened = [bool(row.get("thinking_opened", False)) for row in inputs]
         self._captured = (prompts, texts, opened, rewards, feedback)
         return per_function
 
-    def _begins_in_thinking(self, prompts: list[Prompt], texts: list[str], ids: list[list[int]]) -> list[bool]:
-        """Whether each completion begins inside a thinking block that its prompt opened, and its text still holds it:
-        TRL cuts the thinking off where the tokenizer has a response template and the block is closed."""
+    def told_of_thinking(
+        self, rows: list[Batch], prompts: list[Prompt], completions: list[Any], ids: list[list[int]]
+    ) -> list[Batch]:
+        """The rows of completions, with a column "thinking_opened" if any of them begins inside a thinking block that
+        its prompt opened and still holds it: where the tokenizer has a response template and the block is closed, TRL
+        has cut it off."""
         opens = {repr(prompt): self.opens_thinking(prompt) for prompt in {repr(p): p for p in prompts}.values()}
-        return [
+        if not any(opens.values()):
+            return rows
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        flags = [
             opens[repr(prompt)] and self.tokenizer.decode(tokens, skip_special_tokens=True).strip() == text.strip()
             for prompt, text, tokens in zip(prompts, texts, ids, strict=True)
         ]
+        return [{"thinking_opened": flag, **row} for flag, row in zip(flags, rows, strict=True)]
 
     def _feedback(self, **kwargs: Any) -> list[str | None] | None:
         """First text that a feedback function gives for each completion of this rank."""
