@@ -412,12 +412,15 @@ def test_thinking_that_trl_has_cut_off_already_is_not_looked_for(tmp_path):
     """With a response template TRL hands on what follows </think>, so the text no longer begins in the thinking."""
     t = asked_with(trainer(tmp_path), OPENS)
     prompt, ids = [{"role": "user", "content": "w1"}], t.tokenizer("w1 w2 w3")["input_ids"]
-    assert t._begins_in_thinking([prompt] * 2 + ["w1"], ["w1 w2 w3", "w3", "w1 w2 w3"], [ids] * 3) == [
-        True,
-        False,
-        False,
-    ]
-    assert t._begins_in_thinking(["w1 <think>"], ["w1 w2 w3"], [ids]) == [True]
+    whole, cut = [{"role": "assistant", "content": "w1 w2 w3"}], [{"role": "assistant", "content": "w3"}]
+
+    def told(prompts, completions):
+        rows = t.told_of_thinking([{"index": 5}] * len(prompts), prompts, completions, [ids] * len(prompts))
+        return [row.get("thinking_opened") for row in rows]
+
+    assert told([prompt, prompt], [whole, cut]) == [True, False]
+    assert told(["w1 <think>", "w1"], ["w1 w2 w3"] * 2) == [True, False]
+    assert told(["w1"], ["w1 w2 w3"]) == [None]
 
 
 def test_thinking_tags_that_decoding_drops_are_named(tmp_path):

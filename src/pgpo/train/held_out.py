@@ -215,7 +215,8 @@ class HeldOut:
                 logged = t.logged_by_functions()
             else:
                 rewards, logged = None, {}
-                records = self._records_of_grades(rows, places, texts)
+                told = t.told_of_thinking([rows[i] for i in places], prompts, completions, ids)
+                records = self._records_of_grades(told, places, texts)
             t.raise_together()
         found = [
             (i, record, None if rewards is None else rewards[n].tolist(), len(ids[n]), t.ended(ids[n]))
@@ -272,9 +273,7 @@ class HeldOut:
         assert self.grade is not None
         records = []
         for n, (i, text) in enumerate(zip(places, texts, strict=True)):
-            row = identified(rows[i], i)
-            if self.trainer.opens_thinking(row["prompt"]):
-                row["thinking_opened"] = True
+            row = identified(rows[n], i)
             try:
                 grade = call_grader(self.grade, text, row, self.args.reward_timeout)
                 records.append(graded(row, n % self.args.eval_k, text, grade))

@@ -514,8 +514,8 @@ class StepSeam(GRPOTrainer):
         Every rank must call it, with equally many completions.
         """
         self._problem = None
-        opened = self._begins_in_thinking(prompts, [answer_text(c) for c in completions], ids)
-        per_function = super()._calculate_rewards(_marked(rows, opened), prompts, completions, ids)  # all ranks
+        rows = self.told_of_thinking(rows, prompts, completions, ids)
+        per_function = super()._calculate_rewards(rows, prompts, completions, ids)  # all ranks
         self.raise_together()
         if self._problem is not None:
             self.host.say(f"{self._problem} It counts as None.")
@@ -630,9 +630,7 @@ class StepSeam(GRPOTrainer):
         self, inputs: list[Batch], prompts: list[Prompt], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> Tensor:
         self._problem = None
-        texts = [answer_text(c) for c in completions]
-        opened = self._begins_in_thinking(prompts, texts, completion_ids_list)
-        inputs = _marked(inputs, opened)
+        inputs = self.told_of_thinking(inputs, prompts, completions, completion_ids_list)
         per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # all ranks
         if weighted_sum(per_function, self.reward_weights).isinf().any():
             self._problem = self._problem or f"the weighted sum of the rewards is inf {self._place}"
@@ -646,17 +644,25 @@ class StepSeam(GRPOTrainer):
             given = [row.get(CONTEXT_COLUMN) for row in inputs]
             feedback = [a or b for a, b in zip(feedback or given, given, strict=True)]
         self.raise_together()
-        self._captured = (prompts, texts, opened, per_function, feedback)
+        opened = [bool(row.get("thinking_opened", False)) for row in inputs]
+        self._captured = (prompts, [answer_text(c) for c in completions], opened, per_function, feedback)
         return per_function
 
-    def _begins_in_thinking(self, prompts: list[Prompt], texts: list[str], ids: list[list[int]]) -> list[bool]:
-        """Whether each completion begins inside a thinking block that its prompt opened, and its text still holds it:
-        TRL cuts the thinking off where the tokenizer has a response template and the block is closed."""
+    def told_of_thinking(
+        self, rows: list[Batch], prompts: list[Prompt], completions: list[Any], ids: Ids
+    ) -> list[Batch]:
+        """The rows of completions, with a column "thinking_opened" if any of them begins inside a thinking block that
+        its prompt opened and still holds it: where the tokenizer has a response template and the block is closed, TRL
+        has cut it off."""
         opens = {repr(prompt): self.opens_thinking(prompt) for prompt in {repr(p): p for p in prompts}.values()}
-        return [
-            opens[repr(prompt)] and self.tokenizer.decode(tokens, skip_special_tokens=True).strip() == text.strip()
-            for prompt, text, tokens in zip(prompts, texts, ids, strict=True)
+        if not any(opens.values()):
+            return rows
+        flags = [
+            opens[repr(prompt)]
+            and self.tokenizer.decode(tokens, skip_special_tokens=True).strip() == answer_text(completion).strip()
+            for prompt, completion, tokens in zip(prompts, completions, ids, strict=True)
         ]
+        return [{"thinking_opened": flag, **row} for flag, row in zip(flags, rows, strict=True)]
 
     def _judge(self, rows: list[Batch]) -> None:
         """Rows that nothing has looked at before. What one rank finds, all say."""
@@ -869,13 +875,6 @@ class StepSeam(GRPOTrainer):
             raise UserError(f"{text}; the {MOST_SKIPS} last steps were skipped, so training stops. Look for the cause.")
         if self.accelerator.is_main_process:
             self.host.say(text)
-
-
-def _marked(rows: list[Batch], opened: list[bool]) -> list[Batch]:
-    """Rows that tell reward functions whether the prompt has opened the thinking, where any prompt has."""
-    if not any(opened):
-        return rows
-    return [{"thinking_opened": flag, **row} for flag, row in zip(opened, rows, strict=True)]
 
 
 def _check_env_mask(output: dict[str, Any], place: str) -> None:
