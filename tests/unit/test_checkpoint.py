@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import hashlib
 import itertools
 import json
@@ -27,14 +26,6 @@ from pgpo.errors import UserError
 from pgpo.train import checkpoint
 
 CONTENT = {"model.safetensors": b"weights", "optimizer.pt": b"o" * 5000, "deep/er/part.bin": b"", "state.json": b"{}"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_collections():
-    """accelerate collects garbage when training starts: not among what the imports have made."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -159,7 +159,7 @@ def test_what_cannot_matter_does_not(tmp_path, objective):
         {"adam_beta1": 0.1},
         {"optim": "sgd"},
         {"lr_scheduler_type": "linear"},
-        {"reward_weights": (0.5,)},
+        {"reward_weights": (0.5,), "success_reward": "sum"},
         {"num_iterations": 2},
         {"seed": 3, "shuffle_dataset": True},
         {"chat_template_kwargs": {"mark": "w9"}},
@@ -283,13 +283,8 @@ def test_a_path_is_a_text(tmp_path):
         ({"epsilon": math.inf}, "epsilon is inf"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast'; it must be a number"),
         ({"reward_weights": ("much",)}, r"reward_weights is \['much'\]; it must be a list of numbers"),
-        ({"loss_type": "ppo"}, "loss_type is 'ppo'; choose one of dapo, .*bnpo"),
+        ({"loss_type": "ppo"}, "loss_type is 'ppo'; choose one of grpo, sapo, .*bnpo"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word'; choose one of token, sequence"),
-        ({"loss_type": "bnpo"}, "loss_type is 'bnpo', a mean over the tokens of a micro-batch, which changes when"),
-        (
-            {"loss_type": "bnpo", "max_tokens_per_microbatch": None, "micro_batch_size": 3},
-            "set max_tokens_per_microbatch and micro_batch_size to None",
-        ),
     ],
     ids=str,
 )

@@ -12,7 +12,6 @@ import math
 import os
 import random
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ import pytest
 import torch
 import trainer_kit
 from conftest import build_model
+from processes import torchrun
 from torch import nn
 from transformers import TrainerCallback
 
@@ -607,10 +607,7 @@ def two_ranks(folder: Path) -> dict[str, dict]:
 
 @pytest.mark.slow
 def test_all_ranks_decide_alike(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
-    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(__file__, tmp_path, quiet=60)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for name in first:
         for part in ("error", "done", "changed", "weights"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import gc
 import io
 import json
 import multiprocessing
@@ -38,14 +37,12 @@ TIMES = {runlog.STEP_SECONDS, runlog.GENERATION_SECONDS, runlog.UPDATE_SECONDS}
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """No pictures, the questions drawn and rendered once, and no search for garbage among what the imports made."""
-    gc.freeze()
+    """No pictures, and the questions drawn and rendered once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "_draw", lambda *_: None)
         patch.setattr(lab_world, "load", functools.cache(lab_world.load))
         patch.setattr(run, "check_prompts", lambda *_: None)
         yield
-    gc.unfreeze()
 
 
 def pgpo(*words: object) -> tuple[int, list[str]]:
