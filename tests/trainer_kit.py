@@ -120,6 +120,33 @@ def trainer(path, model: nn.Module | None = None, reward=parity_reward, rollout=
         )
 
 
+def trl_trainer(path, model: nn.Module | None = None, rollout=fake_rollout, **options):
+    """TRL's own trainer with the same options and completions, trained: the batch in one piece."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    def roll(prompts, t):
+        t.tokenizer = t._tokenizer
+        t.render = lambda p: t._tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=True)["input_ids"]
+        return rollout(prompts, t)
+
+    ours, names = config(path, **options), GRPOConfig.__dataclass_fields__
+    skip = {"generation_batch_size", "deepspeed", "accelerator_config", "steps_per_generation"}
+    args = GRPOConfig(**{n: getattr(ours, n) for n in names if names[n].init and n not in skip})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        t = GRPOTrainer(
+            build_model() if model is None else model,
+            parity_reward,
+            args,
+            dataset(),
+            processing_class=build_tokenizer(),
+            rollout_func=roll,
+        )
+    with contextlib.redirect_stdout(io.StringIO()):
+        t.train()
+    return t
+
+
 def train(t, **kwargs) -> list[dict]:
     """Train quietly; the log records of the steps."""
     with contextlib.redirect_stdout(io.StringIO()):

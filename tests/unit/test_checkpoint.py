@@ -304,6 +304,9 @@ def state(t) -> dict[str, torch.Tensor]:
 
 def assert_same(t, other) -> None:
     assert course(t) == course(other)
+    assert t.extra_state() == other.extra_state()
+    for name in ("entropy_coef", "_last_world_entropy"):  # TRL's controller
+        assert getattr(t, name) == getattr(other, name), name
     a, b = state(t), state(other)
     assert a.keys() == b.keys()
     for name in a:
@@ -317,6 +320,11 @@ CASES: dict[str, tuple[dict, list[int]]] = {
     "in the second and third pass over the data": (dict(rows=8, max_steps=6), [2, 5]),
     "there, within a generation": (dict(rows=8, num_iterations=3, max_steps=8), [7]),
     "GRPO, clipped against the rollout": (dict(objective="grpo", num_iterations=2), [3]),
+    "GRPO with TRL's entropy controller": (
+        dict(objective="grpo", micro_batch_size=4, use_adaptive_entropy=True, entropy_coef=0.3, entropy_target=9.0),
+        [2],
+    ),
+    "SDPO, one generation per step": (dict(objective="sdpo"), [2]),
     "cross-fitted": (dict(information_source="cross_fit", steps_per_generation=2), [3]),
     "lagged": (dict(information_source="lagged", information_weight=0.5, num_iterations=2), [3]),
     "frozen teacher": (dict(teacher="frozen", num_iterations=2), [1]),
@@ -330,6 +338,9 @@ def test_it_goes_on_as_if_it_had_never_stopped(tmp_path, case):
     options, steps = CASES[case]
     whole = trained(tmp_path / "whole", **options)
     assert any(float(line["grad_norm"]) > 0 for line in course(whole))
+    if options.get("objective") != "grpo":
+        own = whole.extra_state()
+        assert own["signal_steps"] == own["modulation"]["steps"] == whole.state.global_step
     for step in steps:
         again = trained(tmp_path / "again", tmp_path / f"whole/checkpoint-{step}", save_strategy="no", **options)
         assert_same(again, whole)

@@ -16,7 +16,6 @@ import torch
 import trainer_kit
 from conftest import build_model, build_tokenizer
 from peft import LoraConfig
-from test_trainer_step import trl_grpo
 from transformers import TrainerCallback, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
@@ -305,7 +304,7 @@ def test_its_neighbours_are_refused(tmp_path, given, says):
 )
 def test_it_acts_as_in_trl(tmp_path, options):
     options = dict(max_steps=3, optim="sgd", learning_rate=0.5) | options
-    reference = trainer_kit.weights(trl_grpo(tmp_path, **options).model)
+    reference = trainer_kit.weights(trainer_kit.trl_trainer(tmp_path, objective="grpo", **options).model)
     t = trainer_kit.trainer(tmp_path, objective="grpo", **options)
     trainer_kit.train(t)
     assert trainer_kit.largest_difference(trainer_kit.weights(build_model()), reference) > 1e-3
