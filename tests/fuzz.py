@@ -46,23 +46,8 @@ def spoiled(rng: random.Random, good: bytes) -> bytes:
                 rng.randbytes(1),
                 rng.choice(
                     [
-                        b"\n",
-                        b":",
-                        b": ",
-                        b"\t",
-                        b"{",
-                        b"}",
-                        b"[",
-                        b"'",
-                        b'"',
-                        b"&a ",
-                        b"*a",
-                        b"!!",
-                        b"\0",
-                        b"-",
-                        b"#",
-                        b"\r",
-                        b"9",
+                        *(b"\n", b":", b": ", b"\t", b"{", b"}", b"[", b"'", b'"', b"&a ", b"*a", b"!!", b"\0", b"-"),
+                        *(b"#", b"\r", b"9"),
                     ]
                 ),
             ]

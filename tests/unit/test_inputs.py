@@ -91,18 +91,10 @@ CHATS = [
     [*TURNS, {"role": "assistant", "content": "Yo"}, *TURNS],
 ]
 ORDINARY = [
-    "What is 2 + 2?",
-    "Question: x\nAnswer:",
-    "User: hi\nAssistant:",
-    "### Instruction:\nDo it.\n\n### Response:\n",
-    "What does <|im_start|> mean?",
-    "<b>bold</b> words",
-    "[INST] is a token of which model?",
-    "You are a helpful assistant. Solve: 1 + 1",
-    "system",
-    "assistant",
-    "<think>",
-    " Hello\n",
+    *("What is 2 + 2?", "Question: x\nAnswer:", "User: hi\nAssistant:"),
+    *("### Instruction:\nDo it.\n\n### Response:\n", "What does <|im_start|> mean?", "<b>bold</b> words"),
+    *("[INST] is a token of which model?", "You are a helpful assistant. Solve: 1 + 1", "system", "assistant"),
+    *("<think>", " Hello\n"),
 ]
 CHATML = ["qwen2_5", "qwen3", "qwen3_instruct_2507", "lfm2", "nemotron_3_nano"]
 
@@ -443,16 +435,7 @@ def test_fuzzed_prompts_are_taken_or_refused_in_a_sentence(seeds, hinted):
 def test_fuzzed_templates_are_taken_whole_or_refused(tmp_path, seeds):
     """Braces that are no placeholder are text; a value that looks like one stays as it is."""
     pieces = [
-        "{",
-        "}",
-        "{{",
-        "}}",
-        "{prompt}",
-        "{solution}",
-        "{feedback}",
-        "{demonstration}",
-        "{0}",
-        "{prompt!r}",
+        *("{", "}", "{{", "}}", "{prompt}", "{solution}", "{feedback}", "{demonstration}", "{0}", "{prompt!r}"),
         "{ x }",
     ]
     pieces += ["%s", "$x", "\\", "{prompt.__class__}", "é", "\n", "text"]
