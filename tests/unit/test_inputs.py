@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import re
-import warnings
 from pathlib import Path
 
 import pytest
@@ -37,22 +37,10 @@ def template(name: str):
     return templated((TEMPLATES / f"{name}.jinja").read_text())
 
 
-def make(path, data, reward=parity_reward, tokenizer=None, model=None, quiet=True, **options):
+def make(path, data, rollout_func=trainer_kit.fake_rollout, **options):
     """A trainer on these rows (a list, or a dataset)."""
-    trainer_options = ("feedback_funcs", "eval_dataset", "environment_factory", "peft_config", "optimizers")
-    extra = {name: options.pop(name) for name in trainer_options if name in options}
-    extra.setdefault("rollout_func", options.pop("rollout_func", trainer_kit.fake_rollout))
-    with warnings.catch_warnings():
-        if quiet:
-            warnings.simplefilter("ignore")
-        return PGPOTrainer(
-            build_model() if model is None else model,
-            reward,
-            trainer_kit.config(path, **options),
-            Dataset.from_list(data) if isinstance(data, list) else data,
-            processing_class=tokenizer or build_tokenizer(),
-            **extra,
-        )
+    data = Dataset.from_list(data) if isinstance(data, list) else data
+    return trainer_kit.trainer(path, data=data, rollout=rollout_func, **options)
 
 
 def rows(*special, count=6) -> list[dict]:
@@ -347,9 +335,8 @@ def test_a_tokenizer_that_lacks_something(tmp_path, missing, says, objective):
 
 
 def test_evaluation_rows_are_looked_at_too(tmp_path):
-    bad = Dataset.from_list(rows(None, count=2))
-    refuses(tmp_path, "^row 2 of eval_dataset has the prompt None", rows(), eval_dataset=bad)
-    refuses(tmp_path, r"^row 2 of eval_dataset\['hard'\] has the prompt None", rows(), eval_dataset={"hard": bad})
+    bad = {"hard": Dataset.from_list(rows(None, count=2))}
+    refuses(tmp_path, r"^row 2 of eval_dataset\['hard'\] has the prompt None", rows(), eval_dataset=bad)
     make(tmp_path, rows(), eval_dataset=Dataset.from_list(rows(SYSTEM)))
 
 
@@ -520,25 +507,31 @@ def taken_over(path, model, first: dict, second: dict, between=lambda t: None) -
     return trained(make(path, trainer_kit.dataset(), model=model, max_steps=2, **second))
 
 
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """Weights after two steps on a model that nobody has used, by objective."""
+    data, folder = trainer_kit.dataset(), tmp_path_factory.mktemp("fresh")
+    return functools.cache(lambda objective: trained(make(folder, data, max_steps=2, objective=objective)))
+
+
 @pytest.mark.parametrize("second", OBJECTIVES)
 @pytest.mark.parametrize("first", OBJECTIVES)
-def test_a_second_trainer_trains_as_on_a_fresh_model(tmp_path, first, second):
-    fresh = trained(make(tmp_path, trainer_kit.dataset(), max_steps=2, objective=second))
-    again = taken_over(tmp_path, build_model(), {"objective": first}, {"objective": second})
-    assert bitwise_equal(fresh, again)
+def test_a_second_trainer_trains_as_on_a_fresh_model(tmp_path, fresh, first, second):
+    assert bitwise_equal(
+        fresh(second), taken_over(tmp_path, build_model(), {"objective": first}, {"objective": second})
+    )
 
 
 @pytest.mark.parametrize(
     "first", [{"bf16": True}, {"gradient_checkpointing": True}, {"temperature": 0.5}, {"teacher": "live"}]
 )
-def test_the_first_trainers_setting_leaves_no_trace(tmp_path, first):
+def test_the_first_trainers_setting_leaves_no_trace(tmp_path, fresh, first):
     """bf16 wraps the forward in autocast, TRL binds the temperature to it."""
-    fresh = trained(make(tmp_path, trainer_kit.dataset(), max_steps=2, objective="grpo"))
-    assert bitwise_equal(fresh, taken_over(tmp_path, build_model(), first, {"objective": "grpo"}))
+    assert bitwise_equal(fresh("grpo"), taken_over(tmp_path, build_model(), first, {"objective": "grpo"}))
 
 
 @pytest.mark.parametrize("first", ["trl", "evaluated", "failed"])
-def test_other_first_uses_of_a_model(tmp_path, first):
+def test_other_first_uses_of_a_model(tmp_path, fresh, first):
     model = build_model()
     if first == "trl":
         args = trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=8)
@@ -548,8 +541,7 @@ def test_other_first_uses_of_a_model(tmp_path, first):
         one.evaluate(Dataset.from_list(rows(count=2)))
     else:
         refuses(tmp_path, "row 6 of", rows(None), model=model)
-    fresh = trained(make(tmp_path, trainer_kit.dataset(), max_steps=2))
-    assert bitwise_equal(fresh, trained(make(tmp_path, trainer_kit.dataset(), model=model, max_steps=2)))
+    assert bitwise_equal(fresh("pgpo"), trained(make(tmp_path, trainer_kit.dataset(), model=model, max_steps=2)))
 
 
 def test_the_first_trainer_can_still_evaluate(tmp_path):
@@ -574,30 +566,30 @@ def test_a_forward_that_the_user_has_set_stays(tmp_path):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("second", OBJECTIVES)
-@pytest.mark.parametrize("kind", ["ema", "frozen", "trust_region"])
-def test_a_peft_model_with_a_teachers_adapter(tmp_path, kind, second):
+def with_adapter():
     from peft import get_peft_model
 
-    def student():
-        torch.manual_seed(3)
-        return get_peft_model(build_model(), lora())
+    torch.manual_seed(3)
+    return get_peft_model(build_model(), lora())
 
-    fresh = trained(make(tmp_path, trainer_kit.dataset(), model=student(), max_steps=2, objective=second))
-    again = taken_over(tmp_path, student(), {"teacher": kind}, {"objective": second})
-    assert bitwise_equal(fresh, again)
+
+@pytest.mark.parametrize("second", OBJECTIVES)
+def test_a_peft_model_with_a_teachers_adapter(tmp_path, second):
+    fresh = trained(make(tmp_path, trainer_kit.dataset(), model=with_adapter(), max_steps=2, objective=second))
+    for kind in ("ema", "frozen", "trust_region"):
+        again = taken_over(tmp_path, with_adapter(), {"teacher": kind}, {"objective": second})
+        assert bitwise_equal(fresh, again), kind
 
 
 @pytest.mark.parametrize("second", ["pgpo", "grpo"])
 def test_a_base_that_got_its_adapter_from_the_first_trainer(tmp_path, second):
-    fresh = make(tmp_path, trainer_kit.dataset(), max_steps=2, objective=second, peft_config=lora())
-    expected = trained(fresh)
-    base = build_model()
-    train(make(tmp_path, trainer_kit.dataset(), model=base, max_steps=2, peft_config=lora()))
-    assert bitwise_equal(
-        expected,
-        trained(make(tmp_path, trainer_kit.dataset(), model=base, max_steps=2, objective=second, peft_config=lora())),
-    )
+    def last(model, objective):
+        options = dict(max_steps=2, objective=objective, peft_config=lora())
+        return trained(make(tmp_path, trainer_kit.dataset(), model=model, **options))
+
+    base, expected = build_model(), last(build_model(), second)
+    last(base, "pgpo")
+    assert bitwise_equal(expected, last(base, second))
 
 
 def test_a_users_own_adapter_named_teacher_is_still_refused(tmp_path):
@@ -610,16 +602,14 @@ def test_a_users_own_adapter_named_teacher_is_still_refused(tmp_path):
 
 @pytest.mark.parametrize("second", OBJECTIVES)
 def test_an_optimizer_that_the_first_trainer_has_modulated(tmp_path, second):
-    model = build_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    first = {"optimizers": (optimizer, None)}
+    def with_sgd():
+        model = build_model()
+        return model, {"optimizers": (torch.optim.SGD(model.parameters(), lr=1e-2), None)}
+
+    (model, first), (other, optimizers) = with_sgd(), with_sgd()
     again = taken_over(tmp_path, model, first, first | {"objective": second})
-    other = build_model()
-    optimizers = (torch.optim.SGD(other.parameters(), lr=1e-2), None)
-    fresh = trained(
-        make(tmp_path, trainer_kit.dataset(), model=other, max_steps=2, objective=second, optimizers=optimizers)
-    )
-    assert bitwise_equal(fresh, again)
+    options = optimizers | {"objective": second, "max_steps": 2}
+    assert bitwise_equal(again, trained(make(tmp_path, trainer_kit.dataset(), model=other, **options)))
 
 
 # Positions ------------------------------------------------------------------------------------------------------------

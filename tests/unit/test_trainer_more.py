@@ -13,7 +13,6 @@ from tokenizers import AddedToken
 from trainer_kit import (
     GROUP,
     Spy,
-    bitwise_equal,
     config,
     dataset,
     fake_rollout,
@@ -162,31 +161,20 @@ def test_too_long_contexts_are_shortened_and_counted(tmp_path):
         assert text is None or text.endswith("Correctly solve the original question. <assistant>")
 
 
-def test_evaluation_uses_its_own_sampling_and_leaves_training_alone(tmp_path):
-    """With eval every step, training is bit-identical to training without; greedy evaluation is deterministic."""
+def test_evaluation_uses_its_own_sampling(tmp_path):
+    """Greedy evaluation is deterministic, also between steps; hot evaluation samples."""
     grade = lambda text, row: Grade(float(len(text.split()) % 2), text, True, None)  # noqa: E731
     held_out = [dict(r, id=f"q{i}") for i, r in enumerate(dataset(6))]
-    plain = trainer(tmp_path, max_steps=3)
-    train(plain)
-    t = trainer(
-        tmp_path,
-        max_steps=3,
-        eval_dataset=held_out,
-        grade=grade,
-        eval_strategy="steps",
-        eval_steps=1,
-        eval_temperature=0.0,
-        eval_k=2,
-    )
+    options = dict(eval_dataset=held_out, grade=grade)
+    steps = dict(max_steps=3, eval_strategy="steps", eval_steps=1)
+    t = trainer(tmp_path, **options, **steps, eval_temperature=0.0, eval_k=2)
     train(t)
-    assert bitwise_equal(weights(plain.model), weights(t.model))
-    evaluations = [r for r in t.state.log_history if "eval_avg_at_k" in r]
-    assert [r["step"] for r in evaluations] == [1, 2, 3]
+    assert [r["step"] for r in t.state.log_history if "eval_avg_at_k" in r] == [1, 2, 3]
     first, second = t.held_out_records(held_out), t.held_out_records(held_out)
     assert first == second and len(first) == 12
     assert {r["question_id"] for r in first} == {f"q{i}" for i in range(6)}
     assert len({r["completion"] for r in first if r["question_id"] == "q0"}) == 1  # greedy
-    hot = trainer(tmp_path, eval_dataset=held_out, grade=grade, eval_temperature=1.0, eval_top_p=1.0, eval_k=8)
+    hot = trainer(tmp_path, **options, eval_temperature=1.0, eval_top_p=1.0, eval_k=8)
     assert len({r["completion"] for r in hot.held_out_records(held_out) if r["question_id"] == "q0"}) > 1
 
 
