@@ -238,6 +238,7 @@ def test_every_new_field_of_the_configuration_is_accounted_for() -> None:
         "objective",
         "alpha_steps",
         "feedback_mode",
+        "success_reward",
         "micro_batch_size",
         "max_tokens_per_microbatch",
         "eval_batch_size",
