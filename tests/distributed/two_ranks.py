@@ -84,7 +84,7 @@ CASES: dict[str, dict] = {
     "seen_ids": dict(
         reward=[ids_decide, form],
         success_reward="ids_decide",
-        generation_kwargs=dict(suppress_tokens=list(range(25)), forced_eos_token_id=1, max_new_tokens=5),
+        generation_kwargs=dict(suppress_tokens=list(range(2, 25)), forced_eos_token_id=1, max_new_tokens=5),
         eval_temperature=0.0,
         eval_batch_size=4,
     ),

@@ -318,6 +318,7 @@ def test_every_new_field_of_the_configuration_is_accounted_for() -> None:
         "diagnostics_flat_tolerance",
         "diagnostics_warning_interval",
         "distillation_weight",
+        "success_reward",
         "micro_batch_size",
         "max_tokens_per_microbatch",
         "eval_batch_size",

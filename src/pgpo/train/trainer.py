@@ -66,6 +66,7 @@ class PGPOTrainer(SeamTrainer):
 
     Held-out evaluation (`eval_strategy`, `trainer.evaluate()`) samples `eval_k` completions per row of
     `eval_dataset` at `eval_temperature` and reports avg@k with an interval clustered by question (held_out.py).
+    A `rollout_func` samples in its own way, so evaluation asks the model itself.
 
     Raises:
         UserError: what cannot work, in one sentence with the remedy.
