@@ -31,7 +31,7 @@ def top(before: Tensor, after: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return kept, after.gather(-1, index)
 
 
-# The three forms of K --------------------------------------------------------------------------------------------------
+# The three forms of K ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("distance", [1e-3, 0.1, 3.0])
@@ -64,7 +64,7 @@ def sampled_expectation(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("distance", [1e-3, 0.1, 1.0])
 def test_sampled_tokens_are_unbiased_and_never_negative(distance: float) -> None:
-    """Red for KL(after || before)'s estimator (r log r - r + 1), and for the plain log ratio, which has negative draws."""
+    """Red for KL(after || before)'s estimator (r log r - r + 1) and the plain log ratio, negative in single draws."""
     before, after = pair(50, 40, distance)
     mean, _ = sampled_expectation(before, after)
     assert mean.tolist() == pytest.approx(kl_moved(before, after).tolist(), rel=1e-9)
@@ -119,7 +119,7 @@ def test_bad_arguments() -> None:
         kl_moved(before, after[:1])
 
 
-# The mean --------------------------------------------------------------------------------------------------------------
+# The mean ------------------------------------------------------------------------------------------------------------
 
 
 def test_mean_over_tokens_ignores_padding_and_adds_over_ranks() -> None:
@@ -133,7 +133,7 @@ def test_mean_over_tokens_ignores_padding_and_adds_over_ranks() -> None:
     assert token_mean(torch.tensor([3.0])) == 3.0  # a prompt of one completion of one token
 
 
-# Cosine, agreement, clip -----------------------------------------------------------------------------------------------
+# Cosine, agreement, clip ---------------------------------------------------------------------------------------------
 
 
 def test_cosine_is_that_of_the_joined_vector() -> None:
@@ -213,7 +213,7 @@ def test_clip_refuses_what_is_not_a_norm_and_forgets_it(bad: float) -> None:
     ],
 )
 def test_settings_out_of_range(make) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match="must|would"):
+    with pytest.raises(ValueError, match=r"must|would"):
         make()
 
 

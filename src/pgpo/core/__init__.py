@@ -17,7 +17,7 @@ from .information import Information, InformationMeter, token_entropy
 from .signals import AdaptiveClip, Agreement, gradient_cosine, kl_moved, token_mean
 from .sources import CrossFit, EarlierInformation
 from .stepping import modulate, modulate_reference
-from .trust import LaggedRate, MeasuredTrust, StepLength, TrustBudget, Verdict, kl_per_divergence
+from .trust import LaggedRate, MeasuredTrust, StepLength, TrustBudget, Verdict, expected_size, kl_per_divergence
 from .viscosity import ExponentialLaw, SmoothExponentialLaw, linear_schedule
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "dense_distillation_head",
     "distillation_of_logits",
     "divergence",
+    "expected_size",
     "fused_distillation_head",
     "gradient_cosine",
     "kl_moved",
