@@ -207,6 +207,15 @@ def test_about_one_measurement_per_step_where_steps_vary_as_in_the_lab() -> None
     assert count / steps < 1.5
 
 
+def test_the_exponent_is_learned_from_steps_measured_twice() -> None:
+    """Half the way from 2 to the measured 1; K at the accepted rho is then predicted at another size."""
+    length = StepLength()
+    search(length, 1.0, power(50, 1.0))
+    assert length.exponent < 1.51
+    search(length, 1.0, power(0.9, 2.0))  # one measurement
+    assert length.exponent < 1.51
+
+
 def test_short_steps_pass_whole_with_one_measurement() -> None:
     length = StepLength()
     for _ in range(5):
@@ -247,6 +256,7 @@ def test_nothing_allowed_and_nothing_moved() -> None:
     assert length.observe(0.0, 0.0) == Verdict(True, 0.0)
     assert search(length, 1.0, lambda rho: 0.0) == (1.0, 1)  # K = 0: no gradient, or a warm-up from rate 0
     assert search(length, 1.0, lambda rho: -1e-9) == (1.0, 1)  # rounding of a divergence
+    assert search(StepLength(), 1.0, lambda rho: 1e4 if rho == 1 else -1e-9) == (pytest.approx(0.1), 3)
     assert length.state_dict()["level"] is None
 
 
@@ -343,7 +353,8 @@ def test_resume_is_the_uninterrupted_run() -> None:
     for k in range(24):
         saved.append(json.dumps(whole.state_dict()))
         rhos.append(step(whole, k))
-    for k in (0, 1, 9, 10, 17):
+    assert any(d is None for d, _, _ in signals)  # such a step takes over the size of the one before
+    for k in range(24):
         again = MeasuredTrust()
         again.load_state_dict(json.loads(saved[k]))
         assert [step(again, j) for j in range(k, 24)] == rhos[k:]
