@@ -238,12 +238,13 @@ def test_a_second_look_too_far_returns_to_what_was_measured() -> None:
     first = length.observe(1.0, 100.0).rho
     second = length.observe(first, 0.05).rho
     assert length.observe(second, 50.0) == Verdict(True, first)
+    assert (length.moved, length.count) == (0.05, 3)
 
 
 def test_no_rho_within_the_budget_undoes_the_step() -> None:
     length = StepLength(probes=3)
     rho, count = search(length, 1.0, lambda rho: 7.0)
-    assert (rho, count) == (0.0, 3)
+    assert (rho, count, length.moved, length.count) == (0.0, 3, 0.0, 3)
     rho, count = search(StepLength(), 1.0, lambda rho: math.inf)
     assert (rho, count) == (0.0, 6)
 
@@ -256,6 +257,14 @@ def test_nothing_allowed_and_nothing_moved() -> None:
     assert search(length, 1.0, lambda rho: -1e-9) == (1.0, 1)  # rounding of a divergence
     assert search(StepLength(), 1.0, lambda rho: 1e4 if rho == 1 else -1e-9) == (pytest.approx(0.1), 3)
     assert length.state_dict()["level"] is None
+
+
+def test_a_length_too_short_to_move_anything_is_forgotten() -> None:
+    """Red if rounding to K = 0 keeps the step at that length for good."""
+    length = StepLength()
+    search(length, 1e-9, power(1.0, 2.0))
+    search(length, 1e-9, lambda rho: 0.0 if rho < 1e-2 else 1e-12)
+    assert search(length, 1e-9, lambda rho: 1e-10 * rho**2) == (1.0, 1)
 
 
 @few

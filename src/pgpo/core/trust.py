@@ -201,6 +201,10 @@ class StepLength:
         tolerance: > 1; ours: 1.5.
         probes: measurements per step at most; ours: 6, enough for a first step 10^5 times too long.
         memory: weight of the newest step in the level; ours, measured: .3.
+
+    Attributes:
+        moved: K at the last accepted rho, nats.
+        count: measurements of the last step.
     """
 
     def __init__(self, tolerance: float = 1.5, probes: int = 6, memory: float = 0.3) -> None:
@@ -211,6 +215,7 @@ class StepLength:
         self.exponent = 2.0  # of short steps
         self.level: float | None = None
         self.size = 1.0
+        self.moved, self.count = 0.0, 0
         self._budget, self._asked = 0.0, math.nan
         self._seen: list[tuple[float, float]] = []  # rho, K of this step
 
@@ -272,7 +277,7 @@ class StepLength:
 
     def _accept(self, rho: float) -> Verdict:
         self._learn()
-        self._asked = math.nan
+        self._asked, self.count, self.moved = math.nan, len(self._seen), dict(self._seen).get(rho, 0.0)
         return Verdict(True, rho)
 
     def _shorter(self) -> float:
@@ -297,6 +302,8 @@ class StepLength:
 
     def _learn(self) -> None:
         rho, moved = min(self._seen, key=lambda point: abs(_log(point[1]) - _log(self._budget)))
+        if moved == 0 and rho < 1:
+            self.level = None  # so short that nothing moved: begin anew
         if not (rho > 0 and 0 < moved < math.inf):
             return
         if len(self._seen) > 1:
@@ -327,6 +334,7 @@ class MeasuredTrust:
     Attributes:
         budget: B of this step, nats.
         rho: the last accepted one.
+        length.moved, length.count: its K, and how many measurements it took.
 
     Raises:
         ValueError: a value outside its range.
