@@ -214,6 +214,13 @@ def test_the_exponent_is_learned_from_steps_measured_twice() -> None:
     assert length.exponent == pytest.approx(1.5)
 
 
+def test_an_odd_first_step_is_forgotten_at_once() -> None:
+    """Adam's first step goes 100 times further than its slope says (measured). Red for a level that only drifts."""
+    length = StepLength()
+    search(length, 1.0, power(1e4, 2.0))
+    assert [search(length, 1.0, power(1e2, 2.0))[1] for _ in range(3)] == [2, 1, 1]
+
+
 def test_short_steps_pass_whole_with_one_measurement() -> None:
     length = StepLength()
     for _ in range(5):

@@ -200,7 +200,8 @@ class StepLength:
     Args:
         tolerance: > 1; ours: 1.5.
         probes: measurements per step at most; ours: 6, enough for a first step 10^5 times too long.
-        memory: weight of the newest step in the level; ours, measured: .3.
+        memory: weight of the newest step in the level; ours, measured: .3. A level wrong by more than a factor of 10,
+            as after Adam's first step, is replaced.
 
     Attributes:
         moved: K at the last accepted rho, nats.
@@ -309,7 +310,9 @@ class StepLength:
         if len(self._seen) > 1:
             self.exponent += 0.5 * (self._local_exponent() - self.exponent)
         level = math.log(moved / self.size) - self.exponent * math.log(rho)
-        self.level = level if self.level is None else self.level + self.memory * (level - self.level)
+        if self.level is not None and abs(level - self.level) < math.log(1 / _FAR):
+            level = self.level + self.memory * (level - self.level)
+        self.level = level
 
 
 class MeasuredTrust:
