@@ -84,7 +84,7 @@ CASES: dict[str, dict] = {
     "seen_ids": dict(
         reward=[ids_decide, form],
         success_reward="ids_decide",
-        generation_kwargs=dict(suppress_tokens=list(range(25)), forced_eos_token_id=1, max_new_tokens=5),
+        generation_kwargs=dict(suppress_tokens=list(range(2, 25)), forced_eos_token_id=1, max_new_tokens=5),
         eval_temperature=0.0,
         eval_batch_size=4,
     ),
@@ -167,8 +167,8 @@ def state(t) -> dict:
 def run(options: dict, folder: str) -> dict:
     t = make(folder, **options)
     hinted, deferred = [], []
-    active_rows, no_sync = t._active_rows, t.accelerator.no_sync
-    t._active_rows = lambda batch: hinted.append(rows := active_rows(batch)) or rows
+    active_rows, no_sync = t.active_samples, t.accelerator.no_sync
+    t.active_samples = lambda batch: hinted.append(rows := active_rows(batch)) or rows
     t.accelerator.no_sync = lambda model: deferred.append(model) or no_sync(model)
     logs = trainer_kit.train(t)
     questions = [dict(row, id=str(i)) for i, row in enumerate(trainer_kit.dataset(5))]
@@ -206,8 +206,8 @@ def resumed(kind: str, folder: str) -> dict:
 def half_precision(folder: str) -> dict:
     """A teacher that reads what the student reads, weights and activations in bf16."""
     t = make(folder, model=lambda: build_model(dtype=torch.bfloat16), bf16=True, **FSDP2)
-    active_rows, run = t._active_rows, t.passes.forward
-    t._active_rows = lambda batch: [dataclasses.replace(r, teacher_prompt=r.prompt) for r in active_rows(batch)]
+    active_rows, run = t.active_samples, t.passes.forward
+    t.active_samples = lambda batch: [dataclasses.replace(r, teacher_prompt=r.prompt) for r in active_rows(batch)]
     outputs, autocasts = [], []
 
     def watched(*args):

@@ -12,8 +12,7 @@ from trainer_kit import Spy, config, largest_difference, train, trainer, weights
 
 from pgpo.core import ExponentialLaw, SmoothExponentialLaw, divergence, token_entropy
 from pgpo.errors import UserError
-from pgpo.train.multiplier import BASELINE_WEIGHT, StepMultiplier
-from pgpo.train.trainer import pooled
+from pgpo.train.multiplier import BASELINE_WEIGHT, StepMultiplier, pooled
 
 SGD = dict(optim="sgd", learning_rate=0.5, weight_decay=0.0)
 UNBOUND = dict(alpha=1.5, rho_max=5.0)
@@ -124,7 +123,7 @@ def by_hand(t, batch, alpha):
     """Loss gradient and information of each half of the questions, from the initial weights, one row at a time."""
     student, teacher = build_model(), build_model()
     group = t.args.num_generations
-    tokens = sum(len(r.completion) for r in t._active_rows(batch))
+    tokens = sum(len(r.completion) for r in t.active_samples(batch))
     results = []
     for half in (0, 1):
         student.zero_grad()
@@ -219,7 +218,7 @@ def test_gap_of_the_sampled_tokens_and_the_details_of_watched_rows(tmp_path):
         (log,) = train(t)
     batch, model = spy.batches[0], build_model()
     gaps, wrong = [], []
-    for row in t._active_rows(batch):
+    for row in t.active_samples(batch):
         student = log_prob(model, row.prompt, row.completion)
         teacher = log_prob(model, row.teacher_prompt, row.completion)
         gap = [a - b for a, b in zip(student, teacher)]

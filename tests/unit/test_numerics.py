@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 from pgpo.command.models import load_model
 from pgpo.core import modulate, modulate_reference
 from pgpo.errors import UserError
+from pgpo.train import state as train_state
 from pgpo.train.gate import torch_optimizer
 from pgpo.train.seam import MOST_SKIPS, nonfinite_parameter
 
@@ -50,7 +51,7 @@ def tensors(value, path: str = "") -> dict[str, torch.Tensor | float | None]:
 
 def state(t) -> dict[str, dict]:
     """All that a skipped step must leave as it was."""
-    own = {k: v for k, v in t.extra_state().items() if k != "skips_in_a_row"}
+    own = {k: v for k, v in train_state.collected(t).items() if k != "skips_in_a_row"}
     own["modulation"] = own["modulation"] or {"steps": 0, "last_rho": None}  # made when first used
     return {
         "student": trainer_kit.weights(t.model),
@@ -119,7 +120,7 @@ def spoil_gradient(t, steps, value: float) -> None:
 
 
 def spoil_information(t, steps, value: float) -> None:
-    for meter in t.meters:
+    for meter in t.signal.meters:
         add = meter.add
 
         def spoiled(student, teacher, mask, add=add):
@@ -338,7 +339,7 @@ def test_what_a_scaler_skips_moves_nothing(tmp_path, optim):
             {"signal"} if step in (1, 3) else {"student", "optimizer", "schedule", "teacher", "average", "signal"}
         )
         assert changed == expected, step
-    assert t.extra_state()["modulation"]["steps"] == 2
+    assert train_state.collected(t)["modulation"]["steps"] == 2
 
 
 def test_scaled_steps_are_the_plain_ones(tmp_path):

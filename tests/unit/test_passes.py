@@ -413,7 +413,7 @@ def test_a_request_to_join_that_has_no_effect_is_answered(tmp_path, caplog):
     windowed = small("Mistral", sliding_window=4)
     for join, warned in ((None, False), (True, True)):
         caplog.clear()
-        with caplog.at_level("WARNING", "pgpo.train.trainer"):
+        with caplog.at_level("WARNING", "pgpo.train.forwards"):
             trainer(tmp_path, model=copy.deepcopy(windowed), join_siblings=join)
         assert ("join_siblings has no effect" in caplog.text) is warned
 
@@ -435,7 +435,7 @@ def test_the_trainer_joins_on_a_cpu_unless_told_otherwise(tmp_path):
 
 def train_and_watch(tmp_path, options):
     t = trainer(tmp_path, **options)
-    t._head_checked = True  # the check itself joins
+    t.distillation.forwards._checked = True  # the check itself joins
     seen = masks(t)
     train(t)
     return seen
@@ -454,7 +454,7 @@ def test_a_model_that_takes_no_such_mask_still_trains_right(what, tmp_path, capl
 
     model.model.__class__ = Heedless
     t = trainer(tmp_path, model=model, teacher="ema", teacher_rate=0.25, **SGD)
-    with caplog.at_level("WARNING", "pgpo.train.trainer"):
+    with caplog.at_level("WARNING", "pgpo.train.forwards"):
         train(t)
     assert "stay apart" in caplog.text
     assert largest_difference(weights(t.model), slow["ema"][1]) < 2e-6
@@ -481,7 +481,7 @@ def test_a_model_whose_logits_are_no_plain_head_still_trains_right(tmp_path, cap
     model.__class__ = Doubled
     t = trainer(tmp_path, model=copy.deepcopy(model), temperature=2.0, **SGD)
     spy = Spy(t)
-    with caplog.at_level("WARNING", "pgpo.train.trainer"):
+    with caplog.at_level("WARNING", "pgpo.train.forwards"):
         (first, _) = train(t)
     assert t.passes.whole_logits and "holds all logits" in caplog.text and len(caplog.records) == 1
     # Logits twice as large at temperature 2 are the plain model's at temperature 1.
@@ -494,7 +494,7 @@ def test_a_model_whose_logits_are_no_plain_head_still_trains_right(tmp_path, cap
 
 
 def test_the_slow_twin_and_the_switch_are_what_they_say(tmp_path, monkeypatch):
-    import pgpo.train.trainer as module
+    import pgpo.train.distill as module
 
     def forbidden(*args, **kwargs):
         raise AssertionError("the other head ran")

@@ -27,8 +27,9 @@ from pgpo import PGPOTrainer, UserError
 from pgpo.forward.batching import split
 from pgpo.forward.passes import _CACHED
 from pgpo.tasks.graders import Grade
+from pgpo.train.forwards import MicroBatch
 from pgpo.train.host import Host
-from pgpo.train.trainer import Row
+from pgpo.train.rows import Sample
 
 
 def nobody(prompts, completions, **kwargs):
@@ -193,8 +194,8 @@ def test_generation_by_the_model_itself(tmp_path):
 def test_rollout_correction_weighs_the_loss(tmp_path, per_token):
     """vLLM's ratio, per token [T] or per sequence [1], multiplies the tokens' loss and nothing else."""
     t = trainer(tmp_path)
-    plain = t._active_rows
-    t._active_rows = lambda batch: [
+    plain = t.active_samples
+    t.active_samples = lambda batch: [
         replace(r, weight=torch.full((len(r.completion) if per_token else 1,), 0.5)) for r in plain(batch)
     ]
     (log,) = train(t)
@@ -207,8 +208,10 @@ def test_rollout_correction_weighs_the_loss(tmp_path, per_token):
 def test_importance_ratio_is_taken_at_the_sampling_temperature(tmp_path):
     t = trainer(tmp_path, temperature=0.5, importance_clip=3.0, divergence="forward_kl", divergence_top_k=0)
     old = torch.tensor([-1.0, -2.0, -30.0])
-    row = Row(prompt=[2], teacher_prompt=[2, 9], completion=[7, 8, 9], rollout_logprobs=old)
-    loss, _ = t._distill(t.model, [row], [1], t._teacher_states([row]), 1.0, idle=False)
+    row = Sample(prompt=[2], teacher_prompt=[2, 9], completion=[7, 8, 9], rollout_logprobs=old)
+    d = t.distillation
+    states, part = d.forwards.teacher_states([row]), MicroBatch([row], [1], [0])
+    loss, _ = d._loss(t.model, part, states, 1.0, False, None, t.signal.meters[0])
 
     def log_probs(prompt):
         logits = build_model()(input_ids=torch.tensor([prompt + row.completion])).logits[0, -4:-1].double()
@@ -226,7 +229,7 @@ def test_micro_batches_keep_to_the_token_budget(tmp_path, objective):
     """Rows are padded to the longest of them; TRL's own, for GRPO, to the longest prompt and the longest completion."""
     t = trainer(tmp_path, max_tokens_per_microbatch=2200, objective=objective)
     sizes = [(1000, 100), (100, 1000), (1000, 90), (90, 900), (10, 10), (12, 8)]
-    parts = split(sizes, t._limits())
+    parts = split(sizes, t.policy.limits if objective == "grpo" else t.distillation.forwards.limits())
     assert sorted(i for part in parts for i in part) == list(range(6))
     for part in parts:
         padded = len(part) * max(sum(sizes[i]) for i in part)
@@ -242,7 +245,7 @@ def test_no_forward_exceeds_the_token_budget(tmp_path):
         budget = trainer(
             tmp_path, max_tokens_per_microbatch=60, share_teacher_prompts=share, join_siblings=join, packing=pack
         )
-        budget._head_checked = True  # the check runs rows of its own
+        budget.distillation.forwards._checked = True  # the check runs rows of its own
 
         def watch(module, args, kwargs, seen=seen):
             mask, tokens = kwargs.get("attention_mask"), kwargs["input_ids"].numel()
@@ -285,8 +288,9 @@ def test_teacher_prompts_are_rendered_with_the_template_arguments(tmp_path):
 
 def test_joined_rows_are_counted_as_padded_where_other_rows_are_packed(tmp_path):
     t = trainer(tmp_path, max_tokens_per_microbatch=60, packing=True, join_siblings=True)
-    rows = [Row([2] * 10, [3], [5] * 15), Row([2] * 10, [3], [6] * 15), Row([4] * 10, [3], [5] * 10)]
-    assert t._bundles(rows, t._limits()) == [[[0, 1]], [[2]]]  # 40 + 20 tokens packed, 80 padded
+    rows = [Sample([2] * 10, [3], [5] * 15), Sample([2] * 10, [3], [6] * 15), Sample([4] * 10, [3], [5] * 10)]
+    forwards = t.distillation.forwards
+    assert forwards.bundles(rows, forwards.limits()) == [[[0, 1]], [[2]]]  # 40 + 20 tokens packed, 80 padded
 
 
 def test_every_trainer_has_a_host_of_its_own(tmp_path):

@@ -106,8 +106,8 @@ def test_splitting_into_micro_batches_changes_nothing(tmp_path, split):
     whole = trainer(tmp_path, optim="sgd", learning_rate=0.5, max_steps=3, max_tokens_per_microbatch=None)
     parts = trainer(tmp_path, optim="sgd", learning_rate=0.5, max_steps=3, **split)
     calls = []
-    plain = parts._distill
-    parts._distill = lambda model, rows, *a, **k: calls.append(len(rows)) or plain(model, rows, *a, **k)
+    plain = parts.distillation._loss
+    parts.distillation._loss = lambda model, part, *a: calls.append(len(part.samples)) or plain(model, part, *a)
     one, many = train(whole), train(parts)
     assert len(calls) > 6  # it was split
     assert largest_difference(weights(whole.model), weights(parts.model)) < 1e-5
@@ -172,7 +172,7 @@ def test_samples_without_a_teacher_cost_no_forward_and_do_not_shrink_the_step(tm
         ]
 
     t = trainer(tmp_path, optim="sgd", learning_rate=0.5, reward=only_first_prompt)
-    t._head_checked = True  # the check runs rows of its own
+    t.distillation.forwards._checked = True  # the check runs rows of its own
     seen = []
 
     def watch(plain):
@@ -252,7 +252,7 @@ def test_off_policy_steps_clip_the_importance_ratio(tmp_path):
             divergence_top_k=0,
         )
         weighted = []
-        plain = t._token_weights
+        plain = t.distillation._token_weights
 
         def watch(rows, share, plain=plain, weighted=weighted):
             weights = plain(rows, share)
@@ -261,7 +261,7 @@ def test_off_policy_steps_clip_the_importance_ratio(tmp_path):
                 return weights
             return lambda *a: weighted.append((w := weights(*a)) / share) or w
 
-        t._token_weights = watch
+        t.distillation._token_weights = watch
         logs = train(t)
         seen[clip] = weighted[-1], logs[-1]
     first = seen[2.0][0]

@@ -70,7 +70,9 @@ class Session(TrainerCallback):
 
     def _select(self, test: list[Row], last: int) -> None:
         """Test the step that the curve selects (0 included), unless it is tested already, and write result.json."""
-        step, tested = self.trainer.gather_objects([self._selection()])[0]  # the main process has read what it wrote
+        step, tested = self.trainer.engine.gather_objects([self._selection()])[
+            0
+        ]  # the main process has read what it wrote
         if not tested:
             self.trainer.load_weights(self.log.directory / runlog.CHECKPOINTS_FOLDER / f"checkpoint-{step}")
             self._evaluate(test, runlog.TEST_SELECTED, step)
@@ -184,7 +186,9 @@ class Session(TrainerCallback):
         say(text)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.interruption.asked = self.trainer.on_any_rank(self.interruption.asked)  # ranks stop after the same step
+        self.interruption.asked = self.trainer.engine.on_any_rank(
+            self.interruption.asked
+        )  # ranks stop after the same step
         if self.interruption.asked:
             control.should_training_stop = True
             control.should_save = True

@@ -127,7 +127,7 @@ def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
         host = Host(say=say, advice=lambda step: run_directory.after_a_lost_rank(directory, step, main))
         trainer = _trainer(parsed, task, model, tokenizer, host)
         args.output_dir = str(directory / runlog.CHECKPOINTS_FOLDER)
-        host.run_id = run_id = trainer.gather_objects([run_id])[0]
+        host.run_id = run_id = trainer.engine.gather_objects([run_id])[0]
         log = RunLog(directory)
         if main:
             base = Path(scratch) / BASE_FOLDER

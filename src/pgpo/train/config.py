@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from trl import GRPOConfig
 
 from pgpo.core.viscosity import ExponentialLaw, SmoothExponentialLaw, linear_schedule
 from pgpo.errors import UserError
+from pgpo.teacher import ContextTemplates
 from pgpo.train.field_types import fit
 from pgpo.train.fields import refuse_unused
 from pgpo.train.rules import PARSED, check_combinations, check_values
@@ -267,6 +268,15 @@ class PGPOConfig(GRPOConfig):
     def follows_rewards(self) -> bool:
         """Whether TRL's policy loss, on advantages, is all of the loss or a part of it."""
         return not self.distills or self.distillation_weight < 1
+
+    def templates(self) -> ContextTemplates:
+        """SDPO's, with those that are given in their place."""
+        names = ("reprompt", "solution", "feedback")
+        given = {name: text for name in names if (text := getattr(self, f"{name}_template")) is not None}
+        try:
+            return replace(ContextTemplates(), **given)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def guarded_signals(self) -> dict[str, float]:
         """{signal: limit} that the guard watches; see signals.choose_limits."""

@@ -223,7 +223,7 @@ class HeldOut:
             for n, (i, record) in enumerate(zip(places, records, strict=True))
         ]
         gathered = sorted(
-            t.gather_objects(found[: len(mine) * k]), key=lambda item: item[0]
+            t.engine.gather_objects(found[: len(mine) * k]), key=lambda item: item[0]
         )  # in the order of the rows
         return Outcome(
             records=[item[1] for item in gathered],

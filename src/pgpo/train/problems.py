@@ -10,6 +10,7 @@ All raise `UserError`, and the same one on all ranks, which all look at the same
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from pgpo.train.adapters import adapter_problem, precision_problem
 from pgpo.train.config import PGPOConfig
 from pgpo.train.field_types import shown
 from pgpo.train.prompts import Prompts
+from pgpo.train.seam import Prompt, Rollout
 from pgpo.train.seam.step import function_name
 from pgpo.train.sharding import sharding_problem
 from pgpo.train.success import deciding
@@ -332,3 +334,54 @@ def _column(data: Data, name: str) -> Iterator[Any]:
             yield from part[name]
     else:
         yield from (row.get(name) for row in data.dataset)
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+def check_evaluation(trainer: Any) -> None:
+    """That the held-out rows can be evaluated, and that an evaluation gives what the best checkpoint is chosen by."""
+    if trainer.eval_dataset is not None:
+        trainer.held_out_evaluation.check(trainer.eval_dataset)
+    if trainer.args.load_best_model_at_end or trainer.args.save_strategy == "best":
+        check_best_metric(trainer)
+
+
+def check_best_metric(trainer: Any) -> None:
+    """Where evaluation is PGPOTrainer's own."""
+    own = "evaluate" not in vars(trainer) and type(trainer).evaluate.__module__ == "pgpo.train.trainer"
+    if own and trainer.eval_dataset is not None:
+        trainer.held_out_evaluation.check_best_metric(trainer.eval_dataset)
+
+
+# In a step ------------------------------------------------------------------------------------------------------------
+
+
+def check_spread(trainer: Any, rollout: Rollout) -> None:
+    """That the rewards have a variance in single precision, which TRL's advantages are divided by."""
+    if math.isinf(trainer.recorded("reward_std") or 0.0):
+        largest = max(map(abs, rollout.rewards))
+        raise UserError(
+            f"at step {trainer.state.global_step + 1}: the rewards, up to {largest:.3g}, have a variance beyond single "
+            "precision, so that every advantage would be 0; divide them."
+        )
+
+
+def check_answer_prefixes(trainer: Any, prompts: Sequence[Prompt], teacher_prompts: Sequence[Prompt | None]) -> None:
+    """Student and teacher must judge a completion behind the same opening; a template may add <think> to one only."""
+    seen: dict[str, str] = {}  # siblings share prompts
+
+    def prefix(prompt: Prompt) -> str:
+        key = repr(prompt)
+        if key not in seen:
+            seen[key] = trainer.answer_prefix(prompt)
+        return seen[key]
+
+    for prompt, teacher_prompt in zip(prompts, teacher_prompts, strict=True):
+        if teacher_prompt is not None and prefix(prompt) != prefix(teacher_prompt):
+            raise UserError(
+                f"at step {trainer.state.global_step + 1}: the chat template opens the student's answer with "
+                f"{prefix(prompt)!r} and the teacher's with {prefix(teacher_prompt)!r}, so that they would judge "
+                "different texts; set a template (or chat_template_kwargs) whose opening does not depend on the "
+                f"messages, which begin with {str(prompt)[:60]!r}."
+            )

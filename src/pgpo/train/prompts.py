@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pgpo.errors import UserError
@@ -271,3 +271,17 @@ def _control_marks(text: str, tokenizer: Any) -> list[str]:
     found += [(match.start(), match[0]) for match in _CONTROL.finditer(text)]
     ends_of_text = {getattr(tokenizer, f"{name}_token", None) for name in ("bos", "eos", "pad", "unk")}
     return [mark for _, mark in sorted(found) if mark not in ends_of_text]
+
+
+class Rendered:
+    """Token ids of prompts, each rendered once."""
+
+    def __init__(self, render: Callable[[Any], list[int]]) -> None:
+        self.render = render
+        self.known: dict[str, list[int]] = {}
+
+    def __call__(self, prompt: Any) -> list[int]:
+        key = repr(prompt)
+        if key not in self.known:
+            self.known[key] = self.render(prompt)
+        return self.known[key]

@@ -119,7 +119,7 @@ class SeamTrainer(StepSeam):
             failure = checkpoints.write_failure(error)
             if failure is None:
                 raise
-        return next((f for f in self.gather_objects([failure]) if f is not None), None)
+        return next((f for f in self.engine.gather_objects([failure]) if f is not None), None)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(super()._get_output_dir(trial)) if self._scratch is None else self._scratch
@@ -221,7 +221,7 @@ class SeamTrainer(StepSeam):
                 found = [self._whole_checkpoint(resume)]
             except UserError as error:
                 found = [error]
-        result = self.gather_objects(found)[0]
+        result = self.engine.gather_objects(found)[0]
         if isinstance(result, UserError):
             raise result
         return result

@@ -34,6 +34,7 @@ from pgpo.forward.batching import positions
 from pgpo.forward.open_model import causal_lm
 from pgpo.forward.routers import Load, watched
 from pgpo.train import zero
+from pgpo.train.engine import Engine
 from pgpo.train.gate import StepGate
 from pgpo.train.host import Host
 from pgpo.train.ranks import watch_ranks
@@ -242,6 +243,11 @@ class StepSeam(GRPOTrainer):
 
     # Services for the subclass ----------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The processes of this run."""
+        return Engine(self.accelerator, bool(self.is_fsdp_enabled), bool(self.is_deepspeed_enabled))
+
     @property
     def tokenizer(self) -> Any:
         return self._tokenizer
@@ -276,7 +282,7 @@ class StepSeam(GRPOTrainer):
         """
         step = f"step {self.state.global_step + 1}"
         if here is not None:
-            found = [str(rank) for rank, culprit in enumerate(self.gather_objects([here])) if culprit]
+            found = [str(rank) for rank, culprit in enumerate(self.engine.gather_objects([here])) if culprit]
             if not found:  # an overflow in the sum over ranks
                 found = ["0"] if self.accelerator.num_processes == 1 else ["all"]
             cause = f"{cause} (rank {', '.join(found)})"
@@ -339,53 +345,21 @@ class StepSeam(GRPOTrainer):
 
     def grpo_batch(self, batch: Batch) -> Batch:
         """What TRL's GRPO loss reads of the rows of all ranks, in rank order."""
-        found = {name: self.gather_rows(batch[name], filler) for name, filler in _LOSS_INPUTS.items() if name in batch}
+        found = {
+            name: self.engine.gather_rows(batch[name], filler) for name, filler in _LOSS_INPUTS.items() if name in batch
+        }
         return found | {"num_items_in_batch": batch["num_items_in_batch"]}
-
-    def gather_rows(self, rows: Tensor, filler: float = 0) -> Tensor:
-        """[B] or [B, T] of each rank -> [ranks * B, longest T], in rank order."""
-        if self.accelerator.num_processes == 1:
-            return rows
-        if rows.dim() > 1:
-            rows = self.accelerator.pad_across_processes(rows, dim=1, pad_index=filler)
-        return self.accelerator.gather(rows.contiguous())
-
-    def gather_objects(self, local: list[Any]) -> list[Any]:
-        """The ranks' lists, one after the other in rank order."""
-        if self.accelerator.num_processes == 1:
-            return local
-        from accelerate.utils import gather_object
-
-        return gather_object(local)
 
     def raise_together(self) -> None:
         """End all ranks with the sentence of a user's function that failed on one. Every rank must call it."""
         failure, self._failure = self._failure, None
-        for text in self.gather_objects([None if failure is None else str(failure)]):
+        for text in self.engine.gather_objects([None if failure is None else str(failure)]):
             if text is not None:
                 raise UserError(text) from failure
 
     def base_learning_rate(self) -> float:
         """The scheduler's learning rate of this step, before any modulation."""
         return float(self._get_learning_rate())
-
-    def exchange(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Context of forward and backward of a micro-batch: ranks exchange gradients in the last one only, but under
-        FSDP in each, because what is not exchanged is a whole gradient on every rank. DeepSpeed knows by itself."""
-        own_way = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return contextlib.nullcontext() if last or own_way else self.accelerator.no_sync(model)
-
-    @property
-    def gathers_layers(self) -> bool:
-        """Whether collectives hide in the layers' forwards, so that every rank must run the same ones."""
-        return bool(self.is_fsdp_enabled) or zero.cuts_weights(self.accelerator)
-
-    def backward(self, model: nn.Module, loss: Tensor, last: bool) -> None:
-        """Backward of a micro-batch, the `last` of the step or not."""
-        if self.is_deepspeed_enabled:
-            zero.backward(model, loss, last)
-        else:
-            self.accelerator.backward(loss)
 
     def render(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, ready for generation, by the same template as the student's prompts."""
@@ -526,7 +500,9 @@ class StepSeam(GRPOTrainer):
     def logged_by_functions(self) -> dict[str, float]:
         """Means over all ranks of what reward functions gave to `log_metric` on held-out completions."""
         found: dict[str, list[float]] = {}
-        for logged in self.gather_objects([{name: list(values) for name, values in self._pending_metrics.items()}]):
+        for logged in self.engine.gather_objects(
+            [{name: list(values) for name, values in self._pending_metrics.items()}]
+        ):
             for name, values in logged.items():
                 found.setdefault(name, []).extend(values)
         return {name: sum(values) / len(values) for name, values in found.items()}
@@ -605,17 +581,17 @@ class StepSeam(GRPOTrainer):
         prompts, completions, opened, per_function, feedback = self._captured
         self._captured = None
         rows = len(prompts)
-        gathered_prompts, gathered_texts = self.gather_objects(prompts), self.gather_objects(completions)
+        gathered_prompts, gathered_texts = self.engine.gather_objects(prompts), self.engine.gather_objects(completions)
         start = self.accelerator.process_index * rows
         rollout = Rollout(
             prompts=gathered_prompts,
             completions=gathered_texts,
             rewards=weighted_sum(per_function, self.reward_weights).tolist(),
             success=self.success.of(per_function, self.reward_weights, self.reward_func_names),
-            feedback=None if feedback is None else self.gather_objects(feedback),
+            feedback=None if feedback is None else self.engine.gather_objects(feedback),
             local=slice(start, start + rows),
-            problem=next((p for p in self.gather_objects([self._problem]) if p is not None), None),
-            opened=flags if any(flags := self.gather_objects(opened)) else None,
+            problem=next((p for p in self.engine.gather_objects([self._problem]) if p is not None), None),
+            opened=flags if any(flags := self.engine.gather_objects(opened)) else None,
         )
         return self.annotate(batch, rollout)
 
@@ -679,7 +655,7 @@ class StepSeam(GRPOTrainer):
             self.judge([rows[i] for i in places], before + -(-mine // copies))
         except UserError as error:
             found = error
-        for text in self.gather_objects([None if found is None else str(found)]):
+        for text in self.engine.gather_objects([None if found is None else str(found)]):
             if text is not None:
                 raise UserError(text) from found
 
@@ -781,7 +757,7 @@ class StepSeam(GRPOTrainer):
 
     def _check_weights(self) -> None:
         """Weights with nan or inf never mend, and on a GPU sampling from them ends the process."""
-        for rank, name in enumerate(self.gather_objects([nonfinite_parameter(self.model)])):
+        for rank, name in enumerate(self.engine.gather_objects([nonfinite_parameter(self.model)])):
             if name is not None:
                 raise UserError(
                     f"at step {self.state.global_step + 1}: the weight {name} holds nan or inf (rank {rank}), so "
