@@ -25,6 +25,7 @@ import trainer_kit
 import yaml
 from conftest import build_model, build_tokenizer
 from fuzz import any_value, fuzzed, spoiled
+from test_science_qa import record
 
 from pgpo import PGPOConfig, PGPOTrainer
 from pgpo.cli import main
@@ -451,19 +452,6 @@ def test_flags_win_over_the_recipe_and_are_checked_last(refused, folder):
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-def record(number: int, **changes) -> dict:
-    """A question in the columns of SciKnowEval."""
-    columns = {
-        "question": f"How far is {number}?",
-        "choices": {"label": ["A", "B", "C", "D"], "text": [f"{number}.{i} m" for i in range(4)]},
-        "answerKey": "ABCD"[number % 4],
-        "domain": "Physics",
-        "type": "mcq-4-choices",
-        "details": {"level": "L3"},
-    }
-    return columns | changes
-
-
 def without(column: str) -> dict:
     return {name: value for name, value in record(3).items() if name != column}
 
@@ -622,11 +610,6 @@ def test_eval_needs_a_model(refused):
 )
 def test_what_only_the_libraries_below_can_judge(refused, tiny, words, says):
     assert_matches(refused("train", "--model_name_or_path", tiny, *words.split())[1], says)
-
-
-def test_weights_in_fp16(refused, folder, tiny):
-    words = ("train", "--model_name_or_path", tiny, "--dtype", "float16", *SMALL)
-    assert_matches(refused(*words)[1], r"the weight model\S+ is fp16, .* load the model with dtype='float32'")
 
 
 # Run directories ------------------------------------------------------------------------------------------------------

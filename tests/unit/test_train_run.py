@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_science_qa import record
 
 from pgpo import PGPOTrainer, UserError, runlog
 from pgpo.cli import main
@@ -309,19 +310,8 @@ def test_lora_runs_and_resumes(recipe, tmp_path, interrupt):
 def test_a_science_run_keeps_the_model_made_on_the_spot(tmp_path, monkeypatch, interrupt):
     """Its base is part of the run: resuming, evaluating the adapters and overwriting need nothing else."""
     monkeypatch.setattr(warm_start, "warm_start", functools.partial(warm_start.warm_start, steps=2))
-    records = [
-        {
-            "question": f"How far is {n}?",
-            "choices": {"label": ["A", "B", "C", "D"], "text": [f"{n}.{i} m" for i in range(4)]},
-            "answerKey": "ABCD"[n % 4],
-            "domain": "Physics",
-            "type": "mcq-4-choices",
-            "details": {"level": "L3"},
-        }
-        for n in range(30)
-    ]
     data = tmp_path / "questions.jsonl"
-    data.write_text("".join(json.dumps(r) + "\n" for r in records))
+    data.write_text("".join(json.dumps(record(n)) + "\n" for n in range(30)))
     task = ("--task", "science_qa", "--domain", "physics", "--data_path", data, "--no_data_check")
     sizes = "--max_steps 2 --prompts_per_step 2 --num_generations 2 --max_completion_length 4 --eval_k 1 --test_rows 2"
     words = ("train", *task, *sizes.split(), "--eval_strategy", "no", "--use_peft", "--output_dir", tmp_path / "run")

@@ -23,7 +23,7 @@ from trainer_kit import (
     weights,
 )
 
-from pgpo import PGPOTrainer, UserError
+from pgpo import UserError
 from pgpo.forward.batching import split
 from pgpo.forward.passes import _CACHED
 from pgpo.tasks.graders import Grade
@@ -137,9 +137,7 @@ def test_plain_text_prompts(tmp_path):
         assert all(isinstance(c, str) for c in completions)
         return [float(len(c.split()) % 2 == 0) for c in completions]
 
-    t = PGPOTrainer(
-        build_model(), reward, config(tmp_path), rows, processing_class=build_tokenizer(), rollout_func=rollout
-    )
+    t = trainer(tmp_path, reward=reward, rollout=rollout, data=rows)
     spy = Spy(t)
     (log,) = train(t)
     assert log["active_share"] > 0
@@ -366,14 +364,7 @@ def test_thinking_tags_that_decoding_drops_are_named(tmp_path):
         model.resize_token_embeddings(len(tokenizer))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            PGPOTrainer(
-                model,
-                parity_reward,
-                config(tmp_path),
-                dataset(),
-                processing_class=tokenizer,
-                rollout_func=fake_rollout,
-            )
+            trainer(tmp_path, model, tokenizer=tokenizer, quiet=False)
         return [str(w.message) for w in caught if "special tokens" in str(w.message)]
 
     (sentence,) = make(special=True)
