@@ -118,13 +118,6 @@ def test_lora_student_and_teacher_adapter(tmp_path, kind):
         assert all(gap(n) < gap(n.replace(".teacher.", ".default.")) for n in teacher)
 
 
-def test_bf16_student_keeps_its_average_in_fp32(tmp_path):
-    t = trainer(tmp_path, model=build_model(dtype=torch.bfloat16), max_steps=2, learning_rate=1e-2)
-    train(t)
-    assert t.model.dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in t.teacher.state_dict()["parameters"].values())
-
-
 def test_plain_text_prompts(tmp_path):
     rows = Dataset.from_list([{"prompt": f"w{i} w{(i * 7) % 36}"} for i in range(8)])
 
