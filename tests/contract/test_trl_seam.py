@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 from pathlib import Path
@@ -95,6 +96,9 @@ def test_the_loss_has_the_types_that_the_configuration_names():
     assert set(re.findall(r"\w+", " ".join(named))) == set(LOSSES)
 
 
+source_of = functools.cache(inspect.getsource)  # which parses the whole file each time
+
+
 CALLED = ("_compute_loss", "_prepare_inputs", "_get_learning_rate", "_push_from_checkpoint", "_generate")
 
 
@@ -113,7 +117,7 @@ def test_called_methods_exist(name):
     ],
 )
 def test_attributes_are_set_by_trl(attribute):
-    assert re.search(rf"self\.{attribute}\b[^\n]*=", inspect.getsource(GRPOTrainer))
+    assert re.search(rf"self\.{attribute}\b[^\n]*=", source_of(GRPOTrainer))
 
 
 @pytest.mark.parametrize("attribute", ["_tr_loss", "_globalstep_last_logged"])
