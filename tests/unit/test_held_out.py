@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from pgpo import PGPOTrainer
 from pgpo.errors import UserError
 from pgpo.tasks.graders import Grade
-from pgpo.train.seam.step import HeldOutSampler
+from pgpo.train.seam.rollouts import HeldOutSampler
 
 GREEDY = dict(top_k=1, eval_temperature=0.0, max_completion_length=8)
 STOPS = [1, 42, 49]
@@ -415,14 +415,14 @@ CHAT = [{"role": "user", "content": "w1"}]
         ([], "eval_dataset is empty"),
         ([{"question": CHAT}], "row 0 of eval_dataset has no 'prompt'"),
         ([{"prompt": CHAT}, {"prompt": None}], "row 1 of eval_dataset has the prompt None"),
-        ([{"prompt": CHAT}, {"prompt": []}], r"row 1 of eval_dataset has the prompt \[\]"),
-        ([{"prompt": CHAT}, {"prompt": "w1"}], "mixes prompts of plain text and of chat messages"),
+        ([{"prompt": CHAT}, {"prompt": []}], "row 1 of eval_dataset has an empty list as its prompt"),
+        ([{"prompt": CHAT}, {"prompt": "w1"}], "row 1 of eval_dataset mixes text and chat messages"),
         ([{"prompt": CHAT, "id": "a"}] * 2, "2 rows have the id 'a'"),
         ([{"prompt": CHAT, "id": 1}, {"prompt": CHAT, "id": "1"}], "2 rows have the id '1'"),
         ([{"prompt": CHAT, "id": "a"}, {"prompt": CHAT, "id": None}], "row 1 of eval_dataset has no id"),
         ([{"prompt": CHAT, "id": "a"}, {"prompt": CHAT}], "row 1 of eval_dataset has no id"),
-        ([{"prompt": [{"role": "user"}, "w1"]}], "row 0 of eval_dataset: the prompt .* cannot be rendered"),
-        ([{"prompt": [{"role": "user", "content": "w1 " * 90}]}], "has 92 tokens, more than max_prompt_length = 80"),
+        ([{"prompt": [{"role": "user"}, "w1"]}], "row 0 of eval_dataset has a message without content"),
+        ([{"prompt": [{"role": "user", "content": "w1 " * 90}]}], "has a prompt with 92 tokens, more than max_prompt_length = 80"),
         ({"hard": [{"prompt": CHAT}], "easy": []}, r"eval_dataset\['easy'\] is empty"),
         (iter([{"prompt": CHAT}]), "can be read once only"),
         ("some/name", "eval_dataset is 'some/name'; give a dataset"),
@@ -435,7 +435,7 @@ def test_rows_that_cannot_be_evaluated_are_named_at_construction(tmp_path, rows,
 
 
 def test_messages_without_a_chat_template_are_named_at_construction(tmp_path):
-    with pytest.raises(UserError, match="row 0 of eval_dataset: the prompt is chat messages but the tokenizer has no"):
+    with pytest.raises(UserError, match="row 0 of eval_dataset has chat messages as its prompt, but the tokenizer has no"):
         make(tmp_path, accuracy, data=texts(), eval_dataset=[{"prompt": CHAT}], tokenizer=without_template())
 
 
