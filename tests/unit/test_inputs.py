@@ -819,7 +819,7 @@ def test_a_step_with_signal_starts_the_count_anew(tmp_path):
 
 def test_nearly_equal_rewards_are_equal_by_the_tolerance(tmp_path):
     def nearly(prompts, completions, **kwargs):
-        return [1.0 + 1e-6 * (i % 2) for i in range(len(prompts))]
+        return [1.0 - 1e-6 * (i % 2) for i in range(len(prompts))]
 
     assert said(tmp_path, 3, nearly) == []
     assert len(said(tmp_path, 3, nearly, diagnostics_flat_tolerance=1e-5)) == 1
