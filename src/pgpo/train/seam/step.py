@@ -55,7 +55,7 @@ _OWN = "pgpo_"  # begin of the names of our own files in a checkpoint
 _TIE = 1e-5  # ours: nats; entropies of equal tokens from two fp32 forwards differ by 1e-6
 # State of TRL's adaptive entropy coefficient, which its loss moves on.
 _CONTROLLER = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
-# What TRL's GRPO loss reads of every row, and what it takes for nothing behind a row's end.
+# What TRL's GRPO loss reads of every row, and the filler behind a row's end.
 _LOSS_INPUTS = {
     "prompt_ids": 0,
     "prompt_mask": 0,
@@ -68,7 +68,7 @@ _LOSS_INPUTS = {
     "sampling_per_token_logps": 0,
     "importance_sampling_ratio": 1,
 }
-# Methods that a subclass may override for TRL's trainer, which calls them, and for nothing here.
+# Methods that TRL's trainer calls and ours does not, so that an override would have no effect.
 _NEVER_CALLED = {
     "compute_loss": "override `optimize`",
     "prediction_step": "pass grade=, or override `evaluate`",
