@@ -422,7 +422,10 @@ CHAT = [{"role": "user", "content": "w1"}]
         ([{"prompt": CHAT, "id": "a"}, {"prompt": CHAT, "id": None}], "row 1 of eval_dataset has no id"),
         ([{"prompt": CHAT, "id": "a"}, {"prompt": CHAT}], "row 1 of eval_dataset has no id"),
         ([{"prompt": [{"role": "user"}, "w1"]}], "row 0 of eval_dataset has a message without content"),
-        ([{"prompt": [{"role": "user", "content": "w1 " * 90}]}], "has a prompt with 92 tokens, more than max_prompt_length = 80"),
+        (
+            [{"prompt": [{"role": "user", "content": "w1 " * 90}]}],
+            "has a prompt with 92 tokens, more than max_prompt_length = 80",
+        ),
         ({"hard": [{"prompt": CHAT}], "easy": []}, r"eval_dataset\['easy'\] is empty"),
         (iter([{"prompt": CHAT}]), "can be read once only"),
         ("some/name", "eval_dataset is 'some/name'; give a dataset"),
@@ -435,7 +438,9 @@ def test_rows_that_cannot_be_evaluated_are_named_at_construction(tmp_path, rows,
 
 
 def test_messages_without_a_chat_template_are_named_at_construction(tmp_path):
-    with pytest.raises(UserError, match="row 0 of eval_dataset has chat messages as its prompt, but the tokenizer has no"):
+    with pytest.raises(
+        UserError, match="row 0 of eval_dataset has chat messages as its prompt, but the tokenizer has no"
+    ):
         make(tmp_path, accuracy, data=texts(), eval_dataset=[{"prompt": CHAT}], tokenizer=without_template())
 
 

@@ -1,7 +1,7 @@
 """Held-out evaluation within training: rows -> sampled ids -> what a reward function sees -> records and metrics.
 
-The sampling is the evaluation's own (`eval_*`). All else is training's: prompts, stops, decoding and rewards go through
-the same code of TRL (seam/held_out.py), in batches that every rank runs alike.
+Only the sampling is the evaluation's own (`eval_*`). Prompts, stops, decoding and rewards go through the same code of
+TRL as in training (seam/held_out.py), in batches of equal size on every rank.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Everything that cannot work and can be known before the first step: each a sentence with its remedy.
+"""Everything that cannot work and can be known before the first step, as a sentence with a remedy.
 
-    check_inputs(...)    what the constructor got, before a model is loaded or touched
-    check_model(...)     what needs the model, the tokenizer and the trainer that TRL has made of them
+    check_inputs(...)    the constructor's arguments, before a model is loaded or changed
+    check_model(...)     what needs the model, the tokenizer and TRL's part of the trainer
     check_rows(...)      rows of a stream, when they are read
 
-All raise `UserError`, and the same one on all ranks, which all look at the same things.
+All raise `UserError`, the same one on all ranks, since all check the same data.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _CHUNK = 1000  # ours: rows decoded at a time
 
 @dataclass(frozen=True)
 class Data:
-    """A dataset as it was given, and what is known of it without reading it through.
+    """A dataset as it was given, and what is known without reading it through.
 
     Attributes:
         name: for sentences.
@@ -197,7 +197,7 @@ def _check_column_names(name: str, found: Sequence[str], environments: bool) -> 
 
 
 def check_model(trainer: Any, train: Data) -> tuple[Prompts, int | None]:
-    """What prompts are judged by, and the most tokens of a teacher prompt (None = no limit).
+    """The checks of prompts, and the limit of a teacher prompt in tokens (None = no limit).
 
     Args:
         trainer: a PGPOTrainer whose TRL part is complete.

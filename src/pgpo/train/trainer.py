@@ -10,7 +10,7 @@ One optimizer step, top-down; each line is a method below, or the file that it c
                   the gate                   the optimizer's next step is scaled by rho_k (gate.py)
     after_step    the teacher follows        (teacher/weights.py); the guard looks for alarms (guard.py)
 
-Departures from lasgroup/SDPO and from TRL's SDPOTrainer are listed in docs/METHOD.md.
+Departures from lasgroup/SDPO and from TRL's trainers are listed in docs/DEPARTURES.md.
 """
 
 from __future__ import annotations

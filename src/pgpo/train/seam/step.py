@@ -28,7 +28,7 @@ from pgpo.train.seam.policy import PolicySeam
 from pgpo.train.seam.rollouts import Batch
 
 MOST_SKIPS = 5  # ours: after so many steps in a row that were skipped, training stops
-# Methods that a subclass may override for TRL's trainer, which calls them, and for nothing here.
+# Methods that TRL's trainer calls and ours does not, so that an override would have no effect.
 _NEVER_CALLED = {
     "compute_loss": "override `optimize`",
     "prediction_step": "pass grade=, or override `evaluate`",
