@@ -11,6 +11,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
 
 import pytest
+from processes import patient
 
 SOURCE = Path(__file__).parents[2] / "src"
 PACKAGE = SOURCE / "pgpo"
@@ -303,7 +304,7 @@ def test_help_is_fast_because_nothing_heavy_is_imported(arguments: list[str]) ->
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patient(20),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import WORDS, build_model
+from conftest import SHAPE, WORDS, build_model
 from torch import nn
 from trainer_kit import Spy, largest_difference, train, trainer, weights
 
@@ -43,21 +43,7 @@ def small(kind: str, **options):
     import transformers
 
     torch.manual_seed(0)
-    shape = dict(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        initializer_range=0.3,
-    )
-    config = getattr(transformers, f"{kind}Config")(**(shape | options))
+    config = getattr(transformers, f"{kind}Config")(**(SHAPE | options))
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 

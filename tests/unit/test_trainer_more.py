@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
 from dataclasses import replace
 
@@ -15,7 +13,6 @@ from tokenizers import AddedToken
 from trainer_kit import (
     GROUP,
     Spy,
-    bitwise_equal,
     config,
     dataset,
     fake_rollout,
@@ -26,7 +23,7 @@ from trainer_kit import (
     weights,
 )
 
-from pgpo import PGPOTrainer, UserError
+from pgpo import UserError
 from pgpo.forward.batching import split
 from pgpo.forward.passes import _CACHED
 from pgpo.tasks.graders import Grade
@@ -84,28 +81,6 @@ def test_feedback_alone_trains_where_nobody_succeeds(tmp_path):
     assert largest_difference(weights(t.model), weights(build_model())) > 0
 
 
-@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
-def test_resume_continues_bit_for_bit(tmp_path, objective):
-    options = dict(objective=objective, max_steps=4, save_strategy="steps", save_steps=2, shuffle_dataset=True)
-    whole = trainer(tmp_path / "whole", **options)
-    logs = train(whole)
-    first = trainer(tmp_path / "parts", **(options | dict(max_steps=2)))
-    train(first)
-    resumed = trainer(tmp_path / "parts", **options)
-    tail = train(resumed, resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))[2:]
-    assert bitwise_equal(weights(whole.model), weights(resumed.model))
-    if whole.teacher:
-        assert bitwise_equal(weights(whole.teacher.module), weights(resumed.teacher.module))
-        assert not bitwise_equal(weights(whole.teacher.module), weights(whole.model))
-        state = json.loads((tmp_path / "whole" / "checkpoint-4" / "pgpo_state.json").read_text())
-        assert state["modulation"]["steps"] == 4 and state["signal_steps"] == 4
-    timing = ("seconds", "step_time", "num_tokens")
-    for a, b in zip(logs[2:], tail, strict=True):
-        assert {k: v for k, v in a.items() if not k.endswith(timing)} == {
-            k: v for k, v in b.items() if not k.endswith(timing)
-        }
-
-
 def test_resume_with_another_teacher_is_refused(tmp_path):
     options = dict(max_steps=2, save_strategy="steps", save_steps=1)
     train(trainer(tmp_path, **options))
@@ -143,23 +118,6 @@ def test_lora_student_and_teacher_adapter(tmp_path, kind):
         assert all(gap(n) < gap(n.replace(".teacher.", ".default.")) for n in teacher)
 
 
-def test_lora_resumes_bit_for_bit(tmp_path):
-    options = dict(max_steps=4, save_strategy="steps", save_steps=2, learning_rate=5e-2)
-    whole = trainer(tmp_path / "whole", peft_config=lora(), **options)
-    train(whole)
-    train(trainer(tmp_path / "parts", peft_config=lora(), **(options | dict(max_steps=2))))
-    resumed = trainer(tmp_path / "parts", peft_config=lora(), **options)
-    train(resumed, resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
-    assert bitwise_equal(weights(whole.model), weights(resumed.model))
-
-
-def test_bf16_student_keeps_its_average_in_fp32(tmp_path):
-    t = trainer(tmp_path, model=build_model(dtype=torch.bfloat16), max_steps=2, learning_rate=1e-2)
-    train(t)
-    assert t.model.dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in t.teacher.state_dict()["parameters"].values())
-
-
 def test_plain_text_prompts(tmp_path):
     rows = Dataset.from_list([{"prompt": f"w{i} w{(i * 7) % 36}"} for i in range(8)])
 
@@ -172,9 +130,7 @@ def test_plain_text_prompts(tmp_path):
         assert all(isinstance(c, str) for c in completions)
         return [float(len(c.split()) % 2 == 0) for c in completions]
 
-    t = PGPOTrainer(
-        build_model(), reward, config(tmp_path), rows, processing_class=build_tokenizer(), rollout_func=rollout
-    )
+    t = trainer(tmp_path, reward=reward, rollout=rollout, data=rows)
     spy = Spy(t)
     (log,) = train(t)
     assert log["active_share"] > 0
@@ -197,43 +153,21 @@ def test_too_long_contexts_are_shortened_and_counted(tmp_path):
         assert text is None or text.endswith("Correctly solve the original question. <assistant>")
 
 
-def test_evaluation_uses_its_own_sampling_and_leaves_training_alone(tmp_path):
-    """With eval every step, training is bit-identical to training without; greedy evaluation is deterministic."""
+def test_evaluation_uses_its_own_sampling(tmp_path):
+    """Greedy evaluation is deterministic, also between steps; hot evaluation samples."""
     grade = lambda text, row: Grade(float(len(text.split()) % 2), text, True, None)  # noqa: E731
     held_out = [dict(r, id=f"q{i}") for i, r in enumerate(dataset(6))]
-    plain = trainer(tmp_path, max_steps=3)
-    train(plain)
-    t = trainer(
-        tmp_path,
-        max_steps=3,
-        eval_dataset=held_out,
-        grade=grade,
-        eval_strategy="steps",
-        eval_steps=1,
-        eval_temperature=0.0,
-        eval_k=2,
-    )
+    options = dict(eval_dataset=held_out, grade=grade)
+    steps = dict(max_steps=3, eval_strategy="steps", eval_steps=1)
+    t = trainer(tmp_path, **options, **steps, eval_temperature=0.0, eval_k=2)
     train(t)
-    assert bitwise_equal(weights(plain.model), weights(t.model))
-    evaluations = [r for r in t.state.log_history if "eval_avg_at_k" in r]
-    assert [r["step"] for r in evaluations] == [1, 2, 3]
+    assert [r["step"] for r in t.state.log_history if "eval_avg_at_k" in r] == [1, 2, 3]
     first, second = t.held_out_records(held_out), t.held_out_records(held_out)
     assert first == second and len(first) == 12
     assert {r["question_id"] for r in first} == {f"q{i}" for i in range(6)}
     assert len({r["completion"] for r in first if r["question_id"] == "q0"}) == 1  # greedy
-    hot = trainer(tmp_path, eval_dataset=held_out, grade=grade, eval_temperature=1.0, eval_top_p=1.0, eval_k=8)
+    hot = trainer(tmp_path, **options, eval_temperature=1.0, eval_top_p=1.0, eval_k=8)
     assert len({r["completion"] for r in hot.held_out_records(held_out) if r["question_id"] == "q0"}) > 1
-
-
-def test_evaluation_without_a_grader_asks_the_reward_functions(tmp_path):
-    t = trainer(tmp_path, eval_dataset=dataset(3), eval_k=4)
-    metrics = t.evaluate()
-    expected = [
-        parity_reward([dataset(3)[int(r["question_id"])]["prompt"]], [[{"content": r["completion"]}]])[0]
-        for r in t.last_records
-    ]
-    assert metrics["eval_avg_at_k"] == pytest.approx(sum(expected) / len(expected))
-    assert metrics["eval_questions"] == 3
 
 
 def test_generation_by_the_model_itself(tmp_path):
@@ -245,20 +179,6 @@ def test_generation_by_the_model_itself(tmp_path):
     batch, shown = spy.batches[0], texts(spy.batches[0])
     assert len(shown) == 4 * GROUP
     assert logs[0]["completion_length"] == pytest.approx(batch["completion_mask"].sum(1).float().mean().item())
-
-
-def test_a_non_finite_gradient_stops_before_the_update(tmp_path):
-    """A nan importance ratio leaves the entropies finite; only the gradient tells."""
-    for objective in ("pgpo", "sdpo"):
-        t = trainer(tmp_path, objective=objective)
-        plain = t.active_samples
-        t.active_samples = lambda batch, plain=plain: [
-            replace(r, weight=torch.full((len(r.completion),), math.nan)) for r in plain(batch)
-        ]
-        with pytest.raises(UserError, match=r"at step 1: the gradient norm is nan \(rank 0\); nothing was updated"):
-            train(t)
-        assert bitwise_equal(weights(t.model), weights(build_model()))
-        assert bitwise_equal(weights(t.teacher.module), weights(build_model()))
 
 
 @pytest.mark.parametrize("per_token", [True, False])
@@ -437,14 +357,7 @@ def test_thinking_tags_that_decoding_drops_are_named(tmp_path):
         model.resize_token_embeddings(len(tokenizer))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            PGPOTrainer(
-                model,
-                parity_reward,
-                config(tmp_path),
-                dataset(),
-                processing_class=tokenizer,
-                rollout_func=fake_rollout,
-            )
+            trainer(tmp_path, model, tokenizer=tokenizer, quiet=False)
         return [str(w.message) for w in caught if "special tokens" in str(w.message)]
 
     (sentence,) = make(special=True)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import math
-import warnings
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
+from conftest import build_model
 from torch import nn
 from trainer_kit import (
     GROUP,
     Spy,
     bitwise_equal,
-    config,
-    dataset,
-    fake_rollout,
     largest_difference,
     parity_reward,
     train,
@@ -242,50 +236,6 @@ def test_teacher_kinds_train_and_move_as_they_should(tmp_path, kind):
         assert 0 < largest_difference(start, weights(t.teacher.module)) < largest_difference(start, end)
     else:
         assert bitwise_equal(start, weights(t.teacher.module))
-
-
-def trl_grpo(tmp_path, **options):
-    """TRL's own trainer on the same batches."""
-    from trl import GRPOConfig, GRPOTrainer
-
-    ours = config(tmp_path, objective="grpo", **options)
-    names = GRPOConfig.__dataclass_fields__
-    skip = {"generation_batch_size", "deepspeed", "accelerator_config"}
-    args = GRPOConfig(
-        **{n: getattr(ours, n) for n in names if names[n].init and n not in skip | {"steps_per_generation"}}
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        t = GRPOTrainer(
-            build_model(),
-            parity_reward,
-            args,
-            dataset(),
-            processing_class=build_tokenizer(),
-            rollout_func=rollout_for_trl,
-        )
-    with contextlib.redirect_stdout(io.StringIO()):
-        t.train()
-    return t
-
-
-def rollout_for_trl(prompts, t):
-    t.tokenizer = t._tokenizer
-    t.render = lambda p: t._tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=True)["input_ids"]
-    return fake_rollout(prompts, t)
-
-
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
-def test_grpo_objective_is_trls_grpo(tmp_path, loss_type):
-    options = dict(max_steps=3, loss_type=loss_type, optim="sgd", learning_rate=0.5)
-    reference = weights(trl_grpo(tmp_path, **options).model)
-    whole = trainer(tmp_path, objective="grpo", **options)
-    train(whole)
-    parts = trainer(tmp_path, objective="grpo", micro_batch_size=3, **options)
-    train(parts)
-    assert largest_difference(weights(build_model()), reference) > 1e-3
-    assert largest_difference(weights(whole.model), reference) < 1e-6
-    assert largest_difference(weights(parts.model), reference) < 1e-5
 
 
 def test_off_policy_steps_clip_the_importance_ratio(tmp_path):
