@@ -18,7 +18,7 @@ from trl.trainer.utils import RepeatSampler
 
 import pgpo
 from pgpo.train.rules import LOSSES
-from pgpo.train.seam import step as seam_step
+from pgpo.train.seam import policy as seam_policy
 
 SOURCE = Path(pgpo.__file__).parent
 SEAM = sorted((SOURCE / "train" / "seam").glob("*.py"))
@@ -82,10 +82,10 @@ def test_the_loss_reads_and_changes_no_more_than_the_seam_knows():
     source = inspect.getsource(GRPOTrainer._compute_loss)
     images = set(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
     read = set(re.findall(r'inputs(?:\[|\.get\()"(\w+)"', source)) - images
-    assert read == {*seam_step._LOSS_INPUTS, "num_items_in_batch"}
-    assert set(re.findall(r"self\.(\w+) (?:=|\+=) ", source)) == set(seam_step._CONTROLLER)
+    assert read == {*seam_policy._LOSS_INPUTS, "num_items_in_batch"}
+    assert set(re.findall(r"self\.(\w+) (?:=|\+=) ", source)) == set(seam_policy._CONTROLLER)
     asked = set(re.findall(r"self\.accelerator\.(\w+)", source + inspect.getsource(GRPOTrainer.get_high_entropy_mask)))
-    assert asked - {"sync_gradients"} <= {n for n in vars(seam_step._OneProcess) if not n.startswith("_")}
+    assert asked - {"sync_gradients"} <= {n for n in vars(seam_policy._OneProcess) if not n.startswith("_")}
     assert source.count("self._get_per_token_logps_and_entropies(") == 1
 
 

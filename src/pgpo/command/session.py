@@ -1,4 +1,4 @@
-"""A run of `pgpo train` from its first evaluation to its last: the callback that writes the run log."""
+"""A run of `pgpo train`, from its first evaluation to its last. The callback writes the run log."""
 
 from __future__ import annotations
 

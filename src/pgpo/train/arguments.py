@@ -233,6 +233,6 @@ def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the task that was chosen."""
     task = given.get("task") or RunArguments.task
     if not isinstance(task, str) or task not in PRESETS:
-        return {}  # RunArguments tells of it
+        return {}  # RunArguments refuses it
     own_model = task == "science_qa" and given.get("model_name_or_path")
     return yielding(PAPER if own_model else PRESETS[task], given)

@@ -1,4 +1,4 @@
-"""Warnings of a run from which nothing can be learned, as in TRL's SDPOTrainer."""
+"""Warnings when a run has nothing to learn from, as in TRL's SDPOTrainer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Diagnostics:
         )
 
     def _warn(self, kind: str, step: int, degenerate: bool, text: str) -> None:
-        """Say it after the third step in a row (sooner if asked), and again every `diagnostics_warning_interval`."""
+        """Warn at the third step in a row (sooner if the interval is shorter), then after every interval."""
         count = self._counts[kind] = self._counts[kind] + 1 if degenerate else 0
         interval = self.config.diagnostics_warning_interval
         first = min(_IN_A_ROW, interval)

@@ -48,13 +48,13 @@ class TokenDetail(NamedTuple):
 
 @dataclass(frozen=True)
 class Distilled:
-    """What the gradient of an optimizer batch has left.
+    """Results of an optimizer batch beside its gradient.
 
     Attributes:
         sums: `Sums` of this rank, as a tensor.
         tokens: active tokens of all ranks.
-        halves: the gradient of the first half-batch, where two are fitted across.
-        finite: whether this rank's part is finite.
+        halves: the gradient of the first half-batch, with cross-fitting.
+        finite: this rank's part is finite.
     """
 
     sums: Tensor
@@ -122,7 +122,7 @@ class Distillation:
         return Distilled(sums, tokens, halves, bool(sums.isfinite().all()))
 
     def _rounds(self, blocks: list[Block]) -> int:
-        """Every rank runs the same number of forwards and backwards: collectives hide in them."""
+        """Every rank runs the same number of forwards and backwards, since these contain collectives."""
         rounds = int(self.engine.max(sum(len(parts) for _, parts in blocks)))
         return max(rounds, 1) if self.args.fp16 else rounds  # a gradient scaler needs gradients in every step
 
@@ -136,9 +136,9 @@ class Distillation:
         """
         samples = demonstrations(batch, dict(shown), _DEMONSTRATIONS)
         idle = not samples
-        if idle:  # the other ranks may run a forward that gathers
+        if idle:  # the other ranks may run a forward with collectives
             samples = [idle_sample(batch)]
-        states = self.forwards.teacher_states(samples, join=False)  # before the first update has shown that it may be
+        states = self.forwards.teacher_states(samples, join=False)  # not yet checked before the first update
         labels = self._labels(samples)
         output = self._compare(states, states, labels, torch.zeros(len(labels), device=labels.device))
         assert output.teacher_logprob is not None
@@ -178,7 +178,7 @@ class Distillation:
         )
         assert output.loss is not None and output.student_logprob is not None and output.teacher_logprob is not None
         loss, router_loss = output.loss, torch.zeros((), device=labels.device)
-        if loads:  # an idle rank goes the same ways back: ZeRO-3 compares what the ranks run
+        if loads:  # an idle rank needs the same backward: ZeRO-3 compares what the ranks run
             router_loss = loads[0].loss(load) * (not idle)
             loss = loss + (self.router_coefficient or 0.0) * router_loss
         if idle:
@@ -261,8 +261,8 @@ class Distillation:
     # Routers of a mixture of experts --------------------------------------------------------------------------------
 
     def _load_of_step(self, model: nn.Module, batch: Batch, samples: list[Sample]) -> Load | None:
-        """Of the students' forwards on all ranks, from forwards without gradient; None if the step is a single forward,
-        which tells it by itself."""
+        """The router load of the whole step on all ranks, from forwards without gradient; None if the step is a single
+        forward, whose own load it is."""
         work = [part for _, parts in self.forwards.schedule(samples) for part in parts]
         rounds = int(self.engine.max(len(work)))
         if rounds <= 1 == self.engine.ranks and len(self.meters) == 1:

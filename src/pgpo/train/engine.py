@@ -1,4 +1,4 @@
-"""The processes of a run: what they tell one another, and how a micro-batch's gradient reaches the others."""
+"""The processes of a run: collectives, and how a micro-batch's gradient is exchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pgpo.train import zero
 
 
 class Engine:
-    """accelerate's Accelerator, as far as a step needs it. Every rank must call each collective.
+    """The part of accelerate's Accelerator that a step needs. Every rank must call each collective.
 
     Args:
         accelerator: of the trainer.
@@ -73,12 +73,12 @@ class Engine:
 
     @property
     def gathers_layers(self) -> bool:
-        """Whether collectives hide in the layers' forwards, so that every rank must run the same ones."""
+        """Whether layers run collectives in their forward, so that every rank must run the same forwards."""
         return self.sharded or zero.cuts_weights(self.accelerator)
 
     def exchange(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Context of forward and backward of a micro-batch: ranks exchange gradients in the last one only, but under
-        FSDP in each, because what is not exchanged is a whole gradient on every rank. DeepSpeed knows by itself."""
+        FSDP in each, since an unreduced gradient is whole on every rank. DeepSpeed is told by `zero.backward`."""
         own_way = self.sharded or self.deepspeed
         return contextlib.nullcontext() if last or own_way else self.accelerator.no_sync(model)
 
@@ -95,5 +95,5 @@ class Engine:
         return contextlib.nullcontext() if self.sharded else self.accelerator.autocast()
 
     def same_random_numbers(self) -> contextlib.AbstractContextManager[Any]:
-        """A forward that is run again draws again what it has drawn: dropout."""
+        """Inside, a repeated forward draws the same random numbers (dropout); afterwards the generator is as before."""
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])

@@ -1,4 +1,4 @@
-"""What becomes of every field that PGPOConfig takes over from trl.GRPOConfig and transformers.TrainingArguments.
+"""What happens to every field that PGPOConfig inherits from trl.GRPOConfig and transformers.TrainingArguments.
 
 One row per field (or fields of one fate) and objective: it acts, it is refused when set, or it cannot matter. "Set" is
 any value but the default. `tests/unit/test_fields.py` goes through the installed classes, so that a field which a newer
@@ -17,7 +17,7 @@ from pgpo.train.field_types import shown
 
 @dataclass(frozen=True)
 class Fate:
-    """What becomes of a field.
+    """What happens to a field.
 
     Attributes:
         text: `acts`: the file that reads the field; `refused`: why, behind "NAME is VALUE, "; `moot`: the reason.

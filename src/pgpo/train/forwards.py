@@ -127,9 +127,9 @@ class Forwards:
     # Which samples share a forward ----------------------------------------------------------------------------------
 
     def schedule(self, samples: list[Sample]) -> list[Block]:
-        """With prefix sharing a block is as much as may be held: the samples of one prompt stay together, and the
-        student's micro-batches need not make room for the teacher's longer prompts. Otherwise, as under FSDP, where
-        every rank must run the same forwards, a block is a micro-batch."""
+        """With prefix sharing, a block is as many samples as teacher states may be held for. The samples of one teacher
+        prompt stay together, and the student's micro-batches need no room for the teacher's longer prompts. Otherwise,
+        as under FSDP, where every rank must run the same forwards, a block is a micro-batch."""
         limits = self.limits()
         if not self.shares_prompts:
             parts = batching.split([s.size for s in samples], limits)
@@ -211,7 +211,7 @@ def _micro_batch(block: list[Sample], bundles: list[Bundle]) -> MicroBatch:
 
 
 def release(model: Any, optimizers: Any) -> None:
-    """Undo what an earlier trainer has left on a model object, and on an optimizer that came from outside."""
+    """Undo an earlier trainer's changes of a model object, and of an optimizer that the user passed."""
     if isinstance(model, nn.Module):
         release_forward(model)
         release_adapter(model)

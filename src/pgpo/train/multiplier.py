@@ -1,4 +1,4 @@
-"""Entropies of a step -> I_k -> rho_k, as PGPOConfig asks for it, and what earlier steps have left behind."""
+"""Entropies of a step -> I_k -> rho_k, by PGPOConfig, with the state of earlier steps."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """TRL's own policy loss of an optimizer batch, and its gradient, in parts that fit the memory.
 
-The loss always sees the whole batch of all ranks: the rows of the part at work with their gradient, all others as
-numbers. So sums, means, quantiles and TRL's metrics do not depend on the parts, which add up to the gradient of the
-whole.
+The loss always sees the whole batch of all ranks: the current part's rows with gradient, all others detached. So sums,
+means, quantiles and TRL's metrics do not depend on the split, and the parts' gradients add up to that of the whole.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Everything that cannot work and can be known before the first step: each a sentence with its remedy.
+"""Everything that cannot work and can be known before the first step, as a sentence with a remedy.
 
-    check_inputs(...)    what the constructor got, before a model is loaded or touched
-    check_model(...)     what needs the model, the tokenizer and the trainer that TRL has made of them
+    check_inputs(...)    the constructor's arguments, before a model is loaded or changed
+    check_model(...)     what needs the model, the tokenizer and TRL's part of the trainer
     check_rows(...)      rows of a stream, when they are read
 
-All raise `UserError`, and the same one on all ranks, which all look at the same things.
+All raise `UserError`, the same one on all ranks, since all check the same data.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from pgpo.train.adapters import adapter_problem, precision_problem
 from pgpo.train.config import PGPOConfig
 from pgpo.train.field_types import shown
 from pgpo.train.prompts import Prompts
-from pgpo.train.seam import Prompt, Rollout
-from pgpo.train.seam.step import function_name
+from pgpo.train.seam import Prompt, Rollout, function_name
 from pgpo.train.sharding import sharding_problem
 from pgpo.train.success import deciding
 from pgpo.train.user_functions import CONTEXT_COLUMN, REWARD_ARGUMENTS, is_async
@@ -40,7 +39,7 @@ _CHUNK = 1000  # ours: rows decoded at a time
 
 @dataclass(frozen=True)
 class Data:
-    """A dataset as it was given, and what is known of it without reading it through.
+    """A dataset as it was given, and what is known without reading it through.
 
     Attributes:
         name: for sentences.
@@ -86,8 +85,8 @@ def check_inputs(
     feedback_funcs: Any,
     grade: Any,
     options: Mapping[str, Any],
-) -> tuple[Data, list[Data]]:
-    """The training set and the evaluation sets, for `check_model`.
+) -> Data:
+    """The training set, for `check_model`.
 
     Args:
         options: the other keyword arguments of TRL's constructor.
@@ -109,7 +108,7 @@ def check_inputs(
     _check_teaching(args, train, feedback_funcs)
     for data in (train, *evaluation):
         _check_column_names(data.name, data.columns, bool(environments))
-    return train, evaluation
+    return train
 
 
 def _check_training_set(args: PGPOConfig, data: Data, questions: int, environments: Any) -> None:
@@ -197,8 +196,8 @@ def _check_column_names(name: str, found: Sequence[str], environments: bool) -> 
 # With the model -------------------------------------------------------------------------------------------------------
 
 
-def check_model(trainer: Any, train: Data, evaluation: Sequence[Data]) -> tuple[Prompts, int | None]:
-    """What prompts are judged by, and the most tokens of a teacher prompt (None = no limit).
+def check_model(trainer: Any, train: Data) -> tuple[Prompts, int | None]:
+    """The checks of prompts, and the limit of a teacher prompt in tokens (None = no limit).
 
     Args:
         trainer: a PGPOTrainer whose TRL part is complete.
@@ -228,9 +227,6 @@ def check_model(trainer: Any, train: Data, evaluation: Sequence[Data]) -> tuple[
     check_rows(prompts, train.head, 0, bool(trainer.environment_factories))
     if not train.late:
         _check_dataset(train, prompts)
-    for data in evaluation:
-        if not data.late:
-            _check_dataset(data, _prompts(trainer, hinted=False, longest=None))
     if prompts.prefilled and trainer.accelerator.is_main_process:
         trainer.host.say(
             "a prompt ends in an assistant's message: as in TRL, the chat template closes it, and the completion is a "
@@ -296,6 +292,11 @@ def _prompts(trainer: Any, hinted: bool, longest: int | None) -> Prompts:
         rendering["tools"] = trainer.tools
     render = not trainer.is_multimodal and not trainer.environment_factories  # images and tools come in later
     return Prompts(trainer.processing_class, rendering, hinted, render, limit, name)
+
+
+def evaluation_prompts(trainer: Any) -> Prompts:
+    """What prompts of held-out rows are judged by, from the first one on."""
+    return _prompts(trainer, hinted=False, longest=trainer.args.max_prompt_length)
 
 
 def _check_dataset(data: Data, prompts: Prompts) -> None:

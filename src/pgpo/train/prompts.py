@@ -1,9 +1,9 @@
-"""Prompts that cannot be used, found before they are: what a row's prompt must be, and what a model's template takes.
+"""Checks of prompts before training: what a row's prompt must be, and what the model's chat template accepts.
 
     Prompts.problem(prompt)    the rest of a sentence that begins with the row's name; None if the prompt is in order
 
-Every row is looked at; the chat template is rendered once for each distinct shape of roles, and a row is tokenized only
-where its characters alone do not show that it is short enough.
+Every row is checked. The chat template is rendered once per distinct sequence of roles, and a row is tokenized only if
+its number of characters does not already show that it is short enough.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Prompts:
         return str(rendered)
 
     def _may_exceed(self, text: str, overhead: int) -> bool:
-        """A token has at least a byte, so that short texts need no tokenizer."""
+        """A token has at least one byte, so short texts need no tokenizer."""
         return self.limit is not None and len(text.encode(errors="replace")) + overhead > self.limit
 
     def _check_length(self, tokens: int, text: str) -> None:

@@ -1,4 +1,4 @@
-"""TRL's padded batch -> the samples that the loss takes, one by one and without padding."""
+"""TRL's padded batch -> samples for the loss, one by one and without padding."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def active_samples(batch: Batch) -> list[Sample]:
 
 
 def idle_sample(batch: Batch) -> Sample:
-    """Any sample, for a rank that has run out of micro-batches: its loss is multiplied by zero."""
+    """A stand-in for a rank that has run out of micro-batches: its loss is multiplied by zero."""
     prompt = _prompt(batch, 0)
     return Sample(prompt=prompt, teacher_prompt=prompt, completion=batch["completion_ids"][0][:1].tolist())
 

@@ -1,7 +1,7 @@
 """What the values of a PGPOConfig must fulfil, as tables: ranges, choices, and combinations that cannot work.
 
-The first row that is broken is told, in one sentence. What TRL, transformers and torch would find out late, in their
-own words, or never, stands here too. Fields that would do nothing are in fields.py.
+The first rule that is broken becomes one sentence. Values that TRL, transformers or torch would reject late, or never,
+are checked here too. Fields that would do nothing are in fields.py.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "information_denominator": ("all", "hinted"),
     "modulated_weight_decay": ("scaled", "fixed"),
     "guard": GUARDS,
-    # TRL's, which it looks at in the first step
+    # TRL's, which TRL checks in the first step only
     "loss_type": LOSSES,
     "scale_rewards": ("group", "batch", "none"),
     "importance_sampling_level": ("token", "sequence"),

@@ -14,7 +14,7 @@ STATE_FILE = "pgpo_state.json"
 
 
 def collected(trainer: Any) -> dict[str, Any]:
-    """What earlier steps left behind beside the tensors, as JSON can hold it."""
+    """The state of earlier steps other than tensors, as JSON."""
     signal = trainer.signal.state_dict()
     return {
         "negative_steps": signal["negative_steps"],
@@ -47,7 +47,7 @@ def save(trainer: Any, directory: Path) -> None:
 
 
 def load(trainer: Any, directory: Path) -> None:
-    """Take back what `save` has written. Raises KeyError or ValueError if it was written by another kind of run."""
+    """Restore what `save` wrote. Raises KeyError or ValueError if it was written by another kind of run."""
     state = json.loads((directory / STATE_FILE).read_text())
     trainer.restore(state)
     if trainer.guard is not None and state.get("guard") is not None:  # else it starts here

@@ -2,7 +2,7 @@
 
 One optimizer step, top-down; each line is a method below, or the file that it calls:
 
-    prompts -> completions -> rewards        TRL (seam/step.py)
+    prompts -> completions -> rewards        TRL (seam/)
     annotate      what the teacher reads     a right sibling, and/or feedback on the own attempt (teacher/contexts.py)
     optimize      the gradient               student and teacher on the same completions (distill.py, forwards.py),
                                              and/or TRL's policy loss (policy.py)
@@ -10,7 +10,7 @@ One optimizer step, top-down; each line is a method below, or the file that it c
                   the gate                   the optimizer's next step is scaled by rho_k (gate.py)
     after_step    the teacher follows        (teacher/weights.py); the guard looks for alarms (guard.py)
 
-Departures from lasgroup/SDPO and from TRL's SDPOTrainer are listed in docs/METHOD.md.
+Departures from lasgroup/SDPO and from TRL's trainers are listed in docs/DEPARTURES.md.
 """
 
 from __future__ import annotations
@@ -128,10 +128,10 @@ class PGPOTrainer(SeamTrainer):
             environment_factory=environment_factory,
             feedback_funcs=feedback_funcs,
             host=host or Host(),
-            reads_contexts=args.distills and data[0].may_hold(CONTEXT_COLUMN),
-            judges_late=data[0].late,
+            reads_contexts=args.distills and data.may_hold(CONTEXT_COLUMN),
+            judges_late=data.late,
         )
-        self.prompts, self.teacher_prompt_limit = problems.check_model(self, *data)
+        self.prompts, self.teacher_prompt_limit = problems.check_model(self, data)
         self.prompt_limit = self.prompts.limit, self.prompts.limit_name
         self.diagnostics = Diagnostics(args, self.say)
         self.held_out_evaluation = HeldOut(self, grade)

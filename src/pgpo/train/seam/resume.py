@@ -20,7 +20,8 @@ from pgpo.errors import UserError
 from pgpo.teacher.weights import TEACHER_ADAPTER
 from pgpo.train import checkpoint as checkpoints
 from pgpo.train import zero
-from pgpo.train.seam.step import Rollout, StepSeam
+from pgpo.train.seam.rollouts import Rollout
+from pgpo.train.seam.step import StepSeam
 
 _OWN = "pgpo_"  # begin of the names of our own files in a checkpoint
 
