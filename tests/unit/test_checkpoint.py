@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from pgpo.errors import UserError
 from pgpo.train import checkpoint
+from pgpo.train import state as train_state
 
 CONTENT = {"model.safetensors": b"weights", "optimizer.pt": b"o" * 5000, "deep/er/part.bin": b"", "state.json": b"{}"}
 
@@ -295,7 +296,7 @@ def course(t) -> list[dict]:
 
 def assert_same(t, other) -> None:
     assert course(t) == course(other)
-    assert t.extra_state() == other.extra_state()
+    assert train_state.collected(t) == train_state.collected(other)
     for name in ("entropy_coef", "_last_world_entropy"):  # TRL's controller
         assert getattr(t, name) == getattr(other, name), name
     assert trainer_kit.differences(t, other) == []
@@ -327,7 +328,7 @@ def test_it_goes_on_as_if_it_had_never_stopped(tmp_path, case):
     whole = trained(tmp_path / "whole", **options)
     assert any(float(line["grad_norm"]) > 0 for line in course(whole))
     if options.get("objective", "pgpo") == "pgpo":
-        own = whole.extra_state()
+        own = train_state.collected(whole)
         assert own["signal_steps"] == own["modulation"]["steps"] == whole.state.global_step
     for step in steps:
         again = trained(tmp_path / "again", tmp_path / f"whole/checkpoint-{step}", save_strategy="no", **options)

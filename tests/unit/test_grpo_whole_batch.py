@@ -101,8 +101,10 @@ def check(path, loss_type: str, term: str, sizes: tuple) -> None:
             **SGD | terms(term),
         )
         parts = []
-        plain = t.backward
-        t.backward = lambda model, loss, last, plain=plain, parts=parts: parts.append(last) or plain(model, loss, last)
+        plain = t.engine.backward
+        t.engine.backward = lambda model, loss, last, plain=plain, parts=parts: (
+            parts.append(last) or plain(model, loss, last)
+        )
         train(t)
         assert len(parts) == t.state.global_step * 16 // (size or 16)
         equal_runs(t, reference)
@@ -129,8 +131,7 @@ def test_one_part_is_trl_bit_for_bit_also_where_forward_and_loss_are_apart(tmp_p
         loss_type=loss_type,
         **SGD | terms("many"),
     )
-    apart = t._policy_gradient_in_parts
-    t._policy_gradient = lambda model, batch: apart(model, batch, [list(range(16))], 1, 1.0).item()
+    t.policy.backward = lambda model, batch: t.policy._in_parts(model, batch, [list(range(16))], 1, 1.0)
     train(t)
     assert largest_difference(weights(t.model), weights(reference.model)) == 0
 

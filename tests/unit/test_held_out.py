@@ -420,7 +420,10 @@ CHAT = [{"role": "user", "content": "w1"}]
         ([{"prompt": CHAT, "id": "a"}, {"prompt": CHAT, "id": None}], "row 1 of eval_dataset has no id"),
         ([{"prompt": CHAT, "id": "a"}, {"prompt": CHAT}], "row 1 of eval_dataset has no id"),
         ([{"prompt": [{"role": "user"}, "w1"]}], "row 0 of eval_dataset has a message without content"),
-        ([{"prompt": [{"role": "user", "content": "w1 " * 90}]}], "a prompt with 92 tokens, more than max_prompt_length = 80"),
+        (
+            [{"prompt": [{"role": "user", "content": "w1 " * 90}]}],
+            "a prompt with 92 tokens, more than max_prompt_length = 80",
+        ),
         ({"hard": [{"prompt": CHAT}], "easy": []}, r"eval_dataset\['easy'\] is empty"),
         ({"hard": [{"prompt": CHAT}, {"prompt": None}]}, r"row 1 of eval_dataset\['hard'\] has the prompt None"),
         (iter([{"prompt": CHAT}]), "can be read once only"),
