@@ -145,7 +145,7 @@ class Scores:
 
 
 class _OneProcess:
-    """An accelerator as TRL's loss sees it where the batch of all ranks lies before it: nobody to ask."""
+    """An accelerator of one process, for TRL's loss over the batch of all ranks: nothing to gather or reduce."""
 
     num_processes = 1
 
@@ -199,7 +199,7 @@ class StepSeam(GRPOTrainer):
         self._grad_norm: float | None = None
         self._failure: UserError | None = None  # of a user's function on this rank, until all ranks know of it
         self._problem: str | None = None  # what is not finite in the rewards of this rank
-        self._distrusted: str | None = None  # what is not finite in the step at work
+        self._distrusted: str | None = None  # what is not finite in the current step
         self.finite_here = True  # whether what this rank put into the step is finite
         self.skips_in_a_row = 0
         self.last_rollout: Rollout | None = None
@@ -272,7 +272,7 @@ class StepSeam(GRPOTrainer):
         return found if self._grad_norm is None else found | {"grad_norm": self._grad_norm}
 
     def distrust(self, cause: str, here: bool | None) -> None:
-        """Something in the step at work is not finite: it must not update anything. Every rank must call it.
+        """Something in the current step is not finite, so it must not update anything. Every rank must call it.
 
         Args:
             here: whether this rank's part is not finite; None where the cause names its place.
