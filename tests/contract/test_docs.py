@@ -96,6 +96,27 @@ def test_a_wide_line_is_found():
     assert wide_lines("DROP_IN.md", f"{'x' * (WIDTH + 1)}\n{row}") == ["x" * (WIDTH + 1)]
 
 
+# Words that the glossary has another word for.
+DEVIATING = ("sign of life", "signs of life", "shared teacher prompt", "un-hinted", "key-value cache", "guided teacher")
+
+
+def deviations(text: str) -> list[str]:
+    flat = re.sub(r'[\s"#]+', " ", text).lower()  # over lines, comments and parts of a text
+    return [word for word in DEVIATING if word in flat]
+
+
+@pytest.mark.parametrize("folder", ["src", "recipes", "docs", "."])
+def test_texts_keep_to_the_words_of_the_glossary(folder):
+    files = (ROOT / folder).glob("*.md") if folder == "." else (ROOT / folder).rglob("*.*")
+    texts = [f for f in files if f.suffix in {".py", ".yaml", ".md"} and f.name not in {"GLOSSARY.md", "LOG.md"}]
+    found = {f.name: deviations(f.read_text(encoding="utf-8")) for f in texts}
+    assert found and {name: words for name, words in found.items() if words} == {}
+
+
+def test_a_deviating_word_is_found():
+    assert deviations('"seconds without a sign of "\n    "life"') == ["sign of life"]
+
+
 def anchors(text: str) -> set[str]:
     """As GitHub makes them of headings."""
     headings = re.findall(r"^#+ +(.*)$", text, re.MULTILINE)

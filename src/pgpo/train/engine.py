@@ -90,7 +90,7 @@ class Engine:
             self.accelerator.backward(loss)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """For a forward of the teacher. The student's autocasts by itself once prepared; under FSDP the weights of both
+        """For a forward of the teacher. The prepared student autocasts in its own; under FSDP the weights of both
         are cast instead."""
         return contextlib.nullcontext() if self.sharded else self.accelerator.autocast()
 

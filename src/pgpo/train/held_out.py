@@ -291,7 +291,7 @@ def identified(row: Row, place: int) -> dict[str, Any]:
 
 
 def _moments(mean: str, values: Tensor, deviation: str) -> dict[str, float]:
-    """Mean and standard deviation of what is not nan, as far as there are any."""
+    """Mean and standard deviation of the values that are not nan, where these suffice."""
     values = values[~values.isnan()].double()
     found = {mean: values.mean().item()} if len(values) else {}
     return found | ({deviation: values.std().item()} if len(values) > 1 else {})

@@ -3,7 +3,7 @@
     every rank, every BEAT seconds: store[own rank] = count; read the others'
     one silent for `rank_timeout` seconds, or failed: say which, and exit
 
-Without it torch waits `ddp_timeout` (half an hour) for a rank whose machine is gone, and names nobody.
+Without it torch waits `ddp_timeout` (half an hour) for a rank whose machine is gone, and does not name it.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class PGPOTrainer(SeamTrainer):
         self.teacher: Teacher | None = None
         self.teacher_behind = False  # whether the student has moved since the teacher followed
         self.guard: GuardActions | None = None
-        self._moves = False  # whether the step at work has a gradient
+        self._moves = False  # whether the current step has a gradient
         release(model, optimizers)
         super().__init__(
             model=model,
