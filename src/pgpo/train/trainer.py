@@ -58,7 +58,7 @@ from pgpo.train.guard import GuardActions
 from pgpo.train.held_out import HeldOut
 from pgpo.train.host import Host
 from pgpo.train.multiplier import StepMultiplier
-from pgpo.train.problems import check_inputs, check_model, check_rows
+from pgpo.train.problems import as_list, check_inputs, check_model, check_rows
 from pgpo.train.seam import Batch, Prompt, Rollout, Scores, SeamTrainer
 from pgpo.train.sharding import keep_precision, shard
 from pgpo.train.signals import CollapseGuard
@@ -176,11 +176,9 @@ class PGPOTrainer(SeamTrainer):
             raise UserError(f"args is a {type(args).__name__}; PGPOTrainer needs a PGPOConfig (same fields and more).")
         if (problem := self.unused_override(args.distills)) is not None:
             raise UserError(problem)
-        if feedback_funcs is None:
-            feedback_funcs = []
-        elif not isinstance(feedback_funcs, list):
-            feedback_funcs = [feedback_funcs]
-        options = {"tools": tools, "environment_factory": environment_factory}
+        feedback_funcs = as_list(feedback_funcs)
+        reward_funcs = list(reward_funcs) if isinstance(reward_funcs, tuple) else reward_funcs
+        options = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
         data = check_inputs(args, train_dataset, eval_dataset, reward_funcs, feedback_funcs, grade, options)
         self.meters = [InformationMeter(args.information_denominator) for _ in range(1 + _splits(args))]
         self.meter = self.meters[0]  # of the half-batch at work
@@ -1023,6 +1021,12 @@ class PGPOTrainer(SeamTrainer):
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, which gives the loss of its GRPO; self-distillation has none on held-out rows."""
+        if self.distills:
+            raise UserError("predict() gives TRL's policy loss, which this objective does not train; call evaluate().")
+        return super().predict(*args, **kwargs)
 
     def held_out_records(self, rows: Sequence[Mapping[str, Any]], seed: int | None = None) -> list[Record]:
         """`eval_k` graded completions for every row, gathered from all ranks, in the order of the rows."""
