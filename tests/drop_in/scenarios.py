@@ -205,7 +205,9 @@ def _loss_types(s: Setting) -> None:
     for loss in ("bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"):
         level = "sequence" if loss == "luspo" else "token"
         options = dict(loss_type=loss, importance_sampling_level=level, gradient_accumulation_steps=2)
-        s.train(s.trainer(max_completion_length=32, **options))
+        # A mean over the tokens of each micro-batch in TRL, so that it depends on the split.
+        s.train(s.trainer(max_completion_length=32, **options), compares=loss != "bnpo")
+    s.differs("`bnpo` divides by the tokens of all micro-batches")
 
 
 SCENARIOS.append(Scenario("test_train_loss_types", "every `loss_type`, two micro-batches", _loss_types))
@@ -465,12 +467,10 @@ def test_train_with_adaptive_entropy_gradient_accumulation(s: Setting) -> None:
 
 @_scenario("entropies have a gradient where they are in the loss")
 def test_entropy_bonus_flows_gradients(s: Setting) -> None:
-    for coefficient in (0.1, 0.0):
-        t = s.trainer(entropy_coef=coefficient)
-        ids = torch.arange(8)[None]
-        options = dict(logits_to_keep=4, compute_entropy=True)
-        _, entropies, _ = t._get_per_token_logps_and_entropies(t.model, ids, torch.ones_like(ids), **options)
-        s.check(entropies.requires_grad == (coefficient > 0), f"requires_grad is {entropies.requires_grad}")
+    t, ids = s.trainer(entropy_coef=0.1), torch.arange(8)[None]
+    options = dict(logits_to_keep=4, compute_entropy=True)
+    _, entropies, _ = t._get_per_token_logps_and_entropies(t.model, ids, torch.ones_like(ids), **options)
+    s.check(entropies.requires_grad, "no gradient")
 
 
 _trains("test_train_with_entropy_filter", "`top_entropy_quantile`", top_entropy_quantile=0.2)

@@ -76,7 +76,7 @@ class Setting:
     def plain_config(self, **options: Any) -> Any:
         """Without what TRL's tests usually set."""
         if self.objective is None:
-            return GRPOConfig(**options)
+            return GRPOConfig(**options | self.changes)
         return PGPOConfig(**options | {"objective": self.objective} | self.changes)
 
     def trainer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,22 @@ _TAGS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "
 _TEMPLATES = Path(chat_template_utils.__file__).parent / "chat_templates"
 
 TEXTS = [
-    *["A bird in the hand is worth", "Many hands", "Still waters run", "A stitch in time", "Look before", "Haste makes"],
+    *[
+        "A bird in the hand is worth",
+        "Many hands",
+        "Still waters run",
+        "A stitch in time",
+        "Look before",
+        "Haste makes",
+    ],
     *["The early bird", "No smoke without", "All that glitters is not", "Better late than", "Actions speak louder"],
-    *["Where there is a will", "Practice makes", "Time and tide wait for", "Two heads are better", "Honesty is the best"],
+    *[
+        "Where there is a will",
+        "Practice makes",
+        "Time and tide wait for",
+        "Two heads are better",
+        "Honesty is the best",
+    ],
 ]
 
 _SHAPE: dict[str, Any] = dict(
@@ -124,8 +136,7 @@ def _folder() -> str:
     """For this process, removed at its end."""
     whole = tempfile.TemporaryDirectory(prefix="drop_in_")
     _kept.append(whole)
-    code = os.path.join(whole.name, "modules")  # where transformers copies code of models to
-    transformers.dynamic_module_utils.HF_MODULES_CACHE = code
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = f"{whole.name}/modules"  # it copies code of models there
     transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # nobody is there to be asked
     return whole.name
 
