@@ -956,3 +956,86 @@ def test_a_route_that_is_missing(tmp_path):
         environment(tmp_path, rows(), {"a": Room, "b": Room})
     with pytest.raises(UserError, match="environment_factory is not supported with self-distillation"):
         environment(tmp_path, rows(), Room, objective="pgpo")
+
+
+# Functions, and fields that are set late ------------------------------------------------------------------------------
+
+
+def without_kwargs(prompts, completions):
+    return [1.0] * len(prompts)
+
+
+def of_a_column(completions, answer, **kwargs):
+    return [float(bool(a)) for a in answer]
+
+
+def of_the_prompt(prompt, **kwargs):
+    return [1.0]
+
+
+@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
+@pytest.mark.parametrize(
+    ("reward", "options", "says"),
+    [
+        ({"grade": parity_reward}, {}, "reward_funcs holds {'grade': .*; pass a function, a reward model or its name"),
+        ([parity_reward, None], {}, "reward_funcs holds None"),
+        (parity_reward, dict(feedback_funcs="hint"), "feedback_funcs holds 'hint'; pass a function"),
+        (
+            parity_reward,
+            dict(feedback_funcs=without_kwargs),
+            "feedback function 'without_kwargs' takes no 'completion_",
+        ),
+        (without_kwargs, {}, "'without_kwargs' takes no 'completion_ids', .* add \\*\\*kwargs"),
+        (of_a_column, {}, "needs 'answer', which it does not get from train_dataset .* the columns: index"),
+        (of_the_prompt, {}, "needs 'prompt', .* add the column, or a default"),
+        (parity_reward, dict(reward_weights=[1.0, 2.0]), "reward_weights has 2 numbers for 1 reward functions"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_functions_that_cannot_be_called_are_found_at_construction(tmp_path, objective, reward, options, says):
+    """Red if the first step, or the first evaluation, is what finds them."""
+    options = {"objective": objective, "rollout_func": None} | options
+    refuses(tmp_path, says, trainer_kit.dataset(), reward=reward, **options)
+
+
+def test_columns_are_asked_of_every_dataset_and_no_more_than_known(tmp_path):
+    data = trainer_kit.dataset()
+    answered = data.add_column("answer", ["w1"] * len(data))
+    make(tmp_path, answered, reward=of_a_column, rollout_func=None)
+    make(tmp_path, data, reward=of_a_column)  # a rollout function may bring the column
+    make(tmp_path, stream(list(data)), reward=of_a_column, rollout_func=None)  # a later row may have it
+    says = "needs 'answer', which it does not get from eval_dataset"
+    refuses(tmp_path, says, answered, reward=of_a_column, rollout_func=None, eval_dataset=data)
+    says = "leave remove_unused_columns False"
+    refuses(tmp_path, says, answered, reward=of_a_column, rollout_func=None, remove_unused_columns=True)
+
+
+def test_a_tuple_of_functions_is_a_list_of_them(tmp_path):
+    told = make(tmp_path, trainer_kit.dataset(), reward=(parity_reward,), feedback_funcs=(lambda **k: [None] * 16,))
+    train(told)
+    assert told.reward_func_names == ["parity_reward"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("num_generations", 7, "num_generations was set to 7 on a finished configuration, .* worked out with 4"),
+        ("gradient_accumulation_steps", 2, "gradient_accumulation_steps was set to 2 on a finished configuration"),
+        ("per_device_train_batch_size", 8, "per_device_train_batch_size was set to 8"),
+        ("objective", "spdo", "objective is 'spdo'; choose one of"),
+        ("beta", 0.1, "beta is 0.1, which self-distillation does not have"),
+        ("learning_rate", -1.0, "learning_rate is -1.0"),
+    ],
+)
+def test_fields_set_on_a_finished_configuration_are_judged(tmp_path, name, value, says):
+    """Red if accumulation splits a step behind the trainer's back, or if a field that does nothing is taken."""
+    args = trainer_kit.config(tmp_path)
+    args.check_again()
+    setattr(args, name, value)
+    with pytest.raises(UserError, match=says):
+        PGPOTrainer(build_model(), parity_reward, args, trainer_kit.dataset(), processing_class=build_tokenizer())
+
+
+def test_prediction_has_no_loss_under_self_distillation(tmp_path):
+    with pytest.raises(UserError, match="call evaluate"):
+        make(tmp_path, trainer_kit.dataset()).predict(trainer_kit.dataset())

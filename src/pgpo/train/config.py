@@ -19,7 +19,7 @@ from trl import GRPOConfig
 from pgpo.core.viscosity import ExponentialLaw, SmoothExponentialLaw, linear_schedule
 from pgpo.errors import UserError
 from pgpo.teacher import ContextTemplates
-from pgpo.train.field_types import fit
+from pgpo.train.field_types import fit, shown
 from pgpo.train.fields import refuse_unused
 from pgpo.train.rules import PARSED, check_combinations, check_values
 from pgpo.train.signals import choose_limits
@@ -41,6 +41,13 @@ _TRANSLATED: dict[str, dict[Any, Any]] = {
 }
 # For vLLM; transformers takes None for what the model's generation config says.
 _UNFILTERED: dict[str, dict[Any, Any]] = {"top_k": {None: 0}, "top_p": {None: 1.0}, "repetition_penalty": {None: 1.0}}
+
+
+# What the batch is made of, worked out once.
+_BATCH = (
+    *("prompts_per_step", "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("generation_batch_size", "steps_per_generation"),
+)
 
 
 def _option(default: Any, text: str) -> Any:
@@ -222,7 +229,7 @@ class PGPOConfig(GRPOConfig):
         check_values(self)
         self._fold_batch()
         check_combinations(self)
-        refuse_unused(vars(self), {f.name: f.default for f in fields(PGPOConfig)}, self.distills, self.follows_rewards)
+        self._refuse_unused()
         if self.chat_template_kwargs is None:  # type: ignore[has-type]
             self.chat_template_kwargs = {"enable_thinking": False}  # paper: thinking off; other templates ignore it
         # TRL wants eval batches in multiples of the group; evaluation does not go through its loop.
@@ -239,6 +246,24 @@ class PGPOConfig(GRPOConfig):
         self.num_generations = completions
         self.per_device_eval_batch_size = self.eval_batch_size
         check_combinations(self, PARSED)
+        self._batch = {name: getattr(self, name) for name in _BATCH}
+
+    def check_again(self) -> None:
+        """Judge what a script has set on the finished configuration as if it had been given. Raises UserError."""
+        for name, value in self._batch.items():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"{name} was set to {shown(getattr(self, name))} on a finished configuration, whose batch was "
+                    f"worked out with {value}; give it to PGPOConfig(...) instead."
+                )
+        check_values(self)
+        check_combinations(self)
+        check_combinations(self, PARSED)
+        self._refuse_unused()
+
+    def _refuse_unused(self) -> None:
+        defaults = {f.name: f.default for f in fields(PGPOConfig)}
+        refuse_unused(vars(self), defaults, self.distills, self.follows_rewards)
 
     def _translate(self) -> None:
         for names in (_TRANSLATED, _UNFILTERED) if self.use_vllm else (_TRANSLATED,):

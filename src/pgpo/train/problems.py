@@ -9,6 +9,7 @@ All raise `UserError`, the same one on all ranks, since all check the same data.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from torch import nn
 
 from pgpo.errors import UserError
 from pgpo.forward.batching import positions
@@ -29,7 +31,7 @@ from pgpo.train.prompts import Prompts
 from pgpo.train.seam import Prompt, Rollout, function_name
 from pgpo.train.sharding import sharding_problem
 from pgpo.train.success import deciding
-from pgpo.train.user_functions import CONTEXT_COLUMN, REWARD_ARGUMENTS, is_async
+from pgpo.train.user_functions import CONTEXT_COLUMN, FEEDBACK_ARGUMENTS, REWARD_ARGUMENTS, is_async
 
 _CHUNK = 1000  # ours: rows decoded at a time
 
@@ -77,6 +79,14 @@ def read_all(eval_dataset: Any) -> list[Data]:
     return [] if eval_dataset is None else [read("eval_dataset", eval_dataset)]
 
 
+def check_arguments(cls: Any, args: Any) -> None:
+    """That the trainer's class, or a subclass of it, gets a configuration that it can use, and overrides what acts."""
+    if not isinstance(args, PGPOConfig):
+        raise UserError(f"args is a {type(args).__name__}; PGPOTrainer needs a PGPOConfig (same fields and more).")
+    if (problem := cls.unused_override(args.distills)) is not None:
+        raise UserError(problem)
+
+
 def check_inputs(
     args: PGPOConfig,
     train_dataset: Any,
@@ -91,12 +101,16 @@ def check_inputs(
     Args:
         options: the other keyword arguments of TRL's constructor.
     """
+    args.check_again()
     environments = options.get("environment_factory")
     if not reward_funcs and not environments:
         raise UserError("reward_funcs is empty; pass a function that grades completions (1.0 = right).")
+    functions = as_list(reward_funcs)
+    _check_functions("reward_funcs", functions, "a function, a reward model or its name", (str, nn.Module))
+    _check_functions("feedback_funcs", as_list(feedback_funcs), "a function")
     if not environments:  # an environment may bring a reward of its own
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         deciding(args.success_reward, [function_name(f) for f in functions], args.distills)
+        _check_weights(args, functions)
     _check_evaluation(args, eval_dataset, grade)
     if args.distills:
         for name in ("tools", "environment_factory"):
@@ -106,9 +120,72 @@ def check_inputs(
     train, evaluation = read("train_dataset", train_dataset, questions), read_all(eval_dataset)
     _check_training_set(args, train, questions, environments)
     _check_teaching(args, train, feedback_funcs)
+    if not environments and not options.get("rollout_func"):  # which bring columns of their own
+        judged = [train, *([] if grade is not None else evaluation)]
+        _check_columns("reward", functions, REWARD_ARGUMENTS, judged, args)
+        _check_columns("feedback", as_list(feedback_funcs), FEEDBACK_ARGUMENTS, [train], args)
     for data in (train, *evaluation):
         _check_column_names(data.name, data.columns, bool(environments))
     return train
+
+
+def as_list(functions: Any) -> list[Any]:
+    """One function or several, of None none."""
+    if isinstance(functions, (list, tuple)):
+        return list(functions)
+    return [] if functions is None else [functions]
+
+
+def _check_functions(name: str, functions: Sequence[Any], what: str, others: tuple[type, ...] = ()) -> None:
+    for function in functions:
+        if not callable(function) and not isinstance(function, others):
+            raise UserError(f"{name} holds {shown(function)}; pass {what}, or a list of them.")
+
+
+def _check_weights(args: PGPOConfig, functions: Sequence[Any]) -> None:
+    weights = args.reward_weights
+    if weights is not None and len(weights) != len(functions):
+        names = ", ".join(map(function_name, functions))
+        raise UserError(
+            f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions ({names}); give one for "
+            "each."
+        )
+
+
+def _check_columns(
+    kind: str, functions: Sequence[Any], given: Sequence[str], sets: Sequence[Data], args: PGPOConfig
+) -> None:
+    """That a function's arguments are those that it is called with: `given`, and the columns of the dataset."""
+    for function in functions:
+        if isinstance(function, (str, nn.Module)):
+            continue
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):  # a built-in that does not tell
+            continue
+        what = f"{kind} function {function_name(function)!r}"
+        named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters) and (left := [n for n in given if n not in named]):
+            raise UserError(
+                f"{what} takes no {left[0]!r}, which every {kind} function is given; add **kwargs to its arguments."
+            )
+        for data in sets:
+            columns = _columns_for_functions(data, args)
+            needed = [name for name, p in named.items() if p.default is p.empty and name not in (*given, *columns)]
+            if needed and not data.late:
+                dropped = needed[0] in data.columns and needed[0] not in ("prompt", "completion")
+                raise UserError(
+                    f"{what} needs {needed[0]!r}, which it does not get from {data.name} (it gets {', '.join(given)} "
+                    f"and the columns: {', '.join(columns) or 'none'}); "
+                    f"{'leave remove_unused_columns False' if dropped else 'add the column, or a default'}."
+                )
+
+
+def _columns_for_functions(data: Data, args: PGPOConfig) -> list[str]:
+    """Columns that TRL hands on: of training, remove_unused_columns leaves those with images."""
+    dropped = args.remove_unused_columns and data.name == "train_dataset"
+    kept = ("image", "images") if dropped else data.columns
+    return [name for name in data.columns if name in kept and name not in ("prompt", "completion")]
 
 
 def _check_training_set(args: PGPOConfig, data: Data, questions: int, environments: Any) -> None:

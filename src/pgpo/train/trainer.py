@@ -66,7 +66,7 @@ class PGPOTrainer(SeamTrainer):
 
     Held-out evaluation (`eval_strategy`, `trainer.evaluate()`) samples `eval_k` completions per row of
     `eval_dataset` at `eval_temperature` and reports avg@k with an interval clustered by question (held_out.py).
-    A `rollout_func` samples in its own way, so evaluation asks the model itself.
+    A `rollout_func` samples in its own way; evaluation asks the model itself.
 
     Raises:
         UserError: what cannot work, in one sentence with the remedy.
@@ -96,13 +96,9 @@ class PGPOTrainer(SeamTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = PGPOConfig(f"{file_name(name.split('/')[-1])}-PGPO")
-        if not isinstance(args, PGPOConfig):
-            raise UserError(f"args is a {type(args).__name__}; PGPOTrainer needs a PGPOConfig (same fields and more).")
-        if (problem := self.unused_override(args.distills)) is not None:
-            raise UserError(problem)
-        if not isinstance(feedback_funcs, list):
-            feedback_funcs = [] if feedback_funcs is None else [feedback_funcs]
-        options = {"tools": tools, "environment_factory": environment_factory}
+        problems.check_arguments(type(self), args)
+        feedback_funcs, reward_funcs = problems.as_list(feedback_funcs), problems.as_list(reward_funcs)
+        options = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
         data = problems.check_inputs(args, train_dataset, eval_dataset, reward_funcs, feedback_funcs, grade, options)
         self.signal = StepSignal(args)
         self.templates = args.templates()

@@ -19,6 +19,7 @@ from pgpo.train.field_types import reason, shown
 CONTEXT_COLUMN = "privileged_context"  # TRL's name: a text per row that the teacher reads as feedback
 # What TRL hands to reward functions beside the dataset's columns: a column of that name collides, or is hidden.
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+FEEDBACK_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state")
 _LARGEST = 3.4028234663852886e38  # of single precision, in which TRL keeps rewards
 _AGAIN = 1.0  # seconds, ours
 _REWARD = (

@@ -94,6 +94,12 @@ class StepSeam(PolicySeam):
 
     # TRL's members ----------------------------------------------------------------------------------------------------
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, which gives the loss of its GRPO; self-distillation has none on held-out rows."""
+        if self.args.distills:
+            raise UserError("predict() gives TRL's policy loss, which this objective does not train; call evaluate().")
+        return super().predict(*args, **kwargs)
+
     @contextlib.contextmanager
     def rank_watch(self) -> Iterator[None]:
         """End this process if another rank is lost (`watch_ranks`); may be opened around `train`."""
