@@ -27,8 +27,8 @@ from pgpo.forward import batching
 from pgpo.forward.batching import Limits
 from pgpo.forward.open_model import open_forward
 from pgpo.forward.passes import Passes, States
+from pgpo.settings.config import PGPOConfig
 from pgpo.teacher import Teacher
-from pgpo.train.config import PGPOConfig
 
 ROWS, PREFIX, COMPLETION, VOCABULARY = 8, 600, 300, 4096
 

@@ -22,7 +22,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from pgpo import PGPOConfig, PGPOTrainer, UserError
 from pgpo.core import modulate
-from pgpo.train import problems, rules
+from pgpo.settings import rules
+from pgpo.train import problems
 from pgpo.train.adapters import adapter_problem, precision_problem
 from pgpo.train.held_out import HeldOut
 from pgpo.train.prompts import Prompts

@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 import pgpo
-from pgpo.train.rules import LOSSES
+from pgpo.settings.rules import LOSSES
 from pgpo.train.seam import policy as seam_policy
 
 SOURCE = Path(pgpo.__file__).parent

@@ -34,8 +34,8 @@ from pgpo.command import models
 from pgpo.errors import UserError
 from pgpo.lab.plan import read_study
 from pgpo.runlog import RunLog
-from pgpo.train import arguments
-from pgpo.train.arguments import parse
+from pgpo.settings import arguments
+from pgpo.settings.arguments import parse
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -762,7 +762,7 @@ def test_a_name_made_from_words_stays_within_its_folder(folder, domain):
 
 @pytest.mark.parametrize("name", ["..", "../..", "org/..", "org/.hidden", "a/b c"])
 def test_a_trainer_without_arguments_writes_beside_itself(folder, name):
-    from pgpo.train.field_types import file_name
+    from pgpo.settings.field_types import file_name
 
     made = Path(f"{file_name(name.split('/')[-1])}-PGPO")
     assert made.resolve().parent == folder.resolve() and not made.name.startswith(".")

@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from pgpo import PGPOConfig, PGPOTrainer
 from pgpo.errors import UserError
-from pgpo.train.fields import FATES
+from pgpo.settings.fields import FATES
 from pgpo.train.gate import torch_optimizer
 from pgpo.train.seam import step as seam_step
 

@@ -16,7 +16,7 @@ from trainer_kit import (
     weights,
 )
 
-from pgpo.train.rules import LOSSES
+from pgpo.settings.rules import LOSSES
 
 SGD = dict(objective="grpo", optim="sgd", learning_rate=0.05, max_grad_norm=1e9, max_steps=2)
 # Each of them was multiplied by the number of micro-batches, or changed with it.

@@ -32,9 +32,9 @@ from pgpo.forward import passes
 from pgpo.memory import activations, command, moments, parameters
 from pgpo.memory.moments import Step
 from pgpo.memory.shapes import BLOCKS, GIB, MATRICES, ModelShape, TrainingSetting, fitted, read_model
+from pgpo.settings.config import PAPER, PGPOConfig
 from pgpo.teacher import weights
 from pgpo.train import forwards
-from pgpo.train.config import PAPER, PGPOConfig
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),

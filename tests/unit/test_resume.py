@@ -22,9 +22,9 @@ from pgpo.cli import main
 from pgpo.command import session
 from pgpo.command import train as run
 from pgpo.runlog import RunLog, read_run
+from pgpo.settings.arguments import parse
 from pgpo.tasks import lab_world
 from pgpo.train import checkpoint
-from pgpo.train.arguments import parse
 
 # Checkpoints of steps 3, within a generation of two steps, and 4; evaluations at 0, 2 and 4.
 FLAGS = [

@@ -19,9 +19,9 @@ from test_science_qa import record
 from pgpo import PGPOTrainer, UserError, runlog
 from pgpo.cli import main
 from pgpo.runlog import read_run
+from pgpo.settings.arguments import PRESETS, parse
 from pgpo.tasks import lab_world
 from pgpo.train import warm_start
-from pgpo.train.arguments import PRESETS, parse
 
 RECIPE = """
 task: lab_world

@@ -14,9 +14,9 @@ from pgpo.command.terminal import progress, say
 from pgpo.evaluate.run import write_records
 from pgpo.files import json_line, write_atomically
 from pgpo.runlog import RunLog
+from pgpo.settings.arguments import RunArguments
 from pgpo.study_files import accuracy_curve, selected_step
 from pgpo.tasks import Row, Task
-from pgpo.train.arguments import RunArguments
 from pgpo.train.trainer import PGPOTrainer
 
 SAMPLE_TOKENS = 1000  # ours: a sample's tokens after these are kept as text alone

@@ -22,9 +22,9 @@ from pgpo.command.session import Session
 from pgpo.command.terminal import ignore_renamed_fields, quiet, say
 from pgpo.errors import UserError
 from pgpo.runlog import BASE_FOLDER, RUN_ID, RunLog
+from pgpo.settings.arguments import Parsed, parse
 from pgpo.tasks import Task
 from pgpo.train import checkpoint as checkpoints
-from pgpo.train.arguments import Parsed, parse
 from pgpo.train.host import Host
 from pgpo.train.trainer import PGPOTrainer
 

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
-from pgpo.train.config import PGPOConfig
+from pgpo.settings.config import PGPOConfig
 from pgpo.train.user_functions import CONTEXT_COLUMN
 
 _IN_A_ROW = 3  # ours: steps without signal after which a warning says so

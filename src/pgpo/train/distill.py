@@ -25,8 +25,8 @@ from pgpo.core import (
 from pgpo.forward import routers
 from pgpo.forward.passes import States
 from pgpo.forward.routers import Load
+from pgpo.settings.config import PGPOConfig
 from pgpo.teacher.weights import reshard
-from pgpo.train.config import PGPOConfig
 from pgpo.train.engine import Engine
 from pgpo.train.forwards import Block, Forwards, MicroBatch
 from pgpo.train.host import Host

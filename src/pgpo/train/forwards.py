@@ -17,9 +17,9 @@ from pgpo.forward import batching
 from pgpo.forward.batching import Bundle, Limits
 from pgpo.forward.open_model import causal_lm, head_error, head_problem, joins, open_forward, release_forward
 from pgpo.forward.passes import Passes, States
+from pgpo.settings.config import PGPOConfig
 from pgpo.teacher import Teacher
 from pgpo.teacher.weights import release_adapter
-from pgpo.train.config import PGPOConfig
 from pgpo.train.engine import Engine
 from pgpo.train.gate import torch_optimizer
 from pgpo.train.rows import Sample, own_places

@@ -23,7 +23,7 @@ from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import Record, Summary, summarize
 from pgpo.evaluate.run import check_ids, graded
 from pgpo.evaluate.runners import answer_text
-from pgpo.train.field_types import shown
+from pgpo.settings.field_types import shown
 from pgpo.train.problems import evaluation_prompts
 from pgpo.train.prompts import Prompts
 from pgpo.train.seam import SeamTrainer

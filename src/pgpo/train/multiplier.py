@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pgpo.core import CrossFit, EarlierInformation, Information, InformationMeter
 from pgpo.errors import UserError
-from pgpo.train.config import PGPOConfig
+from pgpo.settings.config import PGPOConfig
 
 BASELINE_WEIGHT = 0.1  # ours: the running mean remembers about ten steps
 

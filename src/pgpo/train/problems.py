@@ -23,10 +23,10 @@ from pgpo.errors import UserError
 from pgpo.forward.batching import positions
 from pgpo.forward.open_model import causal_lm
 from pgpo.forward.routers import router_problem
+from pgpo.settings.config import PGPOConfig
+from pgpo.settings.field_types import shown
 from pgpo.train import zero
 from pgpo.train.adapters import adapter_problem, precision_problem
-from pgpo.train.config import PGPOConfig
-from pgpo.train.field_types import shown
 from pgpo.train.prompts import Prompts
 from pgpo.train.seam import Prompt, Rollout, function_name
 from pgpo.train.sharding import sharding_problem

@@ -25,17 +25,18 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from pgpo.alarms import CollapseGuard
 from pgpo.core import Information
 from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import Record
 from pgpo.forward.passes import Passes
+from pgpo.settings.config import PGPOConfig
+from pgpo.settings.field_types import file_name
 from pgpo.teacher import Teacher, build_contexts
 from pgpo.teacher.contexts import TeacherContext
 from pgpo.train import problems, state, zero
-from pgpo.train.config import PGPOConfig
 from pgpo.train.diagnostics import Diagnostics
 from pgpo.train.distill import Distillation, TokenDetail
-from pgpo.train.field_types import file_name
 from pgpo.train.forwards import Forwards, release
 from pgpo.train.guard import GuardActions
 from pgpo.train.held_out import HeldOut
@@ -46,7 +47,6 @@ from pgpo.train.prompts import Rendered
 from pgpo.train.rows import Sample, Sums, active_samples
 from pgpo.train.seam import Batch, Rollout, SeamTrainer
 from pgpo.train.sharding import keep_precision, shard
-from pgpo.train.signals import CollapseGuard
 from pgpo.train.user_functions import CONTEXT_COLUMN
 
 _TRL_METRICS = {"completion_length": "completions/mean_length", "clipped_share": "completions/clipped_ratio"}

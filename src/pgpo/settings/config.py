@@ -16,13 +16,13 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from pgpo.alarms import choose_limits
 from pgpo.core.viscosity import ExponentialLaw, SmoothExponentialLaw, linear_schedule
 from pgpo.errors import UserError
+from pgpo.settings.field_types import fit, shown
+from pgpo.settings.fields import refuse_unused
+from pgpo.settings.rules import PARSED, check_combinations, check_values
 from pgpo.teacher import ContextTemplates
-from pgpo.train.field_types import fit, shown
-from pgpo.train.fields import refuse_unused
-from pgpo.train.rules import PARSED, check_combinations, check_values
-from pgpo.train.signals import choose_limits
 
 # The paper's step, 256 completions of 8192 tokens. TRL's defaults are far smaller.
 PAPER: dict[str, Any] = {

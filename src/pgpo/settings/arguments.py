@@ -16,10 +16,10 @@ from transformers import HfArgumentParser
 from trl import ModelConfig
 
 from pgpo.errors import SentenceParser, UserError
+from pgpo.settings.config import PAPER, PGPOConfig, yielding
+from pgpo.settings.field_types import fit, huge, reason, shown
+from pgpo.settings.yaml_file import read_yaml
 from pgpo.tasks import Task, load_task
-from pgpo.train.config import PAPER, PGPOConfig, yielding
-from pgpo.train.field_types import fit, huge, reason, shown
-from pgpo.train.yaml_file import read_yaml
 
 T = TypeVar("T")
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
+from pgpo.alarms import GUARDS
 from pgpo.core.divergence import KINDS, check_divergence
 from pgpo.errors import UserError
-from pgpo.train.guard import GUARDS
 
 LOSSES = ("grpo", "sapo", "dr_grpo", "luspo", "dapo", "cispo", "vespo", "bnpo")  # of TRL's GRPO
 # Their update is not linear in lr (averages weighted by lr), or has no step() of its own to scale.

@@ -27,6 +27,14 @@ from typing import Any
 
 from pgpo.errors import UserError
 
+GUARDS = (
+    "off",
+    "warn",
+    "freeze_teacher",
+    "rollback_teacher",
+    "halve_step",
+    "rollback",
+)
 SMOOTHING = 0.8  # prototype study, all signals
 WARMUP = 5  # its running best starts at step 5
 MARGIN = 1.05  # its limits: the worst of the healthy runs times 1.05
@@ -281,7 +289,7 @@ def choose_limits(
         if limit is None:
             raise UserError(
                 f"guard_signals names {name}, which has no default limit; calibrate one on healthy runs "
-                "(pgpo.train.signals.calibrate) and give the file as guard_limits."
+                "(pgpo.alarms.calibrate) and give the file as guard_limits."
             )
         limits[name] = limit
     return limits

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pgpo.errors import UserError
-from pgpo.train.field_types import shown
+from pgpo.settings.field_types import shown
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ _CALLBACKS = _acts("transformers/trainer_callback.py")
 _OPTIMIZERS = _acts("transformers/trainer_optimizer.py")
 _SEAM = _acts("pgpo/train/seam/step.py")
 _CHECKPOINTS = _acts("pgpo/train/seam/resume.py")
-_CONFIG = _acts("pgpo/train/config.py")
+_CONFIG = _acts("pgpo/settings/config.py")
 
 _INSTEAD = "or use objective='grpo'"
 _POLICY = _refused("which self-distillation does not have", _INSTEAD)
