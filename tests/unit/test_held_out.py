@@ -328,7 +328,7 @@ def train_with(path, rewards, names, **options):
 
     said = []
     t = trainer_kit.trainer(path, reward=[function(v, n) for v, n in zip(rewards, names, strict=True)], **options)
-    t.say = said.append
+    t.host.say = said.append
     (log,) = trainer_kit.train(t)
     return t, log, said
 
