@@ -79,6 +79,12 @@ def test_first_budget_is_the_divergence_itself() -> None:
     assert TrustBudget(budget="divergence", first_fraction=0.5).add(0.07) == pytest.approx(0.07)
 
 
+def test_the_k_th_step_may_move_the_policy_by_its_share_of_the_divergence() -> None:
+    """The default: B = D / k until lambda has come down to the fraction, at step 25."""
+    budget = TrustBudget(budget="divergence", agreement=False)
+    assert [budget.add(0.06) for _ in range(30)] == pytest.approx([0.06 / min(k, 25) for k in range(1, 31)])
+
+
 def test_a_late_step_may_take_a_tenth_of_the_way() -> None:
     budget = TrustBudget(budget="divergence", fraction=0.1, first_fraction=0.1)
     assert [budget.add(0.07) for _ in range(3)] == pytest.approx([0.0028] * 3)
@@ -108,7 +114,7 @@ def test_a_batch_without_a_teacher() -> None:
     assert budget.add(None) == 0.0
     first = budget.add(0.02)
     assert budget.add(None) == first
-    assert budget.add(0.02) == pytest.approx(first / (1 + 1 / 3))
+    assert budget.add(0.02) == pytest.approx(first / 2)
 
 
 def test_a_teacher_that_agrees_allows_nothing() -> None:

@@ -9,6 +9,7 @@ all of it from hidden states        head.py
 
 how far a step moved the policy     signals.py
 how far it may move it              trust.py
+how much of the step that leaves    step_length.py
 """
 
 from .divergence import divergence, sampled_token_divergence
@@ -16,8 +17,9 @@ from .head import HeadOutput, dense_distillation_head, distillation_of_logits, f
 from .information import Information, InformationMeter, token_entropy
 from .signals import AdaptiveClip, Agreement, gradient_cosine, kl_moved, token_mean
 from .sources import CrossFit, EarlierInformation
+from .step_length import StepLength, Verdict, expected_size
 from .stepping import modulate, modulate_reference
-from .trust import LaggedRate, MeasuredTrust, StepLength, TrustBudget, Verdict, expected_size, kl_per_divergence
+from .trust import LaggedRate, MeasuredTrust, TrustBudget, kl_per_divergence
 from .viscosity import ExponentialLaw, SmoothExponentialLaw, linear_schedule
 
 __all__ = [
