@@ -486,7 +486,7 @@ def test_a_model_whose_logits_are_no_plain_head_still_trains_right(tmp_path, cap
     assert t.passes.whole_logits and "holds all logits" in caplog.text and len(caplog.records) == 1
     # Logits twice as large at temperature 2 are the plain model's at temperature 1.
     reference = trainer(tmp_path, **SGD)
-    plain = reference._active_rows(spy.batches[0])
+    plain = reference.active_samples(spy.batches[0])
     assert plain
     (same, _) = train(reference)
     assert first["loss"] == pytest.approx(same["loss"], abs=1e-6)
