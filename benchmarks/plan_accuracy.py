@@ -261,8 +261,9 @@ def _watch(trainer: Any, spans: list[tuple[str, int, int]], before_rollout: Any 
         setattr(holder, name, timed)
 
     wrap(trainer, "_prepare_inputs", "rollout")
-    wrap(trainer, "_teacher_states", "teacher")
-    wrap(trainer, "_distill", "loss")
+    if trainer.distills:
+        wrap(trainer.distillation.forwards, "teacher_states", "teacher")
+        wrap(trainer.distillation, "_loss", "loss")
     wrap(trainer, "grpo_loss", "loss")
     wrap(trainer, "grpo_scores", "loss")
     wrap(trainer.accelerator, "backward", "backward")

@@ -1,10 +1,10 @@
 """The teacher's forwards of one group with prefix sharing, over the same as TRL runs them.
 
 Eight completions, log-normal lengths (mean 300, sigma 0.6), after teacher prompts of 600 tokens: seven rows share one,
-the first right completion has its own, as in SDPO. Shared: a prompt is run once, completions attend to its keys and
-values, rows of like length go together, by the trainer's own plan and its default budget. Otherwise: eight rows padded
-to the longest prompt and completion. Both end in hidden states. Qwen3 of 4 layers, hidden size 384, fp32, no gradient.
-Lengths are drawn anew for every pair.
+the first right completion has its own, as in SDPO. Prefix sharing: one forward per prompt, completions attend to its
+keys and values, rows of like length go together, by the trainer's own plan and its default budget. Otherwise: eight
+rows padded to the longest prompt and completion. Both end in hidden states. Qwen3 of 4 layers, hidden size 384, fp32,
+no gradient. Lengths are drawn anew for every pair.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pgpo.forward import batching
 from pgpo.forward.batching import Limits
 from pgpo.forward.open_model import open_forward
 from pgpo.forward.passes import Passes, States
+from pgpo.settings.config import PGPOConfig
 from pgpo.teacher import Teacher
-from pgpo.train.config import PGPOConfig
 
 ROWS, PREFIX, COMPLETION, VOCABULARY = 8, 600, 300, 4096
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import random
 import warnings
@@ -82,6 +83,9 @@ def parity_reward(prompts, completions, **kwargs):
     ]
 
 
+TRAINER_OPTIONS = inspect.signature(PGPOTrainer.__init__).parameters.keys() - {"model", "args"}
+
+
 def config(path, **options) -> PGPOConfig:
     defaults = dict(
         output_dir=str(path),
@@ -103,32 +107,75 @@ def config(path, **options) -> PGPOConfig:
     return PGPOConfig(**(defaults | options))
 
 
-def trainer(path, model: nn.Module | None = None, reward=parity_reward, rollout=fake_rollout, rows=PROMPTS, **options):
-    trainer_options = {
-        k: options.pop(k) for k in ("feedback_funcs", "grade", "eval_dataset", "peft_config", "host") if k in options
-    }
+def trainer(
+    path, model=None, reward=parity_reward, rollout=fake_rollout, rows=PROMPTS, data=..., tokenizer=None, quiet=True,
+    **options,
+):  # fmt: skip
+    """A trainer on `data`, or on the first `rows` questions; `options` are the configuration's and the trainer's."""
+    own = {name: options.pop(name) for name in TRAINER_OPTIONS & options.keys()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        if quiet:
+            warnings.simplefilter("ignore")
         return PGPOTrainer(
             build_model() if model is None else model,
             reward,
             config(path, **options),
-            dataset(rows),
-            processing_class=build_tokenizer(),
+            dataset(rows) if data is ... else data,
+            processing_class=build_tokenizer() if tokenizer is None else tokenizer,
             rollout_func=rollout,
-            **trainer_options,
+            **own,
         )
+
+
+def trl_trainer(path, model: nn.Module | None = None, rollout=fake_rollout, **options):
+    """TRL's own trainer with the same options and completions, trained: the batch in one piece."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    def roll(prompts, t):
+        t.tokenizer = t._tokenizer
+        t.render = lambda p: t._tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=True)["input_ids"]
+        return rollout(prompts, t)
+
+    ours, names = config(path, **options), GRPOConfig.__dataclass_fields__
+    skip = {"generation_batch_size", "deepspeed", "accelerator_config", "steps_per_generation"}
+    args = GRPOConfig(**{n: getattr(ours, n) for n in names if names[n].init and n not in skip})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        t = GRPOTrainer(
+            build_model() if model is None else model,
+            parity_reward,
+            args,
+            dataset(),
+            processing_class=build_tokenizer(),
+            rollout_func=roll,
+        )
+    with contextlib.redirect_stdout(io.StringIO()):
+        t.train()
+    return t
 
 
 def train(t, **kwargs) -> list[dict]:
     """Train quietly; the log records of the steps."""
     with contextlib.redirect_stdout(io.StringIO()):
         t.train(**kwargs)
+    t.random_numbers = torch.get_rng_state()
     return [r for r in t.state.log_history if "grad_norm" in r]
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def differences(t, other) -> list[str]:
+    """Which weights, teacher weights, moments and random numbers of two trained trainers differ, bit for bit."""
+    a, b = ({"random numbers": x.random_numbers, **weights(x.model)} for x in (t, other))
+    for x, tensors in ((t, a), (other, b)):
+        if x.teacher is not None:
+            tensors |= {f"teacher {n}": p for n, p in x.teacher.state_dict()["parameters"].items()}
+        for i, moments in x.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer {i} {n}": v for n, v in moments.items()}
+    assert a.keys() == b.keys()
+    return [n for n in a if a[n].dtype != b[n].dtype or not torch.equal(a[n], b[n])]
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pgpo.core import ExponentialLaw, InformationMeter, divergence, modulate, token_entropy
     from pgpo.errors import UserError
+    from pgpo.settings.config import PGPOConfig
     from pgpo.tasks import load_task
     from pgpo.teacher import build_contexts
-    from pgpo.train.config import PGPOConfig
     from pgpo.train.trainer import PGPOTrainer
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "PGPOConfig": "pgpo.train.config",
+    "PGPOConfig": "pgpo.settings.config",
     "PGPOTrainer": "pgpo.train.trainer",
     "ExponentialLaw": "pgpo.core",
     "InformationMeter": "pgpo.core",

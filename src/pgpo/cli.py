@@ -19,7 +19,7 @@ HELP = f"""pgpo {__version__}: Physics-Guided Policy Optimization with Self-Dist
 
 usage: pgpo COMMAND [arguments]
 
-  demo        train the tiny lab model with PGPO and with SDPO, and draw both (about 3 minutes on a laptop)
+  demo        train the tiny lab model with PGPO and with SDPO, and draw both (about a minute on two cores)
   train       train a model: the lab by default; --task science_qa --domain physics; --config recipe.yaml
   eval        avg@k, pass@k, maj@k of a model, as a student and reading a right solution
   study       methods x settings x seeds from one YAML, resumable, with tables: recipes/lab-study.yaml
@@ -160,21 +160,21 @@ def _plan(argv: list[str]) -> int:
     add("prompts-per-step", "questions per step, all GPUs together", type=int, metavar="N")
     add("num-generations", "completions per question", type=int, metavar="N")
     add("objective", "pgpo, sdpo or grpo", choices=("pgpo", "sdpo", "grpo"))
-    add("teacher", "its weights", choices=("ema", "frozen", "live"))
+    add("teacher", "the teacher's weights", choices=("ema", "frozen", "live"))
     add("lora", "adapters' rank; without it all parameters train", type=int, metavar="RANK")
     add(
         "lora-targets", "adapted matrices, with commas between, or all-linear", default="q_proj,v_proj", metavar="NAMES"
     )
-    add("dtype", "of the parameters", choices=("float32", "bfloat16"), default="float32")
+    add("dtype", "dtype of the parameters", choices=("float32", "bfloat16"), default="float32")
     add("autocast", "matmuls in bfloat16, the trainer's bf16", action=BooleanOptionalAction)
-    add("optimizer", "of the step", choices=("adamw", "sgd"))
-    add("gradient-checkpointing", "make activations anew in the backward pass", action=BooleanOptionalAction)
+    add("optimizer", "optimizer of the step", choices=("adamw", "sgd"))
+    add("gradient-checkpointing", "recompute activations in the backward pass", action=BooleanOptionalAction)
     add("fused-head", "logits in chunks", action=BooleanOptionalAction)
     add("attention", "flash: packed rows", choices=("sdpa", "flash", "eager"))
     add("vllm-share", "of the memory, kept by vLLM; without it transformers generates", type=float, metavar="F")
     add("fsdp", "shard over the GPUs with FSDP2 (not measured)", action=BooleanOptionalAction)
     add("zero", "shard with DeepSpeed's ZeRO, stage 2 or 3 (peaks not measured)", type=int, choices=(2, 3))
-    add("device", "what runs it", choices=("cuda", "cpu"))
+    add("device", "device of the run", choices=("cuda", "cpu"))
     parser.add_argument("--json", type=Path, default=None, help="write all numbers to this file", metavar="FILE")
     values = vars(parser.parse_args([_dashed(word) for word in argv]))
     source, memory, budget = values.pop("model"), values.pop("memory"), values.pop("max_tokens_per_microbatch")

@@ -79,6 +79,8 @@ SAMPLED_KL_WRONG = "sampled_kl_wrong"
 LENGTH_TAIL = "length_tail"
 DEMONSTRATION_LOGPROB = "demonstration_logprob"
 SKIPPED_SHARE = "skipped_share"
+AUX_LOSS = "aux_loss"
+POLICY_LOSS = "policy_loss"
 STEP_SECONDS = "step_seconds"
 GENERATION_SECONDS = "generation_seconds"
 UPDATE_SECONDS = "update_seconds"
@@ -106,6 +108,8 @@ METRICS: dict[str, tuple[str, str]] = {
         "mean log-probability per token that the teacher gives to a demonstration which its own prompt shows",
     ),
     LOSS: ("nats", "the loss that was differentiated"),
+    AUX_LOSS: ("1", "load-balancing loss of a mixture of experts, before its coefficient"),
+    POLICY_LOSS: ("1", "TRL's policy loss, where it is mixed in (distillation_weight < 1)"),
     ACTIVE_SHARE: ("1", "share of the samples that have a teacher and hence a loss"),
     ACTIVE_TOKENS: ("tokens", "completion tokens that carry loss, over all ranks"),
     REWARD: ("1", "mean reward of the training completions"),

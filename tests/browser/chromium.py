@@ -16,11 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from processes import patient
+
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe"),
 )
-SECONDS = 60.0  # for one answer
+SECONDS = patient(6)  # for one answer
 
 
 def find_chromium() -> str | None:
@@ -65,7 +67,7 @@ class Chromium:
         try:
             self._session = None
             self.send("Browser.close")
-            self._process.wait(10)
+            self._process.wait(patient(3))
         except (OSError, EOFError, TimeoutError, subprocess.TimeoutExpired):
             self._process.kill()
         os.close(self._write)

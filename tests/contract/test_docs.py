@@ -1,19 +1,37 @@
-"""What docs/METHOD.md points to exists: every `file.py:Name.member` and every `file.py::test`."""
+"""What docs/ points to exists, its lines are readable, and what documents say of the code is so."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "docs/METHOD.md").read_text(encoding="utf-8")
-CODE = sorted(set(re.findall(r"`([\w/]+\.py):([\w.]+)`", TEXT)))
-TESTS = sorted(set(re.findall(r"`([\w/]+\.py)::(\w+)`", TEXT)))
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [*PAGES, *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"))]
+WIDTH = 100
+# A log of measurements, and a proof whose lines hold formulas; DROP_IN.md is written by a script, its rows are long.
+WIDE_PAGES = {"LOG.md", "THEOREM.md"}
+WIDE_TABLES = {"DROP_IN.md"}
+# Written by a script of its own; a link to it may stand before the page does.
+GENERATED = {ROOT / "docs/DROP_IN.md"}
 
 
+def pointers(pattern: str) -> list[tuple[str, str, str]]:
+    """(page, file, name) of every pointer in docs/, which runs over no line."""
+    return sorted(
+        {(page.name, *found) for page in PAGES for found in re.findall(pattern, page.read_text(encoding="utf-8"))}
+    )
+
+
+CODE = pointers(r"`([\w/]+\.py):([\w.]+)`")
+TESTS = pointers(r"`(?:tests/)?([\w/]+\.py)::(\w+)`")
+
+
+@functools.cache
 def definitions(path: Path) -> set[str]:
     """Names at the top of a file, and Class.member."""
     found: set[str] = set()
@@ -36,15 +54,97 @@ def named(node: ast.AST) -> list[tuple[str, list[ast.stmt]]]:
     return []
 
 
-def test_the_page_points_to_something():
-    assert len(CODE) > 40 and len(TESTS) > 30
+def test_the_pages_point_to_something():
+    pages = [page for page, _, _ in CODE]
+    assert all(pages.count(page) > 10 for page in ("METHOD.md", "DEPARTURES.md", "DISTRIBUTED.md", "GLOSSARY.md"))
+    assert len(TESTS) > 30
 
 
-@pytest.mark.parametrize(("file", "name"), CODE, ids=str)
-def test_code_that_the_page_names(file, name):
+@pytest.mark.parametrize(("page", "file", "name"), CODE, ids=str)
+def test_code_that_a_page_names(page, file, name):
     assert name in definitions(ROOT / "src/pgpo" / file)
 
 
-@pytest.mark.parametrize(("file", "name"), TESTS, ids=str)
-def test_tests_that_the_page_names(file, name):
+@pytest.mark.parametrize(("page", "file", "name"), TESTS, ids=str)
+def test_tests_that_a_page_names(page, file, name):
     assert name in definitions(ROOT / "tests" / file)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names(page):
+    """`core/head.py`, `recipes/paper/`: a file or folder of the package, of the tests, or of the repository."""
+    named = re.findall(r"`((?:[\w.-]+/)+(?:[\w.-]+\.(?:py|yaml|md))?)`", page.read_text(encoding="utf-8"))
+    roots = (ROOT, ROOT / "src/pgpo", ROOT / "tests", ROOT / "src/pgpo/train")
+    assert [name for name in named if not any((root / name).exists() for root in roots)] == []
+
+
+def wide_lines(name: str, text: str) -> list[str]:
+    lines = text.splitlines()
+    if name in WIDE_PAGES:
+        return []
+    return [line for line in lines if len(line) > WIDTH and not (name in WIDE_TABLES and line.startswith("|"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_line_is_wider_than_a_hundred_characters(page):
+    assert wide_lines(page.name, page.read_text(encoding="utf-8")) == []
+
+
+def test_a_wide_line_is_found():
+    row = "|" + "x" * WIDTH + "|"
+    assert wide_lines("METHOD.md", f"short\n{row}") == [row]
+    assert wide_lines("DROP_IN.md", f"{'x' * (WIDTH + 1)}\n{row}") == ["x" * (WIDTH + 1)]
+
+
+# Words that the glossary has another word for.
+DEVIATING = ("sign of life", "signs of life", "shared teacher prompt", "un-hinted", "key-value cache", "guided teacher")
+
+
+def deviations(text: str) -> list[str]:
+    flat = re.sub(r'[\s"#]+', " ", text).lower()  # over lines, comments and parts of a text
+    return [word for word in DEVIATING if word in flat]
+
+
+@pytest.mark.parametrize("folder", ["src", "recipes", "docs", "."])
+def test_texts_keep_to_the_words_of_the_glossary(folder):
+    files = (ROOT / folder).glob("*.md") if folder == "." else (ROOT / folder).rglob("*.*")
+    texts = [f for f in files if f.suffix in {".py", ".yaml", ".md"} and f.name not in {"GLOSSARY.md", "LOG.md"}]
+    found = {f.name: deviations(f.read_text(encoding="utf-8")) for f in texts}
+    assert found and {name: words for name, words in found.items() if words} == {}
+
+
+def test_a_deviating_word_is_found():
+    assert deviations('"seconds without a sign of "\n    "life"') == ["sign of life"]
+
+
+def anchors(text: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ +(.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(document: Path, text: str) -> list[str]:
+    """Links of a page, with its text, to files or headings of ours that do not exist."""
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]*[./#][^)\s]*)\)", text):  # not E[X](x)
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        if path in GENERATED:
+            continue
+        if not path.exists() or (anchor and anchor not in anchors(path.read_text(encoding="utf-8"))):
+            dead.append(target)
+    return dead
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_lead_somewhere(document):
+    assert dead_links(document, document.read_text(encoding="utf-8")) == []
+
+
+def test_a_dead_link_is_found():
+    page = ROOT / "docs/METHOD.md"
+    good = "[a](DEPARTURES.md) [b](../README.md) [c](#equations) [d](https://example.org/x)"
+    assert dead_links(page, good) == []
+    assert dead_links(page, "[a](NOWHERE.md) [b](DEPARTURES.md#nowhere)") == ["NOWHERE.md", "DEPARTURES.md#nowhere"]

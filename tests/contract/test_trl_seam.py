@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 from pathlib import Path
@@ -16,8 +17,8 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 import pgpo
-from pgpo.train.rules import LOSSES
-from pgpo.train.seam import step as seam_step
+from pgpo.settings.rules import LOSSES
+from pgpo.train.seam import policy as seam_policy
 
 SOURCE = Path(pgpo.__file__).parent
 SEAM = sorted((SOURCE / "train" / "seam").glob("*.py"))
@@ -81,10 +82,10 @@ def test_the_loss_reads_and_changes_no_more_than_the_seam_knows():
     source = inspect.getsource(GRPOTrainer._compute_loss)
     images = set(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
     read = set(re.findall(r'inputs(?:\[|\.get\()"(\w+)"', source)) - images
-    assert read == {*seam_step._LOSS_INPUTS, "num_items_in_batch"}
-    assert set(re.findall(r"self\.(\w+) (?:=|\+=) ", source)) == set(seam_step._CONTROLLER)
+    assert read == {*seam_policy._LOSS_INPUTS, "num_items_in_batch"}
+    assert set(re.findall(r"self\.(\w+) (?:=|\+=) ", source)) == set(seam_policy._CONTROLLER)
     asked = set(re.findall(r"self\.accelerator\.(\w+)", source + inspect.getsource(GRPOTrainer.get_high_entropy_mask)))
-    assert asked - {"sync_gradients"} <= {n for n in vars(seam_step._OneProcess) if not n.startswith("_")}
+    assert asked - {"sync_gradients"} <= {n for n in vars(seam_policy._OneProcess) if not n.startswith("_")}
     assert source.count("self._get_per_token_logps_and_entropies(") == 1
 
 
@@ -93,6 +94,9 @@ def test_the_loss_has_the_types_that_the_configuration_names():
     branches = source[source.index("mode = ") :]
     named = re.findall(r"self\.loss_type (?:==|in) (\[[^]]*\]|\"\w+\")", branches)
     assert set(re.findall(r"\w+", " ".join(named))) == set(LOSSES)
+
+
+source_of = functools.cache(inspect.getsource)  # which parses the whole file each time
 
 
 CALLED = ("_compute_loss", "_prepare_inputs", "_get_learning_rate", "_push_from_checkpoint", "_generate")
@@ -113,7 +117,7 @@ def test_called_methods_exist(name):
     ],
 )
 def test_attributes_are_set_by_trl(attribute):
-    assert re.search(rf"self\.{attribute}\b[^\n]*=", inspect.getsource(GRPOTrainer))
+    assert re.search(rf"self\.{attribute}\b[^\n]*=", source_of(GRPOTrainer))
 
 
 @pytest.mark.parametrize("attribute", ["_tr_loss", "_globalstep_last_logged"])

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import on_cpus, patient
 
 from pgpo.runlog import read_run
 from pgpo.train import checkpoint
@@ -19,10 +20,6 @@ SCRIPT = Path(__file__).with_name("rank_death.py")
 FLAGS = ["--max_steps", "50", "--save_steps", "2", "--test_rows", "2", "--eval_rows", "2", "--eval_k", "2"]
 FLAGS += ["--prompts_per_step", "2", "--num_generations", "4", "--use_cpu", "--rank_timeout", "12"]
 LIMIT = 60  # seconds from the end of the rank to that of the job
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true", **more}
 
 
 def free_port() -> int:
@@ -40,11 +37,11 @@ class Job:
         words = [str(SCRIPT), str(rank), how, where, str(self.ended), "--output_dir", str(self.run), *FLAGS]
         if launcher == "torchrun":
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
-            environments = [environment()]
+            environments = [on_cpus()]
         else:
             command, port = [sys.executable, *words], str(free_port())
             common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environments = [environment(RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
+            environments = [on_cpus(RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
         self.files = [folder / f"said-{i}" for i in range(len(environments))]
         self.processes = [
             subprocess.Popen(command, env=e, stdout=f.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
@@ -60,7 +57,7 @@ class Job:
         """From the moment at which the rank came to its end to the job's."""
         start = time.monotonic()
         while self.survivor.poll() is None:
-            assert time.monotonic() - start < 400, self.said()
+            assert time.monotonic() - start < patient(90), self.said()
             time.sleep(0.1)
         return time.time() - float(self.ended.read_text().split()[0])
 

@@ -84,7 +84,7 @@ CASES: dict[str, dict] = {
     "seen_ids": dict(
         reward=[ids_decide, form],
         success_reward="ids_decide",
-        generation_kwargs=dict(suppress_tokens=list(range(25)), forced_eos_token_id=1, max_new_tokens=5),
+        generation_kwargs=dict(suppress_tokens=list(range(2, 25)), forced_eos_token_id=1, max_new_tokens=5),
         eval_temperature=0.0,
         eval_batch_size=4,
     ),
@@ -153,7 +153,7 @@ def held(tensors) -> float:
 def state(t) -> dict:
     model = t.accelerator.unwrap_model(t.model)
     with contextlib.ExitStack() as stack:
-        if t.gathers_layers and t.is_deepspeed_enabled:
+        if t.engine.gathers_layers and t.is_deepspeed_enabled:
             import deepspeed
 
             stack.enter_context(deepspeed.zero.GatheredParameters(list(model.parameters())))
@@ -167,8 +167,8 @@ def state(t) -> dict:
 def run(options: dict, folder: str) -> dict:
     t = make(folder, **options)
     hinted, deferred = [], []
-    active_rows, no_sync = t._active_rows, t.accelerator.no_sync
-    t._active_rows = lambda batch: hinted.append(rows := active_rows(batch)) or rows
+    active_rows, no_sync = t.active_samples, t.accelerator.no_sync
+    t.active_samples = lambda batch: hinted.append(rows := active_rows(batch)) or rows
     t.accelerator.no_sync = lambda model: deferred.append(model) or no_sync(model)
     logs = trainer_kit.train(t)
     questions = [dict(row, id=str(i)) for i, row in enumerate(trainer_kit.dataset(5))]
@@ -206,8 +206,8 @@ def resumed(kind: str, folder: str) -> dict:
 def half_precision(folder: str) -> dict:
     """A teacher that reads what the student reads, weights and activations in bf16."""
     t = make(folder, model=lambda: build_model(dtype=torch.bfloat16), bf16=True, **FSDP2)
-    active_rows, run = t._active_rows, t.passes.forward
-    t._active_rows = lambda batch: [dataclasses.replace(r, teacher_prompt=r.prompt) for r in active_rows(batch)]
+    active_rows, run = t.active_samples, t.passes.forward
+    t.active_samples = lambda batch: [dataclasses.replace(r, teacher_prompt=r.prompt) for r in active_rows(batch)]
     outputs, autocasts = [], []
 
     def watched(*args):
@@ -328,7 +328,7 @@ def zero_skipped(zero: dict, folder: str) -> dict:
 
     options = dict(optim="adamw_torch", learning_rate=1e-2, lr_scheduler_type="linear")
     t = make(folder, reward=right, **zero | dict(on_nonfinite="skip", max_steps=4) | options)
-    backward, after = t.backward, []
+    backward, after = t.engine.backward, []
 
     def poison(model, loss, last):
         broken = t.state.global_step == 1 and t.accelerator.process_index == 1
@@ -338,7 +338,7 @@ def zero_skipped(zero: dict, folder: str) -> dict:
         def on_step_end(self, *args, **kwargs):
             after.append(zero_state(t))
 
-    t.backward = poison
+    t.engine.backward = poison
     t.add_callback(Watch())
     logs = trainer_kit.train(t)
     again = refusal(lambda: trainer_kit.train(t))
@@ -395,7 +395,7 @@ def zero_memory(zero: dict, folder: str, **options) -> dict:
 
     t.add_callback(Watch())
     if zero is ZERO2:
-        plain = t.backward
+        plain = t.engine.backward
 
         def backward(*args):
             """Also the bucket, which is there during a backward alone."""
@@ -409,7 +409,7 @@ def zero_memory(zero: dict, folder: str, **options) -> dict:
             optimizer._release_ipg_buffers = release
             found["bucket of a backward"] = size(buckets)
 
-        t.backward = backward
+        t.engine.backward = backward
     trainer_kit.train(t)
     settings = t.deepspeed._config.zero_config
     found["constants"] = (settings.reduce_bucket_size, settings.sub_group_size, settings.max_live_parameters)

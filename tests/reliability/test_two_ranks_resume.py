@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import torchrun
 
 from pgpo.train import checkpoint
 
@@ -19,12 +17,7 @@ SCRIPT = Path(__file__).with_name("two_ranks_resume.py")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
-    done = subprocess.run(
-        [*launcher, str(SCRIPT), str(out)], env=environment, capture_output=True, text=True, timeout=500
-    )  # a rank that waits forever ends as TimeoutExpired
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(SCRIPT, out, quiet=100)
     return out, [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

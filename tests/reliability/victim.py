@@ -27,7 +27,7 @@ from pgpo.command import session
 from pgpo.tasks import lab_world
 from pgpo.teacher import Teacher
 from pgpo.train import checkpoint
-from pgpo.train.seam import step as seam_step
+from pgpo.train.seam import rollouts as seam_rollouts
 from pgpo.train.trainer import PGPOTrainer
 
 torch.set_num_threads(1)
@@ -66,7 +66,7 @@ class Phases:
 
     def install(self) -> None:
         self._around(torch, "multinomial", lambda: "generation" if self.generating else "evaluation")
-        self._during(seam_step.GRPOTrainer, "_generate_and_score_completions", "generating")
+        self._during(seam_rollouts.GRPOTrainer, "_generate_and_score_completions", "generating")
         self._during(PGPOTrainer, "_save_checkpoint", "saving")
         self._around(Accelerator, "backward", lambda: "micro-batches")
         self._around(Teacher, "update", lambda: "optimizer and teacher")

@@ -140,14 +140,6 @@ def teacher_logits(t: Any) -> torch.Tensor:
     return t.teacher.logits(lambda module: module(input_ids=IDS).logits)
 
 
-def state(t: Any) -> dict[str, torch.Tensor]:
-    tensors = trainer_kit.weights(t.model)
-    tensors |= {f"teacher {n}": p for n, p in t.teacher.state_dict()["parameters"].items()}
-    for i, moments in t.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer {i} {n}": v for n, v in moments.items()}
-    return tensors
-
-
 def assert_average(t: Any, config: Any, model: Any, tolerance: float) -> None:
     """Teacher = average of the trained parameters in fp64, run by PEFT alone."""
     first, *steps = t.seen
@@ -180,9 +172,7 @@ def test_the_life_of_an_adapter(tmp_path, kind):
     assert_average(t, config(), model(), 1e-4)  # of logits up to 30, through fp32 weights that are off by 1e-7
 
     again = train(tmp_path / "b", config(), model(), tmp_path / "a/checkpoint-2")
-    expected, found = state(t), state(again)
-    assert expected.keys() == found.keys()
-    assert [n for n in expected if expected[n].dtype != found[n].dtype or not torch.equal(expected[n], found[n])] == []
+    assert trainer_kit.differences(t, again) == []
 
     torch.manual_seed(2)
     loaded = PeftModel.from_pretrained(model(), tmp_path / "a/checkpoint-4")
@@ -213,8 +203,7 @@ def test_a_quantized_base_stays_and_its_bf16_adapter_resumes_exactly(tmp_path):
     assert (logits(t.model) - student).abs().max() > 0.1
     assert {p.dtype for p in trained(t.model).values()} == {torch.bfloat16}  # as TRL makes them
     again = train(tmp_path / "b", lora(), quantized(), tmp_path / "a/checkpoint-2")
-    expected, found = state(t), state(again)
-    assert [n for n in expected if expected[n].dtype != found[n].dtype or not torch.equal(expected[n], found[n])] == []
+    assert trainer_kit.differences(t, again) == []
     for name, value in base.items():  # the teacher's adapter has no base of its own
         inside = [p for n, p in t.model.named_parameters() if n.replace(".base_layer", "").endswith(name)]
         assert len(inside) == 1 and torch.equal(inside[0], value), name
@@ -263,8 +252,7 @@ def test_bitsandbytes(tmp_path, monkeypatch, options):
     assert (logits(t.model) - t.first[0]).abs().max() > 0.1
     assert_bf16_average(t)
     again = train(tmp_path / "b", lora(), base(), tmp_path / "a/checkpoint-2")
-    expected, found = state(t), state(again)
-    assert [n for n in expected if expected[n].dtype != found[n].dtype or not torch.equal(expected[n], found[n])] == []
+    assert trainer_kit.differences(t, again) == []
 
 
 # Refused --------------------------------------------------------------------------------------------------------------
@@ -341,8 +329,7 @@ def test_the_live_teacher_takes_other_adapters(tmp_path, config):
     assert torch.equal(logits(t.model), teacher_logits(t))
     assert not torch.equal(logits(t.model), t.first[0])
     again = train(tmp_path / "b", config(), with_biases(), tmp_path / "a/checkpoint-2", teacher="live")
-    expected, found = state(t), state(again)
-    assert [n for n in expected if not torch.equal(expected[n], found[n])] == []
+    assert trainer_kit.differences(t, again) == []
     merged = PeftModel.from_pretrained(with_biases(), tmp_path / "a/checkpoint-4").merge_and_unload()
     torch.testing.assert_close(logits(merged), logits(t.model), rtol=0, atol=1e-4)
 

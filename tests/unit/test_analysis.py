@@ -69,7 +69,7 @@ def test_a_run_collapsed_if_its_curve_ends_more_than_a_tenth_below_its_peak() ->
     assert not collapsed([0.5, 0.9, 0.85])
     assert not collapsed([0.5, 0.2, 0.5])  # it came back
     assert not collapsed([0.5, 0.75, 0.65])  # .10, not more
-    assert not collapsed([0.5])
+    assert not collapsed([0.5]) and not collapsed([]) and not collapsed([0.2, 0.9])
     assert collapsed([0.5, 0.3])  # below where it started counts too
 
 

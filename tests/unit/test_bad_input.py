@@ -1,33 +1,43 @@
-"""What a user can get wrong: one sentence, exit status 2, and nothing written, moved or half-done.
+"""What a user can get wrong in words, recipes, data, models and folders: one sentence, exit status 2, nothing written.
 
-Each case asserts on the whole listing of the working folder (names and contents) before and after.
+Each case asserts on the whole listing of the working folder (names and contents) before and after. The fuzzers draw
+from seeds; the slow suite draws many more cases.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import functools
 import hashlib
 import io
 import json
 import math
+import random
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 import trainer_kit
+import yaml
 from conftest import build_model, build_tokenizer
-from datasets import Dataset
-from transformers import TrainerCallback
-from trl import GRPOConfig
+from fuzz import any_value, fuzzed, spoiled
+from test_science_qa import record
 
-from pgpo import PGPOTrainer
+from pgpo import PGPOConfig, PGPOTrainer
 from pgpo.cli import main
+from pgpo.command import directory as run_directory
+from pgpo.command import models
 from pgpo.errors import UserError
-from pgpo.train.checkpoint import problem
+from pgpo.lab.plan import read_study
+from pgpo.runlog import RunLog
+from pgpo.settings import arguments
+from pgpo.settings.arguments import parse
 
+ROOT = Path(__file__).parents[2]
 SMALL = [
     *("--test_rows", "2", "--eval_rows", "2", "--eval_k", "2", "--max_steps", "4", "--prompts_per_step", "2"),
     *("--num_generations", "2", "--max_completion_length", "4", "--eval_strategy", "no", "--save_steps", "2"),
@@ -57,14 +67,40 @@ def refused(folder, capsys):
         out, err = capsys.readouterr()
         assert status == 2, err
         assert out == ""
-        assert "Traceback" not in err
-        *said, last = err.splitlines()
+        assert "Traceback" not in err and len(err) < 1500, err
+        assert err.endswith("\n")
+        *said, last = err[:-1].split("\n")
         assert len(said) == says, err
         assert last.startswith("pgpo: ")
         assert listing(folder) == before
         return said, last
 
     return run
+
+
+@pytest.fixture
+def refused_early(refused, folder, monkeypatch):
+    """`refused` before a model is loaded, with no file touched; what gets past arguments and data "reached the model".
+
+    Returns the sentence.
+    """
+
+    def stop(*args, **kwargs):
+        raise UserError("reached the model.")
+
+    monkeypatch.setattr("pgpo.command.train.load_model", stop)
+    load, cached = arguments.load_task, functools.cache(arguments.load_task)  # the lab's takes a while
+    monkeypatch.setattr(
+        arguments, "load_task", lambda name, **kw: (cached if name == "lab_world" else load)(name, **kw)
+    )
+
+    def check(*words: object) -> str:
+        before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+        _, sentence = refused(*words)
+        assert sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*")) == before
+        return sentence
+
+    return check
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +110,9 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def save_model(folder: Path, tokenizer=None) -> Path:
-    build_model().save_pretrained(folder)
+    model = build_model()
+    model.config.max_position_embeddings = 4096  # or the run says what it shortens
+    model.save_pretrained(folder)
     (tokenizer or build_tokenizer()).save_pretrained(folder)
     return folder
 
@@ -159,26 +197,244 @@ def test_lab_base_refuses_a_folder_that_holds_something(refused, folder):
     assert_matches(sentence, "thesis is not empty; .*--overwrite")
 
 
-# Recipes --------------------------------------------------------------------------------------------------------------
+# Values of the configuration ------------------------------------------------------------------------------------------
+
+NUMBERS = ["learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps"]
+NUMBERS += ["temperature", "top_p", "repetition_penalty", "alpha", "rho_max", "teacher_rate", "reward_timeout", "beta"]
+BAD_VALUES: list[tuple[str, object, str]] = [
+    *(
+        (name, value, f"{name} is {value}; it must be a finite number")
+        for name in NUMBERS
+        for value in (math.nan, math.inf)
+    ),
+    *(
+        (name, -0.5, f"{name} is -0.5; it must")
+        for name in NUMBERS
+        if name not in ("temperature", "top_p", "teacher_rate")
+    ),
+    ("teacher_rate", 1.5, "teacher_rate is 1.5; a share of the student must lie in"),
+    ("top_p", 0, "top_p is 0; nucleus sampling needs a share in"),
+    ("top_p", 2, "top_p is 2; nucleus sampling needs a share in"),
+    ("temperature", 0, "temperature is 0; student and teacher logits are divided by it"),
+    ("temperature", -1.0, "temperature is -1.0; student and teacher logits are divided by it"),
+    ("adam_beta1", 1.0, r"adam_beta1 is 1.0; it must lie in \[0, 1\)"),
+    ("seed", -1, "seed is -1; a seed must be between 0 and 4294967295"),
+    ("seed", 2**32, "seed is 4294967296; a seed must be between"),
+    ("data_seed", -3, "data_seed is -3; a seed must be between"),
+    ("max_steps", 0, "max_steps is 0; it must be at least 1, or -1"),
+    ("num_train_epochs", 0, "num_train_epochs is 0; it must be above 0"),
+    ("gradient_accumulation_steps", 0, "gradient_accumulation_steps is 0; it must be at least 1"),
+    ("steps_per_generation", 0, "steps_per_generation is 0; it must be at least 1"),
+    ("save_steps", 0, "save_steps is 0; it must be above 0"),
+    ("top_k", -2, r"top_k is -2; it must be 0 \(all tokens\) or more"),
+    ("min_p", 1.5, r"min_p is 1.5; it must lie in \[0, 1\]"),
+    ("prompts_per_step", 0, "prompts_per_step is 0; it must be at least 1"),
+    ("on_nonfinite", "ignore", "on_nonfinite is 'ignore'; choose one of stop, skip"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "says"), BAD_VALUES, ids=lambda v: str(v)[:24])
+def test_a_value_out_of_range_is_named_in_python(tmp_path, name, value, says):
+    with pytest.raises(UserError, match=says):
+        trainer_kit.config(tmp_path / "run", **{name: value})
+    assert list(tmp_path.iterdir()) == []
+
+
+# One of each rule: the command line goes through the same configuration.
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        row
+        for row in BAD_VALUES
+        if row[0] in ("learning_rate", "adam_beta1", "seed", "max_steps", "top_p", "on_nonfinite")
+    ],
+    ids=lambda v: str(v)[:24],
+)
+def test_a_value_out_of_range_is_named_on_the_command_line(refused_early, name, value, says):
+    text = str(float(value)) if name == "top_p" else str(value)  # argparse makes it a float
+    sentence = refused_early("train", f"--{name}={text}")
+    assert re.search(says.replace(f"top_p is {value};", f"top_p is {text};"), sentence), sentence
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    ("name", "value", "says"),
     [
-        ("alpha: 1.0\nlearning_rat: 1\n", "the recipe has unknown names: learning_rat; see `pgpo train --help`"),
-        ("alpha: [1.0\n", "recipe r.yaml is not valid YAML: .*line 2"),
-        ("alpha: 1.0\n\tseed: 3\n", "recipe r.yaml is not valid YAML"),
-        ("- alpha\n- 1.0\n", "recipe r.yaml holds no `name: value` lines"),
-        ("", "recipe r.yaml holds no `name: value` lines"),
-        ("alpha: much\n", "--alpha: invalid float value: 'much'"),
-        ("max_steps: 2.5\n", "--max_steps/--max-steps: invalid int value: '2.5'"),
-        ("alpha: .nan\n", "alpha is nan"),
+        ("alpha", "1", "alpha is '1'; it must be a number"),
+        ("alpha", True, "alpha is True; it must be a number"),
+        ("alpha", [1.0], r"alpha is \[1.0\]; it must be a number"),
+        ("learning_rate", None, "learning_rate is None; it must be a number"),
+        ("learning_rate", 10**400, "learning_rate is .*, which takes more than 64 bits"),
+        ("num_generations", 2.0, "num_generations is 2.0; it must be a whole number or None"),
+        ("num_generations", "8", "num_generations is '8'; it must be a whole number or None"),
+        ("seed", 1.0, "seed is 1.0; it must be a whole number"),
+        ("seed", False, "seed is False; it must be a whole number"),
+        ("seed", datetime.date(2020, 1, 1), "seed is datetime.date.*; it must be a whole number"),
+        ("eval_k", 10**5000, "eval_k is .*huge number.*64 bits"),
+        ("fused_head", "no", "fused_head is 'no'; it must be true or false"),
+        ("fused_head", 1, "fused_head is 1; it must be true or false"),
+        ("teacher", 3, "teacher is 3; it must be a text"),
+        ("reprompt_template", {"prompt": None}, "reprompt_template is {'prompt': None}; it must be a text or None"),
+        ("rho_file", "a\0b", "rho_file is .*, which holds a NUL character"),
+        ("guard_signals", {1: [2] * 10**6}, "guard_signals is .*; it must be a text or None"),
+    ],
+    ids=lambda v: str(v)[:24] if not isinstance(v, int) else "number",
+)
+def test_a_value_of_another_type_is_named(tmp_path, name, value, says):
+    with pytest.raises(UserError, match=says) as caught:
+        trainer_kit.config(tmp_path, **{name: value})
+    assert len(str(caught.value)) < 300
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    config = trainer_kit.config(
+        tmp_path, alpha=np.float32(0.5), num_generations=np.int64(4), learning_rate=1, importance_clip=math.inf
+    )
+    assert (config.alpha, config.num_generations, config.importance_clip) == (0.5, 4, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("eval . --k nan", "--k: invalid int value: 'nan'"),
+        ("eval . --seed -1", "seed is -1; a seed must be between"),
+        ("eval . --temperature nan", "temperature is nan; it must be a finite number"),
+        ("train --eval_rows -1", "eval_rows is -1"),
+        ("train --samples_per_step -1", "samples_per_step is -1"),
+        ("train --task science_qa --domain physics --data_path . --validation_fraction nan", "validation_fraction"),
     ],
 )
-def test_recipes(refused, folder, text, says):
-    (folder / "r.yaml").write_text(text)
-    _, sentence = refused("train", "--config", "r.yaml")
-    assert_matches(sentence, says)
+def test_numbers_of_the_other_commands(refused_early, folder, words, says):
+    assert says in refused_early(*words.split())
+
+
+# Recipes --------------------------------------------------------------------------------------------------------------
+
+RECIPE = """\
+# A recipe that is in order.
+objective: pgpo
+alpha: 1.0
+learning_rate: 1e-3
+num_generations: 4
+prompts_per_step: 4
+report_to: none
+remove_thinking: true
+solution_template: "Right: {demonstration}"
+chat_template_kwargs: {enable_thinking: false}
+"""
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
+)
+SNIPPETS: list[tuple[str | bytes, str]] = [
+    ("alpha: 1.0\nlearning_rat: 1\n", "the recipe has unknown names: learning_rat; see `pgpo train --help`"),
+    ("alpha: [1.0\n", "recipe r.yaml is not valid YAML: .*line 2"),
+    ("- alpha\n- 1.0\n", "recipe r.yaml holds no `name: value` lines"),
+    ("", "recipe r.yaml holds no `name: value` lines"),
+    ("alpha: much\n", "--alpha: invalid float value: 'much'"),
+    ("alpha: .nan\n", "alpha is nan"),
+    ("max_steps: 2.5\n", "--max_steps/--max-steps: invalid int value: '2.5'"),
+    (BOMB, "recipe r.yaml is not valid YAML: the alias .a is not supported, write the value out .*line 2"),
+    ("x: &x 1\nalpha: *x\n", "the alias .x is not supported"),
+    ("a: &a [*a]\n", "the alias .a is not supported"),
+    ("<<: *b\nalpha: 1\n", "the alias .b is not supported"),
+    ("alpha: 1.0\nseed: 3\nalpha: 2.0\n", "not valid YAML: 'alpha' stands twice .*line 3"),
+    ("alpha: 1.0\n'alpha': 1.0\n", "'alpha' stands twice"),
+    ("chat_template_kwargs: {a: 1, a: 2}\n", "'a' stands twice"),
+    ("1: x\n1.0: y\n", "1.0 stands twice"),
+    ("alpha: 1.0\n\tseed: 3\n", "not valid YAML: .*line 2"),
+    ("alpha:\t1.0\n", "not valid YAML: .*line 1"),
+    (b"\xef\xbb\xbfalpha: 1.0\n", "reached the model"),  # a byte order mark
+    ("alpha: 1.0\r\nseed: 3\r\n", "reached the model"),
+    ("alpha: 1.0\n".encode("utf-16"), "recipe r.yaml is not UTF-8 at byte 0; save it as UTF-8"),
+    (b"alpha: 1.0 # \xff\n", "not UTF-8 at byte 13"),
+    (b"alpha: 1.0\x00\n", "not valid YAML: .*special characters"),
+    ("[" * 5000, "not valid YAML: it is nested too deeply"),
+    ("{" * 5000, "not valid YAML"),
+    ("a: " * 500, "not valid YAML"),
+    ("!!python/object/apply:os.system ['touch pwned']\n", "not valid YAML: could not determine a constructor"),
+    ("alpha: !!float much\n", "not valid YAML: ValueError"),
+    ("alpha: !!bool much\n", "not valid YAML: KeyError"),
+    ("alpha: !!timestamp much\n", "not valid YAML: AttributeError"),
+    ("alpha: 2020-99-99\n", "not valid YAML: ValueError"),
+    (f"seed: {'9' * 5000}\n", "not valid YAML: ValueError"),
+    (f"seed: {'9' * 50}\n", "seed is 9+.*64 bits"),
+    ("alpha: 1\n---\nalpha: 2\n", "not valid YAML: expected a single document"),
+    ("alpha: {prompt}\n", "alpha is {'prompt': None}; it must be a number"),
+    ("reprompt_template: {prompt}\n", "reprompt_template is {'prompt': None}; it must be a text or None"),
+    ("task: [lab_world]\n", r"task is \['lab_world'\]; it must be a text"),
+    ("task: 2020-01-01\n", "task is datetime.date"),
+    ("task: ~\n", "task is None; it must be a text"),
+    ("alpha: ~\n", "alpha is None; it must be a number"),
+    ("alpha: yes\n", "alpha is True; it must be a number"),
+    ("alpha: .inf\n", "alpha is inf; it must be a finite number"),
+    ("num_generations: 2.0\n", "--num_generations/--num-generations: invalid int value: '2.0'"),
+    ("overwrite: 3\n", "--overwrite: Truthy value expected: got 3"),
+    ("eval_rows: {}\n", "eval_rows is {}; it must be a whole number or None"),
+    ('data_path: "a\\0b"\n', "data_path is .*, which holds a NUL character; remove it"),
+    ("help: 1\n", "the recipe has unknown names: help"),
+    ("~: 1\n", "the recipe has unknown names: None"),
+    ("1: 1\nx: 1\n2020-01-01: 1\n", "the recipe has unknown names: .*1, .*x"),
+    ("? [1, 2]\n: 1\n", "not valid YAML: .*unhashable key"),
+    ("output_dir: " + "x" * 5000 + "\n", "File name too long"),
+    ("task: science_qa\ndomain: physics\ndata_path: " + "x" * 5000 + "\n", "File name too long"),
+    ("rho_file: " + "x" * 5000 + "\n", "reached the model|File name too long"),
+]
+
+
+@pytest.mark.parametrize(("content", "says"), SNIPPETS, ids=range(len(SNIPPETS)))
+def test_recipes(refused_early, folder, content, says):
+    (folder / "r.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    sentence = refused_early("train", "--config", "r.yaml", "--use_cpu")
+    assert re.search(says, sentence), sentence
+
+
+# They set up the process, not the run: another test would feel it.
+PROCESS = ("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config", "local_rank", "ddp_backend")
+PROCESS += ("full_determinism", "torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32", "use_cpu")
+FIELDS = sorted({*PGPOConfig.__dataclass_fields__, *arguments.RunArguments.__dataclass_fields__} - {*PROCESS, "_n_gpu"})
+
+
+@fuzzed(100)
+def test_fuzzed_recipes(refused_early, folder, seeds):
+    ends = set()
+    for seed in seeds:
+        (folder / "r.yaml").write_bytes(spoiled(random.Random(seed), RECIPE.encode()))
+        ends.add(refused_early("train", "--config", "r.yaml", "--use_cpu").split("line")[0])
+    assert "pgpo: reached the model." in ends and len(ends) > 5  # some are in order, the others wrong in many ways
+
+
+@fuzzed(100)
+def test_recipes_with_any_value_for_any_name(refused_early, folder, seeds):
+    ends = set()
+    for seed in seeds:
+        rng = random.Random(seed)
+        document = {rng.choice(FIELDS): any_value(rng) for _ in range(rng.randint(1, 2))}
+        (folder / "r.yaml").write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8")
+        ends.add(refused_early("train", "--config", "r.yaml", "--use_cpu").split(" is ")[0])
+    assert len(ends) > len(seeds) / 4
+
+
+@fuzzed(20)
+def test_fuzzed_studies(refused_early, folder, seeds):
+    text = (ROOT / "recipes/lab-study.yaml").read_bytes()
+    for seed in seeds:
+        (folder / "s.yaml").write_bytes(spoiled(random.Random(seed), text) + b"\nname: ../../x\n")  # never in order
+        refused_early("study", "s.yaml", "--list")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: a\nname: b\n", "the study s.yaml is not valid YAML: 'name' stands twice"),
+        (BOMB, "the alias .a is not supported"),
+        ("name: ../../x\n", "name is '../../x'; give one of letters, digits"),
+        ("name: ok\nseeds: [1]\nsettings: {..: {}}\nmethods: {a: {}}\n", "settings has the name '..'; use letters"),
+        ("name: ok\nseeds: [1]\nsettings: {a/b: {}}\nmethods: {a: {}}\n", "settings has the name 'a/b'"),
+    ],
+)
+def test_studies(folder, text, says):
+    (folder / "s.yaml").write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_study(Path("s.yaml"))
 
 
 def test_missing_recipe(refused):
@@ -194,19 +450,6 @@ def test_flags_win_over_the_recipe_and_are_checked_last(refused, folder):
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
-
-
-def record(number: int, **changes) -> dict:
-    """A question in the columns of SciKnowEval."""
-    columns = {
-        "question": f"How far is {number}?",
-        "choices": {"label": ["A", "B", "C", "D"], "text": [f"{number}.{i} m" for i in range(4)]},
-        "answerKey": "ABCD"[number % 4],
-        "domain": "Physics",
-        "type": "mcq-4-choices",
-        "details": {"level": "L3"},
-    }
-    return columns | changes
 
 
 def without(column: str) -> dict:
@@ -236,10 +479,69 @@ def test_data_files(refused, folder, tiny, command, records, says):
     assert_matches(sentence, says)
 
 
-def test_changed_data_is_no_published_data(refused, folder):
-    (folder / "q.jsonl").write_text("".join(json.dumps(record(n)) + "\n" for n in range(30)))
-    _, sentence = refused("train", "--task", "science_qa", "--domain", "physics", "--data_path", "q.jsonl")
-    assert_matches(sentence, "not the published ones: train has 27 questions .* instead of 720")
+def lines(*extra: str | bytes, count: int = 30) -> bytes:
+    good = [json.dumps(record(i)).encode() for i in range(count)]
+    return b"\n".join([*good, *(e if isinstance(e, bytes) else e.encode() for e in extra)]) + b"\n"
+
+
+GOOD = json.dumps(record(99))
+DATA: list[tuple[bytes, str]] = [
+    (lines(), "reached the model"),
+    (lines().replace(b"\n", b"\r\n"), "reached the model"),
+    (b"\xef\xbb\xbf" + lines(), "reached the model"),
+    (b"\n\n  \n" + lines().replace(b"\n", b"\n\n"), "reached the model"),
+    (lines().decode().encode("utf-16"), "q.jsonl, line 1: not UTF-8"),
+    (lines(GOOD.replace("{", '{"answerKey": "A", ', 1)), "q.jsonl, line 31: not JSON .'answerKey' stands twice"),
+    (lines(GOOD.replace('"label"', '"label": [], "label"')), "line 31: not JSON .'label' stands twice"),
+    (lines(GOOD.replace("{", '{"idx": NaN, ', 1)), "line 31: not JSON .NaN is no JSON"),
+    (lines(GOOD.replace("{", '{"idx": -Infinity, ', 1)), "line 31: not JSON .-Infinity is no JSON"),
+    (lines(GOOD.replace("How far", "\\ud800")), "line 31: not JSON .*surrogates not allowed"),
+    (lines(GOOD.replace("99.0 m", "\\uD83D")), "line 31: not JSON .*surrogates not allowed"),
+    (lines(GOOD.replace("How far", "\\ud83d\\ude00")), "reached the model"),
+    (lines("[" * 100_000), "line 31: not JSON"),
+    (lines("null"), "line 31: a JSON NoneType instead of an object"),
+    (lines(GOOD[:-1]), "line 31: not JSON"),
+    (lines(GOOD + GOOD), "line 31: not JSON .Extra data"),
+    (lines(json.dumps(record(99, question="x" * 50_000_000))), "line 31: 50000[0-9]+ bytes, more than the 1048576 of"),
+    (lines("x" * 50_000_000), "line 31: 50000000 bytes, more than"),
+    (lines(json.dumps(record(99, choices=None))), 'line 31: column "choices" is None; make it an object'),
+    (lines(json.dumps(record(99, choices={"label": [["A"], "B"], "text": ["a", "b"]}))), 'column "choices" must have'),
+    (lines(json.dumps(record(99, details=[]))), 'line 31: column "details" is'),
+]
+
+
+@pytest.mark.parametrize(("content", "says"), DATA, ids=range(len(DATA)))
+def test_data(refused_early, folder, content, says):
+    (folder / "q.jsonl").write_bytes(content)
+    sentence = refused_early(*SCIENCE)
+    assert re.search(says, sentence), sentence
+
+
+SCIENCE = ["train", "--task", "science_qa", "--domain", "physics", "--data_path", "q.jsonl", "--no_data_check"]
+SCIENCE += ["--use_cpu", "--prompts_per_step", "4", "--model_name_or_path", "m"]
+
+
+@fuzzed(100)
+def test_fuzzed_data(refused_early, folder, seeds):
+    ends = set()
+    for seed in seeds:
+        rng = random.Random(seed)
+        bad = record(99)
+        if rng.random() < 0.5:
+            bad = record(99) | {rng.choice([*bad, "idx"]): any_value(rng)}
+            line = json.dumps(bad, default=str).encode()
+        else:
+            line = spoiled(rng, GOOD.encode())
+        (folder / "q.jsonl").write_bytes(lines(line))
+        ends.add(re.sub("[0-9]+", "", refused_early(*SCIENCE))[:60])
+    assert len(ends) > 8
+
+
+def test_a_folder_or_a_file_that_cannot_be_opened(refused_early, folder):
+    (folder / "q.jsonl").mkdir()
+    assert "holds no .jsonl file" in refused_early(*SCIENCE)
+    (folder / "q.jsonl/x.jsonl").mkdir()
+    assert "x.jsonl cannot be read (Is a directory)" in refused_early(*SCIENCE)
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -310,11 +612,6 @@ def test_what_only_the_libraries_below_can_judge(refused, tiny, words, says):
     assert_matches(refused("train", "--model_name_or_path", tiny, *words.split())[1], says)
 
 
-def test_weights_in_fp16(refused, folder, tiny):
-    words = ("train", "--model_name_or_path", tiny, "--dtype", "float16", *SMALL)
-    assert_matches(refused(*words)[1], r"the weight model\S+ is fp16, .* load the model with dtype='float32'")
-
-
 # Run directories ------------------------------------------------------------------------------------------------------
 
 
@@ -368,17 +665,6 @@ def break_json(file: Path) -> None:
     file.write_text('{"global_step": ')
 
 
-BREAK = {
-    "model.safetensors": truncate,
-    "pgpo_teacher.safetensors": truncate,
-    "optimizer.pt": truncate,
-    "scheduler.pt": truncate,
-    "rng_state.pth": truncate,
-    "trainer_state.json": break_json,
-    "pgpo_state.json": Path.unlink,
-}
-
-
 def test_resume_of_what_is_no_run(refused, folder):
     assert_matches(refused("train", "--resume", "run")[1], "There is no run directory run")
     (folder / "run").mkdir()
@@ -395,12 +681,6 @@ def test_resume_with_a_recipe(refused, folder, finished):
     assert_matches(sentence, "--resume continues the run with its own arguments; leave --config out")
 
 
-def test_resume_without_a_checkpoint(refused, folder, finished):
-    shutil.copytree(finished, folder / "run")
-    shutil.rmtree(folder / "run/checkpoints")
-    assert_matches(refused("train", "--resume", "run")[1], "run has no readable checkpoint")
-
-
 def test_resume_of_a_run_whose_every_checkpoint_is_broken(refused, folder, finished):
     shutil.copytree(finished, folder / "run")
     truncate(folder / "run/checkpoints/checkpoint-4/model.safetensors")
@@ -411,221 +691,78 @@ def test_resume_of_a_run_whose_every_checkpoint_is_broken(refused, folder, finis
     assert_matches(sentence, "run has no readable checkpoint in checkpoints/; start a new run")
 
 
-def test_resume_skips_a_broken_newest_checkpoint_and_names_it(folder, finished, capsys):
-    shutil.copytree(finished, folder / "run")
-    (folder / "run/checkpoints/checkpoint-best").mkdir()  # not one of ours
-    truncate(folder / "run/checkpoints/checkpoint-4/model.safetensors")
-    assert main(["train", "--resume", "run"]) == 0
-    err = capsys.readouterr().err
-    assert err.startswith("checkpoint checkpoint-4 cannot be read (model.safetensors:")
-    assert "trying the one before" in err
-    steps = [json.loads(line)["step"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
-    assert problem(folder / "run/checkpoints/checkpoint-4") is None  # written anew
+# Secrets, code and names ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BREAK)
-def test_every_broken_part_of_a_checkpoint_is_found(tmp_path, finished, name):
-    path = tmp_path / "checkpoint-4"
-    shutil.copytree(finished / "checkpoints/checkpoint-4", path)
-    assert problem(path) is None
-    BREAK[name](path / name)
-    assert name in problem(path)
+def test_code_that_comes_with_a_model_runs_when_asked_alone(tmp_path, monkeypatch):
+    import transformers.dynamic_module_utils as dynamic
+
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path / "cache"))
+    place, marker = tmp_path / "model", tmp_path / "it ran"
+    build_model().save_pretrained(place)
+    build_tokenizer().save_pretrained(place)
+    config = json.loads((place / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (place / "config.json").write_text(json.dumps(config))
+    (place / "own.py").write_text(
+        f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n"
+        "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+        "class OwnConfig(Qwen3Config):\n    model_type = 'own'\n"
+        "class OwnModel(Qwen3ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    assert PGPOConfig(str(tmp_path), use_cpu=True).trust_remote_code is False
+    for options in ({}, {"trust_remote_code": False}):
+        with pytest.raises(UserError, match=r"cannot be loaded .*contains custom code"):
+            models.load_model(place, **options)
+    for words in (
+        ["eval", str(place)],
+        ["plan", str(place), "--memory", "80"],
+        ["train", "--model_name_or_path", str(place)],
+    ):
+        assert main(words) == 2
+    assert not marker.exists()
+    models.load_model(place, trust_remote_code=True)  # the test can tell
+    assert marker.exists()
 
 
-def test_a_checkpoint_without_weights_is_found(tmp_path, finished):
-    path = tmp_path / "checkpoint-4"
-    shutil.copytree(finished / "checkpoints/checkpoint-4", path)
-    (path / "model.safetensors").unlink()  # the teacher's are still there
-    assert problem(path) == "model.safetensors: missing"
+SECRETS = {
+    "--hub_token": "hf_SECRETone",
+    "--model_init_kwargs": '{"token": "hf_SECRETtwo", "nested": {"api_key": "SECRETthree"}}',
+    "--vllm_server_base_url": "http://user:SECRETfour@judge:8000",
+}
 
 
-# The Python API -------------------------------------------------------------------------------------------------------
-
-ROWS = 16  # 4 prompts x 4 completions
-
-
-def good(count: int) -> list[float]:
-    return [1.0] * count
-
-
-def at(place: int, value) -> list:
-    return [*good(place), value, *good(ROWS - place - 1)]
-
-
-@pytest.mark.parametrize(
-    "returned, says",
-    [
-        (good(ROWS - 1), "'verdict' returned 15 rewards for 16 completions at step 1"),
-        ([], "'verdict' returned 0 rewards for 16 completions"),
-        (at(7, math.nan), "'verdict' returned nan for sample 7 at step 1"),
-        (at(0, math.inf), "'verdict' returned inf for sample 0 at step 1"),
-        (at(15, -math.inf), "'verdict' returned -inf for sample 15 at step 1"),
-        (at(3, "1.0"), "'verdict' returned '1.0' for sample 3 at step 1"),
-        (at(3, [1.0]), r"'verdict' returned \[1.0\] for sample 3 at step 1"),
-        (1.0, "'verdict' returned 1.0 at step 1; return a list with one reward per completion"),
-        (None, "'verdict' returned None at step 1; return a list with one reward per completion"),
-    ],
-)
-def test_rewards(tmp_path, returned, says):
-    def verdict(prompts, completions, **kwargs):
-        return returned
-
-    assert_training_refuses(trainer_kit.trainer(tmp_path, reward=verdict), says)
+def test_no_secret_is_written(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, f"SECRET-{name}")
+    words = [word for pair in SECRETS.items() for word in pair]
+    monkeypatch.setattr(sys, "argv", ["pgpo", "train", *words])
+    parsed = parse([*words, "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path / "run")])
+    assert parsed.config.hub_token == "hf_SECRETone"  # it is used
+    log = RunLog.create(tmp_path / "run", run_directory.resolved_config(parsed, "id"), {"device": "cpu"})
+    log.__exit__(None, None, None)
+    written = {p.name: p.read_text() for p in (tmp_path / "run").iterdir()}
+    assert written.keys() >= {"config.json", "environment.json"}
+    for name, text in written.items():
+        assert "SECRET" not in text, (name, re.findall(r".*SECRET.*", text))
+    config = json.loads(written["config.json"])
+    assert config["config"]["vllm_server_base_url"] == "http://***@judge:8000"
+    assert "hub_token" not in config["config"]["arguments"]
 
 
-def assert_training_refuses(trainer, says: str) -> None:
-    """UserError, and no update happened."""
-    start, teacher = trainer_kit.weights(trainer.model), trainer_kit.weights(trainer.teacher.module)
-    with pytest.raises(UserError, match=says):
-        trainer_kit.train(trainer)
-    assert trainer.state.global_step == 0
-    assert trainer_kit.bitwise_equal(start, trainer_kit.weights(trainer.model))
-    assert trainer_kit.bitwise_equal(teacher, trainer_kit.weights(trainer.teacher.module))
+@pytest.mark.parametrize("domain", ["../../thesis", "/etc/passwd", "..", ".", "a\nb", "ü/é", "x" * 50, "C:\\x"])
+def test_a_name_made_from_words_stays_within_its_folder(folder, domain):
+    parsed = parse(["--use_cpu", "--bf16", "false"])
+    parsed.run.domain = domain
+    name = run_directory.new_name(parsed)
+    assert name.parent == Path("runs") and name.resolve().parent == (folder / "runs").resolve()
+    assert re.fullmatch(r"lab_world-[\w.-]+-pgpo-1", name.name)
 
 
-def test_reward_none_everywhere_means_nobody_was_right(tmp_path):
-    """None = the function does not apply (TRL); a batch of these teaches nothing and moves nothing."""
-    t = trainer_kit.trainer(tmp_path, reward=lambda prompts, **kwargs: [None] * len(prompts))
-    start = trainer_kit.weights(t.model)
-    (log,) = trainer_kit.train(t)
-    assert (log["active_share"], log["information"], log["rho"], log["success_share"]) == (0.0, 0.0, 1.0, 0.0)
-    assert trainer_kit.bitwise_equal(start, trainer_kit.weights(t.model))
+@pytest.mark.parametrize("name", ["..", "../..", "org/..", "org/.hidden", "a/b c"])
+def test_a_trainer_without_arguments_writes_beside_itself(folder, name):
+    from pgpo.settings.field_types import file_name
 
-
-def test_reward_none_for_some_leaves_the_others_their_reward(tmp_path):
-    def half(prompts, completions, **kwargs):
-        rewards = trainer_kit.parity_reward(prompts, completions)
-        return [None if i % 2 else r for i, r in enumerate(rewards)]
-
-    t = trainer_kit.trainer(tmp_path, reward=half)
-    (log,) = trainer_kit.train(t)
-    judged = [r for r in t.last_rollout.rewards if not math.isnan(r)]
-    assert len(judged) == ROWS // 2
-    assert log["success_share"] == pytest.approx(sum(judged) / len(judged))
-    assert 0 < log["active_share"] < 1
-
-
-@pytest.mark.parametrize("is_async", [False, True])
-def test_a_raising_reward_function_is_named_with_step_and_batch(tmp_path, is_async):
-    def verdict(prompts, completions, index, **kwargs):
-        return [{0: 1.0}.get(i, 0.0) if i != 5 else {}["answer"] for i in index]
-
-    async def verdict_async(**kwargs):
-        return verdict(**kwargs)
-
-    # Without shuffling, question 5 stands in the second step: its four completions are samples 4 to 7.
-    t = trainer_kit.trainer(tmp_path, reward=verdict_async if is_async else verdict, max_steps=2)
-    with pytest.raises(UserError) as caught:
-        trainer_kit.train(t)
-    name = "verdict_async" if is_async else "verdict"
-    says = f"reward function {name!r} raised KeyError at step 2 on the batch of 16 samples: 'answer'."
-    assert str(caught.value) == says
-    assert isinstance(caught.value.__cause__, KeyError)
-    assert t.state.global_step == 1
-
-
-@pytest.mark.parametrize(
-    "returned, says",
-    [
-        (["no"] * 15, "'remark' returned 15 texts for 16 completions at step 1"),
-        ([*["no"] * 9, 3.0, *["no"] * 6], "'remark' returned 3.0 for sample 9 at step 1; return a text or None"),
-        ([*["no"] * 9, math.nan, *["no"] * 6], "'remark' returned nan for sample 9 at step 1"),
-        (None, "'remark' .* at step 1"),
-        (2, "'remark' .* at step 1"),
-        (RuntimeError("no connection"), "'remark' raised RuntimeError at step 1 on the batch of 16 samples: no conn"),
-    ],
-)
-def test_feedback(tmp_path, returned, says):
-    def remark(prompts, completions, **kwargs):
-        if isinstance(returned, Exception):
-            raise returned
-        return returned
-
-    assert_training_refuses(trainer_kit.trainer(tmp_path, feedback_funcs=remark), says)
-
-
-def test_feedback_none_everywhere_is_no_feedback(tmp_path):
-    ends = []
-    for options in ({}, {"feedback_funcs": lambda prompts, **kwargs: [None] * len(prompts)}):
-        t = trainer_kit.trainer(tmp_path, **options)
-        trainer_kit.train(t)
-        ends.append(trainer_kit.weights(t.model))
-    assert trainer_kit.bitwise_equal(*ends)
-
-
-@pytest.mark.parametrize(
-    "changes, says",
-    [
-        ({"args": GRPOConfig}, "args is a GRPOConfig; PGPOTrainer needs a PGPOConfig"),
-        ({"train_dataset": Dataset.from_dict({"prompt": []})}, "train_dataset is empty"),
-        (
-            {"train_dataset": Dataset.from_dict({"question": ["w1"] * 4, "answer": ["w2"] * 4})},
-            "the columns question, answer but no 'prompt'; rename",
-        ),
-        ({"train_dataset": Dataset.from_dict({"prompt": ["w1"] * 3})}, "3 rows, fewer than prompts_per_step = 4"),
-        ({"reward_funcs": None}, "reward_funcs is empty; pass a function"),
-        ({"reward_funcs": []}, "reward_funcs is empty; pass a function"),
-    ],
-)
-def test_trainer_arguments(tmp_path, changes, says):
-    arguments = {
-        "model": build_model(),
-        "reward_funcs": trainer_kit.parity_reward,
-        "args": trainer_kit.config(tmp_path),
-        "train_dataset": trainer_kit.dataset(),
-        "processing_class": build_tokenizer(),
-    } | changes
-    if arguments["args"] is GRPOConfig:
-        arguments["args"] = GRPOConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
-    with pytest.raises(UserError, match=says):
-        PGPOTrainer(**arguments)
-
-
-def test_chat_prompts_need_a_chat_template(tmp_path):
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"no chat template; set tokenizer\.chat_template"):
-        PGPOTrainer(
-            build_model(),
-            trainer_kit.parity_reward,
-            trainer_kit.config(tmp_path),
-            trainer_kit.dataset(),
-            processing_class=tokenizer,
-        )
-
-
-class Poison(TrainerCallback):
-    """Makes one weight NaN before a step, and remembers all state at that moment."""
-
-    def __init__(self, trainer, step: int) -> None:
-        self.trainer, self.step = trainer, step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self.step:
-            with torch.no_grad():
-                self.trainer.model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
-            self.before = self.snapshot()
-
-    def snapshot(self) -> dict[str, torch.Tensor]:
-        t = self.trainer
-        named = {f"student {n}": p for n, p in t.model.named_parameters()}
-        named |= {f"teacher {n}": p for n, p in t.teacher.module.named_parameters()}
-        for i, state in t.optimizer.state_dict()["state"].items():
-            named |= {f"optimizer {i} {n}": v for n, v in state.items()}
-        return {n: p.detach().clone() for n, p in named.items()}
-
-
-@pytest.mark.parametrize("step", [1, 2])
-def test_non_finite_logits_stop_before_any_update(tmp_path, step):
-    t = trainer_kit.trainer(tmp_path, max_steps=3)
-    poison = Poison(t, step)
-    t.add_callback(poison)
-    with pytest.raises(UserError, match=f"at step {step}: .*nan"):
-        trainer_kit.train(t)
-    after = poison.snapshot()
-    assert t.state.global_step == step - 1
-    assert any(n.startswith("optimizer") for n in after) == (step > 1)
-    assert poison.before.keys() == after.keys()
-    for name, tensor in after.items():
-        assert torch.equal(torch.nan_to_num(tensor, nan=1e30), torch.nan_to_num(poison.before[name], nan=1e30)), name
+    made = Path(f"{file_name(name.split('/')[-1])}-PGPO")
+    assert made.resolve().parent == folder.resolve() and not made.name.startswith(".")

@@ -22,9 +22,10 @@ from pgpo.command import eval as evaluation
 from pgpo.command import train as train_run
 from pgpo.errors import UserError
 from pgpo.runlog import RunLog
+from pgpo.settings import field_types
+from pgpo.settings.arguments import parse
 from pgpo.tasks import lab_world
-from pgpo.train import checkpoint, field_types
-from pgpo.train.arguments import parse
+from pgpo.train import checkpoint
 
 COMMANDS = ("demo", "train", "eval", "sde", "lab-base")
 

@@ -277,9 +277,9 @@ def test_removing_thinking_takes_linear_time() -> None:
     # A backtracking pattern needs about n^2 / 2 steps here: minutes.
     hostile = "<think>" * 200_000
     closed = "<think></think>" * 100_000 + "</think>" * 100_000
-    started = time.perf_counter()
+    started = time.process_time()
     build_contexts(["Q"] * 2, [hostile, closed], [1, 1], 2)
-    assert time.perf_counter() - started < 5.0
+    assert time.process_time() - started < 5.0  # of this process: others cost wall-clock time only
 
 
 # --- feedback ------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_routers_in_both_parts(tmp_path):
 
 def test_no_forward_of_the_policy_exceeds_the_token_budget(tmp_path):
     t = trainer(tmp_path, objective="sdpo", distillation_weight=0.5, max_tokens_per_microbatch=60, **SGD)
-    t._head_checked = True
+    t.distillation.forwards._checked = True
     seen = []
     plain = t.grpo_scores
     t.grpo_scores = lambda model, part: (

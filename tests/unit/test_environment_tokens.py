@@ -21,7 +21,7 @@ from trainer_kit import (
 
 from pgpo import UserError
 from pgpo.core import divergence, token_entropy
-from pgpo.train.trainer import Row, _own_places
+from pgpo.train.rows import Sample, own_places
 
 SGD = dict(optim="sgd", learning_rate=0.5, weight_decay=0.0, max_grad_norm=1e9, divergence_top_k=0)
 
@@ -108,7 +108,7 @@ def test_ratios_belong_to_the_own_tokens(tmp_path):
     batch = spy.batches[0]
     grid = torch.arange(batch["completion_ids"].numel()).reshape(batch["completion_ids"].shape).float()
     batch |= {"old_per_token_logps": grid, "importance_sampling_ratio": grid + 0.5}
-    for row in t._active_rows(batch):
+    for row in t.active_samples(batch):
         (i,) = (batch["row"] == row.index).nonzero()[0].tolist()
         own = [j for j, kept in enumerate(env_mask(row.completion)) if kept]
         assert row.labels == [row.completion[j] for j in own]
@@ -119,12 +119,12 @@ def test_ratios_belong_to_the_own_tokens(tmp_path):
 def test_details_lengths_and_watched_demonstrations(tmp_path):
     t = trainer(tmp_path, rollout=environment_rollout, watch_demonstrations=True, **SGD)
     spy = Spy(t)
-    t.watched = set(range(4 * GROUP))
+    t.host.watched = set(range(4 * GROUP))
     seen = []
-    labels = t._labels
-    t._labels = lambda rows: seen.append([(r.completion, r.labels) for r in rows]) or labels(rows)
+    labels = t.distillation._labels
+    t.distillation._labels = lambda rows: seen.append([(r.completion, r.labels) for r in rows]) or labels(rows)
     (log,) = train(t)
-    for row in t._active_rows(spy.batches[0]):
+    for row in t.active_samples(spy.batches[0]):
         assert [d.token for d in t.token_details[row.index]] == row.labels
     shown = seen[0]  # the demonstrations come first
     assert shown and all(own == [c for c, k in zip(tokens, env_mask(tokens)) if k] for tokens, own in shown)
@@ -162,8 +162,8 @@ def test_truncated_completions_are_left_out_and_keep_their_length(tmp_path, envi
     (log,) = train(t)
     assert log["active_share"] == 0.5
     ended = {i for i, ids in enumerate(spy.batches[0]["completion_ids"]) if 1 in ids.tolist()}
-    assert log["active_tokens"] == sum(len(r.completion) for r in t._active_rows(spy.batches[0]))
-    assert len(t._active_rows(spy.batches[0])) == len(ended) == 2 * GROUP
+    assert log["active_tokens"] == sum(len(r.completion) for r in t.active_samples(spy.batches[0]))
+    assert len(t.active_samples(spy.batches[0])) == len(ended) == 2 * GROUP
     lengths = torch.tensor([float((ids != 0).sum()) for ids in spy.batches[0]["completion_ids"]])
     assert log["length_tail"] == pytest.approx(lengths.quantile(0.95).item())
 
@@ -200,7 +200,7 @@ def test_masks_of_any_kind_are_taken(tmp_path, kind):
 
 
 def test_places_of_own_tokens_by_hand():
-    rows = [Row([1], [1], [5, 6, 7], own=[0, 2]), Row([1], [1], [8, 9]), Row([1], [1], [4, 3], own=[1])]
-    assert _own_places(rows).tolist() == [0, 2, 3, 4, 6]
-    assert _own_places(rows[1:2]) is None
+    rows = [Sample([1], [1], [5, 6, 7], own=[0, 2]), Sample([1], [1], [8, 9]), Sample([1], [1], [4, 3], own=[1])]
+    assert own_places(rows).tolist() == [0, 2, 3, 4, 6]
+    assert own_places(rows[1:2]) is None
     assert [r.labels for r in rows] == [[5, 7], [8, 9], [3]]

@@ -16,13 +16,12 @@ import torch
 import trainer_kit
 from conftest import build_model, build_tokenizer
 from peft import LoraConfig
-from test_trainer_step import trl_grpo
 from transformers import TrainerCallback, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
 from pgpo import PGPOConfig, PGPOTrainer
 from pgpo.errors import UserError
-from pgpo.train.fields import FATES
+from pgpo.settings.fields import FATES
 from pgpo.train.gate import torch_optimizer
 from pgpo.train.seam import step as seam_step
 
@@ -30,59 +29,22 @@ OBJECTIVES = ("pgpo", "sdpo", "grpo")
 INHERITED = {f.name for cls in (GRPOConfig, TrainingArguments) for f in dataclasses.fields(cls) if f.init}
 # A value other than the default, for each field that some objective refuses.
 OTHER: dict[str, Any] = {
-    "auto_find_batch_size": True,
-    "label_smoothing_factor": 0.1,
-    "bf16_full_eval": True,
-    "fp16_full_eval": True,
-    "train_sampling_strategy": "sequential",
-    "data_seed": 7,
-    "cast_lm_head_to_fp32": True,
-    "max_tool_calling_iterations": 3,
-    "loss_type": "grpo",
-    "beta": 0.1,
-    "off_policy_mask_threshold": 0.5,
-    "top_entropy_quantile": 0.2,
-    "entropy_coef": 0.01,
-    "use_adaptive_entropy": True,
-    "use_bias_correction_kl": False,
-    "entropy_coef_min": 0.1,
-    "entropy_coef_max": 0.5,
-    "entropy_coef_delta": 0.1,
-    "entropy_target": 1.0,
-    "importance_sampling_level": "sequence",
-    "sync_ref_model": True,
-    "sapo_temperature_neg": 2.0,
-    "sapo_temperature_pos": 2.0,
-    "vespo_k_pos": 1.0,
-    "vespo_lambda_pos": 1.0,
-    "vespo_k_neg": 1.0,
-    "vespo_lambda_neg": 1.0,
-    "ref_model_mixup_alpha": 0.5,
-    "ref_model_sync_steps": 8,
-    "epsilon": 0.1,
-    "epsilon_high": 0.28,
-    "delta": 2.0,
-    "scale_rewards": False,
-    "multi_objective_aggregation": "normalize_then_sum",
-    "enable_jit_checkpoint": True,
+    **dict(auto_find_batch_size=True, label_smoothing_factor=0.1, bf16_full_eval=True, fp16_full_eval=True),
+    **dict(train_sampling_strategy="sequential", data_seed=7, cast_lm_head_to_fp32=True),
+    **dict(max_tool_calling_iterations=3, loss_type="grpo", beta=0.1, off_policy_mask_threshold=0.5),
+    **dict(top_entropy_quantile=0.2, entropy_coef=0.01, use_adaptive_entropy=True, use_bias_correction_kl=False),
+    **dict(entropy_coef_min=0.1, entropy_coef_max=0.5, entropy_coef_delta=0.1, entropy_target=1.0),
+    **dict(importance_sampling_level="sequence", sync_ref_model=True, sapo_temperature_neg=2.0),
+    **dict(sapo_temperature_pos=2.0, vespo_k_pos=1.0, vespo_lambda_pos=1.0, vespo_k_neg=1.0, vespo_lambda_neg=1.0),
+    **dict(ref_model_mixup_alpha=0.5, ref_model_sync_steps=8, epsilon=0.1, epsilon_high=0.28, delta=2.0),
+    **dict(scale_rewards=False, multi_objective_aggregation="normalize_then_sum", enable_jit_checkpoint=True),
 }
 # The same for those that cannot matter, but for the launcher's and those of evaluation alone.
 MOOT: dict[str, Any] = {
-    "average_tokens_across_devices": False,
-    "use_cache": True,
-    "dataloader_drop_last": True,
-    "length_column_name": "size",
-    "label_names": ("labels",),
-    "pad_to_multiple_of": 8,
-    "prediction_loss_only": True,
-    "eval_do_concat_batches": False,
-    "eval_use_gather_object": True,
-    "eval_accumulation_steps": 2,
-    "include_for_metrics": ("inputs",),
-    "batch_eval_metrics": True,
-    "log_multimodal": False,
-    "do_train": True,
-    "do_predict": True,
+    **dict(average_tokens_across_devices=False, use_cache=True, dataloader_drop_last=True, length_column_name="size"),
+    **dict(label_names=("labels",), pad_to_multiple_of=8, prediction_loss_only=True, eval_do_concat_batches=False),
+    **dict(eval_use_gather_object=True, eval_accumulation_steps=2, include_for_metrics=("inputs",)),
+    **dict(batch_eval_metrics=True, log_multimodal=False, do_train=True, do_predict=True),
 }
 
 
@@ -159,7 +121,7 @@ def test_what_cannot_matter_does_not(tmp_path, objective):
         {"adam_beta1": 0.1},
         {"optim": "sgd"},
         {"lr_scheduler_type": "linear"},
-        {"reward_weights": (0.5,)},
+        {"reward_weights": (0.5,), "success_reward": "sum"},
         {"num_iterations": 2},
         {"seed": 3, "shuffle_dataset": True},
         {"chat_template_kwargs": {"mark": "w9"}},
@@ -283,13 +245,8 @@ def test_a_path_is_a_text(tmp_path):
         ({"epsilon": math.inf}, "epsilon is inf"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast'; it must be a number"),
         ({"reward_weights": ("much",)}, r"reward_weights is \['much'\]; it must be a list of numbers"),
-        ({"loss_type": "ppo"}, "loss_type is 'ppo'; choose one of dapo, .*bnpo"),
+        ({"loss_type": "ppo"}, "loss_type is 'ppo'; choose one of grpo, sapo, .*bnpo"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word'; choose one of token, sequence"),
-        ({"loss_type": "bnpo"}, "loss_type is 'bnpo', a mean over the tokens of a micro-batch, which changes when"),
-        (
-            {"loss_type": "bnpo", "max_tokens_per_microbatch": None, "micro_batch_size": 3},
-            "set max_tokens_per_microbatch and micro_batch_size to None",
-        ),
     ],
     ids=str,
 )
@@ -310,7 +267,7 @@ def test_its_neighbours_are_refused(tmp_path, given, says):
 )
 def test_it_acts_as_in_trl(tmp_path, options):
     options = dict(max_steps=3, optim="sgd", learning_rate=0.5) | options
-    reference = trainer_kit.weights(trl_grpo(tmp_path, **options).model)
+    reference = trainer_kit.weights(trainer_kit.trl_trainer(tmp_path, objective="grpo", **options).model)
     t = trainer_kit.trainer(tmp_path, objective="grpo", **options)
     trainer_kit.train(t)
     assert trainer_kit.largest_difference(trainer_kit.weights(build_model()), reference) > 1e-3

@@ -15,9 +15,9 @@ from trainer_kit import GROUP, bitwise_equal, config, train, trainer, weights
 from transformers import TrainerCallback
 
 from pgpo import UserError
+from pgpo.alarms import SIGNALS, CollapseGuard, calibrate, choose_limits, read_limits
 from pgpo.runlog import RunLog, read_run
 from pgpo.train.gate import torch_optimizer
-from pgpo.train.signals import SIGNALS, CollapseGuard, calibrate, choose_limits, read_limits
 
 # Numbers alone --------------------------------------------------------------------------------------------------------
 
@@ -208,7 +208,7 @@ def test_a_guard_that_cannot_work_is_refused(settings):
 
 
 def test_the_pure_part_needs_no_torch():
-    code = "import sys, pgpo.train.signals; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'trl')))"
+    code = "import sys, pgpo.alarms; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'trl')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -316,7 +316,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path, options, match):
 
 
 def test_the_command_line_takes_several_signals():
-    from pgpo.train.arguments import parse
+    from pgpo.settings.arguments import parse
 
     parsed = parse(["--guard", "warn", "--guard_signals", "sampled_kl,reward"])
     assert list(parsed.config.guarded_signals()) == ["sampled_kl", "reward"]

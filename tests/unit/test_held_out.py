@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 
 import pytest
@@ -13,10 +14,9 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from pgpo import PGPOTrainer
 from pgpo.errors import UserError
 from pgpo.tasks.graders import Grade
-from pgpo.train.seam.step import HeldOutSampler
+from pgpo.train.seam.rollouts import HeldOutSampler
 
 GREEDY = dict(top_k=1, eval_temperature=0.0, max_completion_length=8)
 STOPS = [1, 42, 49]
@@ -30,18 +30,10 @@ RESPONSE = {
 }
 
 
-def make(path, reward, data=None, tokenizer=None, model=None, eval_dataset=None, trainer=PGPOTrainer, **options):
-    own = {k: options.pop(k) for k in ("grade", "reward_processing_classes", "tools") if k in options}
+def make(path, reward, data=None, **options):
+    """A trainer that samples by itself, and is evaluated on what it is trained on."""
     data = trainer_kit.dataset(4) if data is None else data
-    return trainer(
-        build_model() if model is None else model,
-        reward,
-        trainer_kit.config(path, **options),
-        data,
-        eval_dataset=data if eval_dataset is None else eval_dataset,
-        processing_class=build_tokenizer() if tokenizer is None else tokenizer,
-        **own,
-    )
+    return trainer_kit.trainer(path, reward=reward, rollout=None, data=data, **({"eval_dataset": data} | options))
 
 
 def seen_in_both(path, **options):
@@ -97,6 +89,12 @@ def conversations():
     )
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """What reward functions see in evaluation without any option, by objective."""
+    return functools.cache(lambda objective: seen_in_both(tmp_path_factory.mktemp("plain"), objective=objective)[0])
+
+
 @pytest.mark.parametrize("objective", ["pgpo", "grpo"])
 @pytest.mark.parametrize(
     "options",
@@ -120,7 +118,7 @@ def conversations():
         }.items()
     ],
 )
-def test_a_reward_function_sees_in_evaluation_what_it_sees_in_training(tmp_path, options, objective):
+def test_a_reward_function_sees_in_evaluation_what_it_sees_in_training(tmp_path, plain, options, objective):
     """Red if stops, forbidden words or limits hold in one only, or if ids or prompts are made anew from texts."""
     options = {k: v() if callable(v) else v for k, v in options.items()}
     held_out, trained = seen_in_both(tmp_path, objective=objective, **options)
@@ -130,8 +128,8 @@ def test_a_reward_function_sees_in_evaluation_what_it_sees_in_training(tmp_path,
         trained = {p: (c, ids[: ids.index(0)] if 0 in ids else ids) for p, (c, ids) in trained.items()}
     assert held_out == trained
     if options:
-        plain, _ = seen_in_both(tmp_path, objective=objective)
-        assert [ids for _, ids in held_out.values()] != [ids for _, ids in plain.values()] or "tokenizer" in options
+        without = [ids for _, ids in plain(objective).values()]
+        assert [ids for _, ids in held_out.values()] != without or "tokenizer" in options
     if getattr(options.get("tokenizer"), "response_template", None):
         assert any("reasoning_content" in completion[0] for completion, _ in held_out.values())
 
@@ -415,15 +413,19 @@ CHAT = [{"role": "user", "content": "w1"}]
         ([], "eval_dataset is empty"),
         ([{"question": CHAT}], "row 0 of eval_dataset has no 'prompt'"),
         ([{"prompt": CHAT}, {"prompt": None}], "row 1 of eval_dataset has the prompt None"),
-        ([{"prompt": CHAT}, {"prompt": []}], r"row 1 of eval_dataset has the prompt \[\]"),
-        ([{"prompt": CHAT}, {"prompt": "w1"}], "mixes prompts of plain text and of chat messages"),
+        ([{"prompt": CHAT}, {"prompt": []}], "row 1 of eval_dataset has an empty list as its prompt"),
+        ([{"prompt": CHAT}, {"prompt": "w1"}], "row 1 of eval_dataset mixes text and chat messages"),
         ([{"prompt": CHAT, "id": "a"}] * 2, "2 rows have the id 'a'"),
         ([{"prompt": CHAT, "id": 1}, {"prompt": CHAT, "id": "1"}], "2 rows have the id '1'"),
         ([{"prompt": CHAT, "id": "a"}, {"prompt": CHAT, "id": None}], "row 1 of eval_dataset has no id"),
         ([{"prompt": CHAT, "id": "a"}, {"prompt": CHAT}], "row 1 of eval_dataset has no id"),
-        ([{"prompt": [{"role": "user"}, "w1"]}], "row 0 of eval_dataset: the prompt .* cannot be rendered"),
-        ([{"prompt": [{"role": "user", "content": "w1 " * 90}]}], "has 92 tokens, more than max_prompt_length = 80"),
+        ([{"prompt": [{"role": "user"}, "w1"]}], "row 0 of eval_dataset has a message without content"),
+        (
+            [{"prompt": [{"role": "user", "content": "w1 " * 90}]}],
+            "a prompt with 92 tokens, more than max_prompt_length = 80",
+        ),
         ({"hard": [{"prompt": CHAT}], "easy": []}, r"eval_dataset\['easy'\] is empty"),
+        ({"hard": [{"prompt": CHAT}, {"prompt": None}]}, r"row 1 of eval_dataset\['hard'\] has the prompt None"),
         (iter([{"prompt": CHAT}]), "can be read once only"),
         ("some/name", "eval_dataset is 'some/name'; give a dataset"),
     ],
@@ -435,7 +437,9 @@ def test_rows_that_cannot_be_evaluated_are_named_at_construction(tmp_path, rows,
 
 
 def test_messages_without_a_chat_template_are_named_at_construction(tmp_path):
-    with pytest.raises(UserError, match="row 0 of eval_dataset: the prompt is chat messages but the tokenizer has no"):
+    with pytest.raises(
+        UserError, match="row 0 of eval_dataset has chat messages as its prompt, but the tokenizer has no chat"
+    ):
         make(tmp_path, accuracy, data=texts(), eval_dataset=[{"prompt": CHAT}], tokenizer=without_template())
 
 

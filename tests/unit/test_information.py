@@ -144,7 +144,8 @@ def add(meter: InformationMeter, samples: list[Sample], padding: int = 0, filler
         student[i, tokens] = torch.tensor(s.student, dtype=torch.float64)
         teacher[i, tokens] = torch.tensor(s.teacher, dtype=torch.float64)
         mask[i, tokens] = 1
-    meter.add(student, teacher, mask, torch.tensor([s.hinted for s in samples], dtype=torch.bool))
+    hinted = torch.tensor([s.hinted for s in samples], dtype=torch.bool)
+    meter.add(student, teacher, mask, None if padding and bool(hinted.all()) else hinted)
 
 
 def test_information_by_hand() -> None:
@@ -218,6 +219,8 @@ def test_cutting_padding_and_reordering_change_nothing(
     for start in range(0, len(shuffled), cuts):
         add(cut, shuffled[start : start + cuts], padding, filler=INF)
     assert cut.compute() == expected
+    for name in ("student_entropy", "teacher_entropy", "hinted_samples"):
+        assert getattr(cut.summary(), name) == pytest.approx(getattr(whole.summary(), name), abs=1e-12)
 
     counted = InformationMeter(denominator)
     add(counted, [s for s in samples if s.hinted], padding)

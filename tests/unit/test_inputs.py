@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import decimal
-import fractions
+import functools
 import math
-import warnings
+import random
+import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import trainer_kit
 import trl
 from conftest import CHAT_TEMPLATE, build_model, build_tokenizer
 from datasets import Dataset, IterableDataset
+from fuzz import any_value, fuzzed
 from trainer_kit import bitwise_equal, parity_reward, train, weights
 
 from pgpo import PGPOTrainer, UserError
+from pgpo.teacher import ContextTemplates, build_contexts
 from pgpo.train.prompts import Prompts, rendered_mark, template_marks
-from pgpo.train.user_functions import check_rewards
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 USER = [{"role": "user", "content": "w1 w2"}]
@@ -37,22 +37,10 @@ def template(name: str):
     return templated((TEMPLATES / f"{name}.jinja").read_text())
 
 
-def make(path, data, reward=parity_reward, tokenizer=None, model=None, quiet=True, **options):
+def make(path, data, rollout_func=trainer_kit.fake_rollout, **options):
     """A trainer on these rows (a list, or a dataset)."""
-    trainer_options = ("feedback_funcs", "eval_dataset", "environment_factory", "peft_config", "optimizers")
-    extra = {name: options.pop(name) for name in trainer_options if name in options}
-    extra.setdefault("rollout_func", options.pop("rollout_func", trainer_kit.fake_rollout))
-    with warnings.catch_warnings():
-        if quiet:
-            warnings.simplefilter("ignore")
-        return PGPOTrainer(
-            build_model() if model is None else model,
-            reward,
-            trainer_kit.config(path, **options),
-            Dataset.from_list(data) if isinstance(data, list) else data,
-            processing_class=tokenizer or build_tokenizer(),
-            **extra,
-        )
+    data = Dataset.from_list(data) if isinstance(data, list) else data
+    return trainer_kit.trainer(path, data=data, rollout=rollout_func, **options)
 
 
 def rows(*special, count=6) -> list[dict]:
@@ -91,18 +79,10 @@ CHATS = [
     [*TURNS, {"role": "assistant", "content": "Yo"}, *TURNS],
 ]
 ORDINARY = [
-    "What is 2 + 2?",
-    "Question: x\nAnswer:",
-    "User: hi\nAssistant:",
-    "### Instruction:\nDo it.\n\n### Response:\n",
-    "What does <|im_start|> mean?",
-    "<b>bold</b> words",
-    "[INST] is a token of which model?",
-    "You are a helpful assistant. Solve: 1 + 1",
-    "system",
-    "assistant",
-    "<think>",
-    " Hello\n",
+    *("What is 2 + 2?", "Question: x\nAnswer:", "User: hi\nAssistant:"),
+    *("### Instruction:\nDo it.\n\n### Response:\n", "What does <|im_start|> mean?", "<b>bold</b> words"),
+    *("[INST] is a token of which model?", "You are a helpful assistant. Solve: 1 + 1", "system", "assistant"),
+    *("<think>", " Hello\n"),
 ]
 CHATML = ["qwen2_5", "qwen3", "qwen3_instruct_2507", "lfm2", "nemotron_3_nano"]
 
@@ -210,13 +190,30 @@ def test_a_bad_row_of_a_stream_is_named_when_it_is_read(tmp_path, prompt, says, 
 
 
 @pytest.mark.parametrize("objective", ["pgpo", "grpo"])
+@pytest.mark.parametrize("kind", [list, stream])
+def test_data_that_cannot_fill_a_step(tmp_path, kind, objective):
+    refuses(tmp_path, "has 3 rows, fewer than prompts_per_step = 4", kind(rows(count=3)), objective=objective)
+    refuses(tmp_path, "train_dataset is empty", kind([]), objective=objective)
+    says = "has the columns question, answer but no 'prompt'; rename"
+    refuses(tmp_path, says, kind([{"question": "w1", "answer": "w2"}] * 6), objective=objective)
+
+
+@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
 def test_what_the_first_step_of_a_stream_needs_is_read_ahead(tmp_path, objective):
     refuses(tmp_path, "^row 2 of train_dataset", stream(rows(None, count=2) + rows(count=6)), objective=objective)
-    refuses(tmp_path, "has 3 rows, fewer than prompts_per_step = 4", stream(rows(count=3)), objective=objective)
-    refuses(tmp_path, "train_dataset is empty", stream([]), objective=objective)
-    says = "has the columns question but no 'prompt'; rename"
-    refuses(tmp_path, says, stream([{"question": "w1"}] * 6), objective=objective)
     refuses(tmp_path, "is a stream, whose length is not known; set max_steps", stream(rows()), max_steps=-1)
+
+
+@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
+@pytest.mark.parametrize("reward", [None, []])
+def test_without_a_reward_function(tmp_path, reward, objective):
+    refuses(tmp_path, "reward_funcs is empty; pass a function", rows(), reward=reward, objective=objective)
+
+
+def test_the_configuration_of_another_trainer(tmp_path):
+    args = trl.GRPOConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    with pytest.raises(UserError, match="args is a GRPOConfig; PGPOTrainer needs a PGPOConfig"):
+        PGPOTrainer(build_model(), parity_reward, args, trainer_kit.dataset(), processing_class=build_tokenizer())
 
 
 def test_a_stream_trains_as_the_same_rows_do(tmp_path):
@@ -324,26 +321,140 @@ def test_a_prompt_without_a_user(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["pgpo", "grpo"])
-def test_a_tokenizer_without_an_end(tmp_path, objective):
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("eos_token", r"no eos token, by which a completion ends; set tokenizer\.eos_token"),
+        ("chat_template", r"no chat template; set tokenizer\.chat_template"),
+    ],
+)
+def test_a_tokenizer_that_lacks_something(tmp_path, missing, says, objective):
     tokenizer = build_tokenizer()
-    tokenizer.eos_token = None
-    refuses(
-        tmp_path,
-        r"no eos token, by which a completion ends; set tokenizer\.eos_token",
-        rows(),
-        tokenizer=tokenizer,
-        objective=objective,
-    )
+    setattr(tokenizer, missing, None)
+    refuses(tmp_path, says, rows(), tokenizer=tokenizer, objective=objective)
 
 
-def test_evaluation_rows_are_looked_at_too(tmp_path):
-    bad = Dataset.from_list(rows(None, count=2))
-    refuses(tmp_path, "^row 2 of eval_dataset has the prompt None", rows(), eval_dataset=bad)
-    refuses(tmp_path, r"^row 2 of eval_dataset\['hard'\] has the prompt None", rows(), eval_dataset={"hard": bad})
+def test_rows_with_other_roles_are_evaluated(tmp_path):
     make(tmp_path, rows(), eval_dataset=Dataset.from_list(rows(SYSTEM)))
 
 
-# Columns and rewards --------------------------------------------------------------------------------------------------
+# How the chat template opens an answer --------------------------------------------------------------------------------
+
+THINKS_WHEN_LONG = CHAT_TEMPLATE.replace(
+    "<assistant>{% endif %}", "<assistant>{% if messages[-1]['content'] | length > 60 %} w9{% endif %}{% endif %}"
+)
+THINKS_ALWAYS = CHAT_TEMPLATE.replace("<assistant>{% endif %}", "<assistant> w9{% endif %}")
+# Not only behind the messages: what the template opens changes what stands before, too.
+THINKS_AND_SAYS_SO = "w3 " + THINKS_ALWAYS + "{% if not add_generation_prompt %} end.{% endif %}"
+
+
+def test_a_template_that_opens_thinking_for_long_prompts_alone_is_refused(tmp_path):
+    says = (
+        "at step 1: the chat template opens the student's answer with '<assistant>' and the teacher's with "
+        "'<assistant> w9', so that they would judge different texts; set a template"
+    )
+    t = make(tmp_path, trainer_kit.dataset(), tokenizer=templated(THINKS_WHEN_LONG))
+    start = weights(t.model)
+    with pytest.raises(UserError, match=re.escape(says)):
+        train(t)
+    assert t.state.global_step == 0 and bitwise_equal(start, weights(t.model))
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, THINKS_ALWAYS, THINKS_AND_SAYS_SO])
+def test_a_template_that_opens_every_answer_alike_is_taken(tmp_path, template):
+    t = make(tmp_path, trainer_kit.dataset(), tokenizer=templated(template))
+    spy = trainer_kit.Spy(t)
+    (log,) = train(t)
+    assert log["active_share"] > 0
+    student = [
+        ids[mask.bool()].tolist() for ids, mask in zip(spy.batches[0]["prompt_ids"], spy.batches[0]["prompt_mask"])
+    ]
+    opening = t.tokenizer(t.answer_prefix([{"role": "user", "content": "w1"}]))["input_ids"]
+    assert len(opening) == (1 if template == CHAT_TEMPLATE else 2)
+    for own, teachers in zip(student, spy.batches[0]["teacher_prompt_ids"], strict=True):
+        assert own[-len(opening) :] == opening and (teachers is None or teachers[-len(opening) :] == opening)
+
+
+def test_plain_text_has_no_opening(tmp_path):
+    assert trainer_kit.trainer(tmp_path).answer_prefix("w1 w2") == ""
+
+
+def any_prompt(rng: random.Random) -> object:
+    """Chat messages in good order, or in which something is not."""
+    messages: list[object] = [
+        {"role": rng.choice(["user", "assistant", "system", "tool", "human"]), "content": f"w{rng.randint(0, 35)}"}
+        for _ in range(rng.randint(0, 4))
+    ]
+    if rng.random() < 0.3:
+        messages.append(any_value(rng))
+    for message in messages:
+        if isinstance(message, dict) and rng.random() < 0.3:
+            message[rng.choice(["role", "content", "value", "from", "tool_calls"])] = any_value(rng)
+    return rng.choice([messages, messages, messages, any_value(rng), f"w1 {any_value(rng)}"])
+
+
+@fuzzed(400)
+@pytest.mark.parametrize("hinted", [True, False])
+def test_fuzzed_prompts_are_taken_or_refused_in_a_sentence(seeds, hinted):
+    """And what is taken can be rendered, and hinted at."""
+    tokenizer = build_tokenizer()
+    ends: dict[bool, int] = {True: 0, False: 0}
+    for seed in seeds:
+        prompt = any_prompt(random.Random(seed))
+        problem = Prompts(tokenizer, {}, hinted, limit=50, limit_name="max_prompt_length").problem(prompt)
+        ends[problem is None] += 1
+        if problem is not None:
+            assert problem.endswith(".") and "\n" not in problem and len(problem) < 700, problem
+            continue
+        if not isinstance(prompt, str):
+            tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+        if hinted:
+            assert build_contexts([prompt] * 2, ["w1", "w2"], [1.0, 0.0], 2)[1].prompt is not None
+    assert min(ends.values()) > len(seeds) / 20, ends
+
+
+# Templates of the hint ------------------------------------------------------------------------------------------------
+
+
+@fuzzed(150)
+def test_fuzzed_templates_are_taken_whole_or_refused(tmp_path, seeds):
+    """Braces that are no placeholder are text; a value that looks like one stays as it is."""
+    pieces = [
+        *("{", "}", "{{", "}}", "{prompt}", "{solution}", "{feedback}", "{demonstration}", "{0}", "{prompt!r}"),
+        "{ x }",
+    ]
+    pieces += ["%s", "$x", "\\", "{prompt.__class__}", "é", "\n", "text"]
+    taken = 0
+    for seed in seeds:
+        rng = random.Random(seed)
+        chosen = [rng.choice(pieces) for _ in range(rng.randint(0, 6))]
+        if rng.random() < 0.5:
+            chosen += ["{prompt}", "{solution}", "{feedback}"]
+            rng.shuffle(chosen)
+        text = "".join(chosen)
+        names = sorted(re.findall(r"\{([A-Za-z_]\w*)\}", text))
+        try:
+            templates = ContextTemplates(reprompt=text)
+        except ValueError:
+            assert names != ["feedback", "prompt", "solution"], text
+            continue
+        assert names == ["feedback", "prompt", "solution"], text
+        before, after = templates.around("{feedback} {0}", "{prompt}")
+        expected = text.replace("{solution}", "\1").replace("{feedback}", "\2").replace("{prompt}", "\3")
+        expected = expected.replace("\1", "\nCorrect solution:\n\n{feedback} {0}\n\n")
+        said = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{prompt}\n\n"
+        assert f"{before}\3{after}" == expected.replace("\2", said), text
+        taken += 1
+    assert taken > len(seeds) / 10
+
+
+@pytest.mark.parametrize("name", ["reprompt_template", "solution_template", "feedback_template"])
+def test_a_template_without_its_placeholder_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match=f"The {name.split('_')[0]} template holds no placeholder; it must hold"):
+        trainer_kit.trainer(tmp_path, **{name: "{} {0} {{ x }}"})
+
+
+# Columns --------------------------------------------------------------------------------------------------------------
 
 ARGUMENTS = ["completion_ids", "completions", "prompts", "trainer_state", "log_extra", "log_metric"]
 
@@ -372,53 +483,6 @@ def test_other_columns_are_taken(tmp_path, column):
     train(make(tmp_path, [row | {column: "x"} for row in rows()]))
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        True,
-        np.bool_(True),
-        torch.tensor(True),
-        torch.tensor(1),
-        torch.tensor([1.0]),
-        torch.tensor(1.0, dtype=torch.bfloat16),
-        torch.tensor(1.0, requires_grad=True),
-        np.float16(1),
-        np.array(1.0),
-        decimal.Decimal(1),
-        fractions.Fraction(1),
-    ],
-    ids=repr,
-)
-def test_every_number_is_a_reward(value):
-    assert check_rewards([value, None], "f", "here") == ([1.0, None], None)
-
-
-@pytest.mark.parametrize(
-    "value", ["1.0", b"1", [1.0], torch.ones(2), np.ones(2), 1j, decimal.Decimal("sNaN")], ids=repr
-)
-def test_what_is_no_number_is_no_reward(value):
-    with pytest.raises(UserError, match="for sample 0 here; a reward must be a finite number"):
-        check_rewards([value], "f", "here")
-
-
-@pytest.mark.parametrize(
-    "value",
-    [math.nan, math.inf, 1e39, 10**400, torch.tensor(math.nan), np.float64("-inf"), decimal.Decimal("NaN")],
-    ids=str,
-)
-def test_what_is_not_finite_is_said(value):
-    rewards, problem = check_rewards([value], "f", "here")
-    assert rewards == [None] and "a reward must be a finite number" in problem
-
-
-@pytest.mark.parametrize(
-    "convert", [lambda r: torch.tensor(r) > 0.5, lambda r: np.array(r) > 0.5, lambda r: [x > 0.5 for x in r]]
-)
-def test_verdicts_train_as_numbers_do(tmp_path, convert):
-    rewards = (parity_reward, lambda prompts, completions, **k: convert(parity_reward(prompts, completions)))
-    assert bitwise_equal(*(trained(make(tmp_path, trainer_kit.dataset(), reward=reward)) for reward in rewards))
-
-
 # A second trainer on the same model -----------------------------------------------------------------------------------
 
 
@@ -441,25 +505,31 @@ def taken_over(path, model, first: dict, second: dict, between=lambda t: None) -
     return trained(make(path, trainer_kit.dataset(), model=model, max_steps=2, **second))
 
 
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """Weights after two steps on a model that nobody has used, by objective."""
+    data, folder = trainer_kit.dataset(), tmp_path_factory.mktemp("fresh")
+    return functools.cache(lambda objective: trained(make(folder, data, max_steps=2, objective=objective)))
+
+
 @pytest.mark.parametrize("second", OBJECTIVES)
 @pytest.mark.parametrize("first", OBJECTIVES)
-def test_a_second_trainer_trains_as_on_a_fresh_model(tmp_path, first, second):
-    fresh = trained(make(tmp_path, trainer_kit.dataset(), max_steps=2, objective=second))
-    again = taken_over(tmp_path, build_model(), {"objective": first}, {"objective": second})
-    assert bitwise_equal(fresh, again)
+def test_a_second_trainer_trains_as_on_a_fresh_model(tmp_path, fresh, first, second):
+    assert bitwise_equal(
+        fresh(second), taken_over(tmp_path, build_model(), {"objective": first}, {"objective": second})
+    )
 
 
 @pytest.mark.parametrize(
     "first", [{"bf16": True}, {"gradient_checkpointing": True}, {"temperature": 0.5}, {"teacher": "live"}]
 )
-def test_the_first_trainers_setting_leaves_no_trace(tmp_path, first):
+def test_the_first_trainers_setting_leaves_no_trace(tmp_path, fresh, first):
     """bf16 wraps the forward in autocast, TRL binds the temperature to it."""
-    fresh = trained(make(tmp_path, trainer_kit.dataset(), max_steps=2, objective="grpo"))
-    assert bitwise_equal(fresh, taken_over(tmp_path, build_model(), first, {"objective": "grpo"}))
+    assert bitwise_equal(fresh("grpo"), taken_over(tmp_path, build_model(), first, {"objective": "grpo"}))
 
 
 @pytest.mark.parametrize("first", ["trl", "evaluated", "failed"])
-def test_other_first_uses_of_a_model(tmp_path, first):
+def test_other_first_uses_of_a_model(tmp_path, fresh, first):
     model = build_model()
     if first == "trl":
         args = trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=8)
@@ -469,8 +539,7 @@ def test_other_first_uses_of_a_model(tmp_path, first):
         one.evaluate(Dataset.from_list(rows(count=2)))
     else:
         refuses(tmp_path, "row 6 of", rows(None), model=model)
-    fresh = trained(make(tmp_path, trainer_kit.dataset(), max_steps=2))
-    assert bitwise_equal(fresh, trained(make(tmp_path, trainer_kit.dataset(), model=model, max_steps=2)))
+    assert bitwise_equal(fresh("pgpo"), trained(make(tmp_path, trainer_kit.dataset(), model=model, max_steps=2)))
 
 
 def test_the_first_trainer_can_still_evaluate(tmp_path):
@@ -495,30 +564,30 @@ def test_a_forward_that_the_user_has_set_stays(tmp_path):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("second", OBJECTIVES)
-@pytest.mark.parametrize("kind", ["ema", "frozen", "trust_region"])
-def test_a_peft_model_with_a_teachers_adapter(tmp_path, kind, second):
+def with_adapter():
     from peft import get_peft_model
 
-    def student():
-        torch.manual_seed(3)
-        return get_peft_model(build_model(), lora())
+    torch.manual_seed(3)
+    return get_peft_model(build_model(), lora())
 
-    fresh = trained(make(tmp_path, trainer_kit.dataset(), model=student(), max_steps=2, objective=second))
-    again = taken_over(tmp_path, student(), {"teacher": kind}, {"objective": second})
-    assert bitwise_equal(fresh, again)
+
+@pytest.mark.parametrize("second", OBJECTIVES)
+def test_a_peft_model_with_a_teachers_adapter(tmp_path, second):
+    fresh = trained(make(tmp_path, trainer_kit.dataset(), model=with_adapter(), max_steps=2, objective=second))
+    for kind in ("ema", "frozen", "trust_region"):
+        again = taken_over(tmp_path, with_adapter(), {"teacher": kind}, {"objective": second})
+        assert bitwise_equal(fresh, again), kind
 
 
 @pytest.mark.parametrize("second", ["pgpo", "grpo"])
 def test_a_base_that_got_its_adapter_from_the_first_trainer(tmp_path, second):
-    fresh = make(tmp_path, trainer_kit.dataset(), max_steps=2, objective=second, peft_config=lora())
-    expected = trained(fresh)
-    base = build_model()
-    train(make(tmp_path, trainer_kit.dataset(), model=base, max_steps=2, peft_config=lora()))
-    assert bitwise_equal(
-        expected,
-        trained(make(tmp_path, trainer_kit.dataset(), model=base, max_steps=2, objective=second, peft_config=lora())),
-    )
+    def last(model, objective):
+        options = dict(max_steps=2, objective=objective, peft_config=lora())
+        return trained(make(tmp_path, trainer_kit.dataset(), model=model, **options))
+
+    base, expected = build_model(), last(build_model(), second)
+    last(base, "pgpo")
+    assert bitwise_equal(expected, last(base, second))
 
 
 def test_a_users_own_adapter_named_teacher_is_still_refused(tmp_path):
@@ -531,16 +600,14 @@ def test_a_users_own_adapter_named_teacher_is_still_refused(tmp_path):
 
 @pytest.mark.parametrize("second", OBJECTIVES)
 def test_an_optimizer_that_the_first_trainer_has_modulated(tmp_path, second):
-    model = build_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    first = {"optimizers": (optimizer, None)}
+    def with_sgd():
+        model = build_model()
+        return model, {"optimizers": (torch.optim.SGD(model.parameters(), lr=1e-2), None)}
+
+    (model, first), (other, optimizers) = with_sgd(), with_sgd()
     again = taken_over(tmp_path, model, first, first | {"objective": second})
-    other = build_model()
-    optimizers = (torch.optim.SGD(other.parameters(), lr=1e-2), None)
-    fresh = trained(
-        make(tmp_path, trainer_kit.dataset(), model=other, max_steps=2, objective=second, optimizers=optimizers)
-    )
-    assert bitwise_equal(fresh, again)
+    options = optimizers | {"objective": second, "max_steps": 2}
+    assert bitwise_equal(again, trained(make(tmp_path, trainer_kit.dataset(), model=other, **options)))
 
 
 # Positions ------------------------------------------------------------------------------------------------------------
@@ -751,8 +818,7 @@ def test_the_teacher_follows_every_third_step(tmp_path, rate):
 
     def follows():
         plain()
-        step = t.state.global_step + 1
-        if step % 3 == 0:
+        if t.state.global_step % 3 == 0:
             for name, p in t.model.named_parameters():
                 expected[name] = torch.lerp(expected[name], p.detach(), rate)
         seen.append(bitwise_equal(expected, weights(t.teacher.module)))
@@ -820,7 +886,7 @@ def test_a_step_with_signal_starts_the_count_anew(tmp_path):
 
 def test_nearly_equal_rewards_are_equal_by_the_tolerance(tmp_path):
     def nearly(prompts, completions, **kwargs):
-        return [1.0 + 1e-6 * (i % 2) for i in range(len(prompts))]
+        return [1.0 - 1e-6 * (i % 2) for i in range(len(prompts))]
 
     assert said(tmp_path, 3, nearly) == []
     assert len(said(tmp_path, 3, nearly, diagnostics_flat_tolerance=1e-5)) == 1
@@ -890,8 +956,6 @@ def test_a_route_that_is_missing(tmp_path):
         environment(tmp_path, rows(), {"a": Room, "b": Room})
     with pytest.raises(UserError, match="environment_factory is not supported with self-distillation"):
         environment(tmp_path, rows(), Room, objective="pgpo")
-    with pytest.raises(UserError, match="reward_funcs is empty"):
-        make(tmp_path, rows(), reward=None, objective="grpo")
 
 
 # Functions, and fields that are set late ------------------------------------------------------------------------------

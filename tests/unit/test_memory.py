@@ -32,9 +32,9 @@ from pgpo.forward import passes
 from pgpo.memory import activations, command, moments, parameters
 from pgpo.memory.moments import Step
 from pgpo.memory.shapes import BLOCKS, GIB, MATRICES, ModelShape, TrainingSetting, fitted, read_model
+from pgpo.settings.config import PAPER, PGPOConfig
 from pgpo.teacher import weights
-from pgpo.train import trainer
-from pgpo.train.config import PAPER, PGPOConfig
+from pgpo.train import forwards
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -196,7 +196,7 @@ def test_copied_constants_are_those_of_the_code():
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
-    assert moments.HELD == trainer._HELD
+    assert moments.HELD == forwards.HELD
     assert moments.CACHED == passes._CACHED
     assert moments.BUCKET == weights._BUCKET
     assert moments.CHUNK_LOGITS == {**_head_chunks._CHUNK_LOGITS, "cuda": _head_chunks._CHUNK_LOGITS_ELSEWHERE}

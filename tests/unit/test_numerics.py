@@ -12,7 +12,6 @@ import math
 import os
 import random
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,12 +22,14 @@ import pytest
 import torch
 import trainer_kit
 from conftest import build_model
+from processes import torchrun
 from torch import nn
 from transformers import TrainerCallback
 
 from pgpo.command.models import load_model
 from pgpo.core import modulate, modulate_reference
 from pgpo.errors import UserError
+from pgpo.train import state as train_state
 from pgpo.train.gate import torch_optimizer
 from pgpo.train.seam import MOST_SKIPS, nonfinite_parameter
 
@@ -50,7 +51,7 @@ def tensors(value, path: str = "") -> dict[str, torch.Tensor | float | None]:
 
 def state(t) -> dict[str, dict]:
     """All that a skipped step must leave as it was."""
-    own = {k: v for k, v in t.extra_state().items() if k != "skips_in_a_row"}
+    own = {k: v for k, v in train_state.collected(t).items() if k != "skips_in_a_row"}
     own["modulation"] = own["modulation"] or {"steps": 0, "last_rho": None}  # made when first used
     return {
         "student": trainer_kit.weights(t.model),
@@ -119,7 +120,7 @@ def spoil_gradient(t, steps, value: float) -> None:
 
 
 def spoil_information(t, steps, value: float) -> None:
-    for meter in t.meters:
+    for meter in t.signal.meters:
         add = meter.add
 
         def spoiled(student, teacher, mask, add=add):
@@ -161,12 +162,12 @@ CAUSE = {
     "reward": r"reward function 'verdict' returned (nan|inf|-inf) for sample 15 at step \d",
 }
 RNG = random.Random(8)
-FAULTS = [(fault, RNG.choice([math.nan, math.inf, -math.inf]), RNG.randint(1, STEPS)) for fault in CAUSE]
+FAULTS = [(fault, RNG.choice([math.nan, math.inf, -math.inf]), RNG.randint(1, STEPS), "pgpo") for fault in CAUSE]
 
 
-@pytest.mark.parametrize(("fault", "value", "step"), FAULTS)
-def test_stop_ends_before_the_update(tmp_path, fault, value, step):
-    t, said = make(tmp_path, fault, {step}, value)
+@pytest.mark.parametrize(("fault", "value", "step", "objective"), [*FAULTS, ("gradient", math.nan, 1, "sdpo")])
+def test_stop_ends_before_the_update(tmp_path, fault, value, step, objective):
+    t, said = make(tmp_path, fault, {step}, value, objective=objective)
     watch = Watch(t)
     with pytest.raises(UserError, match=CAUSE[fault]) as caught:
         trainer_kit.train(t)
@@ -243,24 +244,29 @@ def test_completions_that_are_used_again_keep_their_verdict(tmp_path):
 # Weights --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
-@pytest.mark.parametrize("rollout", [None, trainer_kit.fake_rollout])
-def test_a_spoiled_weight_stops_before_anything_is_sampled(tmp_path, on_nonfinite, rollout):
+@pytest.mark.parametrize(
+    ("step", "on_nonfinite", "rollout"),
+    [
+        (1, "stop", trainer_kit.fake_rollout),
+        *((2, on, rollout) for on in ("stop", "skip") for rollout in (None, trainer_kit.fake_rollout)),
+    ],
+)
+def test_a_spoiled_weight_stops_before_anything_is_sampled(tmp_path, step, on_nonfinite, rollout):
     t = trainer_kit.trainer(tmp_path, rollout=rollout, on_nonfinite=on_nonfinite, max_steps=3)
     name, parameter = random.Random(3).choice(list(t.model.named_parameters()))
 
     class Spoil(TrainerCallback):
         def on_step_begin(self, args, state_, control, **kwargs):
-            if state_.global_step == 1:
+            if state_.global_step + 1 == step:
                 with torch.no_grad():
                     parameter.view(-1)[-1] = -math.inf
 
     t.add_callback(Spoil())
     watch = Watch(t)
-    says = rf"at step 2: the weight {re.escape(name)} holds nan or inf \(rank 0\), so nothing can be sampled"
+    says = rf"at step {step}: the weight {re.escape(name)} holds nan or inf \(rank 0\), so nothing can be sampled"
     with pytest.raises(UserError, match=says):
         trainer_kit.train(t)
-    assert differing(watch.before[2], state(t)) == set()
+    assert t.state.global_step == step - 1 and differing(watch.before[step], state(t)) == set()
 
 
 @pytest.mark.parametrize("during", ["training", "evaluation"])
@@ -333,7 +339,7 @@ def test_what_a_scaler_skips_moves_nothing(tmp_path, optim):
             {"signal"} if step in (1, 3) else {"student", "optimizer", "schedule", "teacher", "average", "signal"}
         )
         assert changed == expected, step
-    assert t.extra_state()["modulation"]["steps"] == 2
+    assert train_state.collected(t)["modulation"]["steps"] == 2
 
 
 def test_scaled_steps_are_the_plain_ones(tmp_path):
@@ -468,6 +474,11 @@ def nobody(prompts, **kwargs):
     return [0.0] * len(prompts)
 
 
+def unasked(prompts, **kwargs):
+    """None = the function does not apply (TRL)."""
+    return [None] * len(prompts)
+
+
 @pytest.mark.parametrize("objective", ["pgpo", "grpo"])
 @pytest.mark.parametrize(
     "options",
@@ -475,8 +486,9 @@ def nobody(prompts, **kwargs):
         dict(rollout=endings(1), reward=everyone),  # the end-of-text token alone: nothing to show
         dict(rollout=endless, reward=everyone, mask_truncated_completions=True),
         dict(reward=nobody),
+        dict(reward=unasked),
     ],
-    ids=["blank", "all masked", "no success"],
+    ids=["blank", "all masked", "no success", "no verdict"],
 )
 def test_a_batch_that_teaches_nothing_moves_nothing(tmp_path, objective, options):
     t = trainer_kit.trainer(tmp_path, objective=objective, weight_decay=0.0, **options)
@@ -486,6 +498,7 @@ def test_a_batch_that_teaches_nothing_moves_nothing(tmp_path, objective, options
     assert log["grad_norm"] == 0 and log["loss"] == 0
     if objective == "pgpo":
         assert (log["active_share"], log["information"], log["rho"]) == (0.0, 0.0, 1.0)
+        assert log["success_share"] == (options["reward"] is everyone)
         assert trainer_kit.bitwise_equal(start, trainer_kit.weights(t.teacher.module))
 
 
@@ -607,10 +620,7 @@ def two_ranks(folder: Path) -> dict[str, dict]:
 
 @pytest.mark.slow
 def test_all_ranks_decide_alike(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
-    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(__file__, tmp_path, quiet=60)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for name in first:
         for part in ("error", "done", "changed", "weights"):

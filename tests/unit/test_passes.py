@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import WORDS, build_model
+from conftest import SHAPE, WORDS, build_model
 from torch import nn
 from trainer_kit import Spy, largest_difference, train, trainer, weights
 
@@ -43,21 +43,7 @@ def small(kind: str, **options):
     import transformers
 
     torch.manual_seed(0)
-    shape = dict(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        initializer_range=0.3,
-    )
-    config = getattr(transformers, f"{kind}Config")(**(shape | options))
+    config = getattr(transformers, f"{kind}Config")(**(SHAPE | options))
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
@@ -427,7 +413,7 @@ def test_a_request_to_join_that_has_no_effect_is_answered(tmp_path, caplog):
     windowed = small("Mistral", sliding_window=4)
     for join, warned in ((None, False), (True, True)):
         caplog.clear()
-        with caplog.at_level("WARNING", "pgpo.train.trainer"):
+        with caplog.at_level("WARNING", "pgpo.train.forwards"):
             trainer(tmp_path, model=copy.deepcopy(windowed), join_siblings=join)
         assert ("join_siblings has no effect" in caplog.text) is warned
 
@@ -449,7 +435,7 @@ def test_the_trainer_joins_on_a_cpu_unless_told_otherwise(tmp_path):
 
 def train_and_watch(tmp_path, options):
     t = trainer(tmp_path, **options)
-    t._head_checked = True  # the check itself joins
+    t.distillation.forwards._checked = True  # the check itself joins
     seen = masks(t)
     train(t)
     return seen
@@ -468,7 +454,7 @@ def test_a_model_that_takes_no_such_mask_still_trains_right(what, tmp_path, capl
 
     model.model.__class__ = Heedless
     t = trainer(tmp_path, model=model, teacher="ema", teacher_rate=0.25, **SGD)
-    with caplog.at_level("WARNING", "pgpo.train.trainer"):
+    with caplog.at_level("WARNING", "pgpo.train.forwards"):
         train(t)
     assert "stay apart" in caplog.text
     assert largest_difference(weights(t.model), slow["ema"][1]) < 2e-6
@@ -495,12 +481,12 @@ def test_a_model_whose_logits_are_no_plain_head_still_trains_right(tmp_path, cap
     model.__class__ = Doubled
     t = trainer(tmp_path, model=copy.deepcopy(model), temperature=2.0, **SGD)
     spy = Spy(t)
-    with caplog.at_level("WARNING", "pgpo.train.trainer"):
+    with caplog.at_level("WARNING", "pgpo.train.forwards"):
         (first, _) = train(t)
     assert t.passes.whole_logits and "holds all logits" in caplog.text and len(caplog.records) == 1
     # Logits twice as large at temperature 2 are the plain model's at temperature 1.
     reference = trainer(tmp_path, **SGD)
-    plain = reference._active_rows(spy.batches[0])
+    plain = reference.active_samples(spy.batches[0])
     assert plain
     (same, _) = train(reference)
     assert first["loss"] == pytest.approx(same["loss"], abs=1e-6)
@@ -508,7 +494,7 @@ def test_a_model_whose_logits_are_no_plain_head_still_trains_right(tmp_path, cap
 
 
 def test_the_slow_twin_and_the_switch_are_what_they_say(tmp_path, monkeypatch):
-    import pgpo.train.trainer as module
+    import pgpo.train.distill as module
 
     def forbidden(*args, **kwargs):
         raise AssertionError("the other head ran")

@@ -115,7 +115,7 @@ def test_bad_protocols(recipe, tmp_path, words, match):
 
 
 def test_paper_holds_nothing_out():
-    from pgpo.train.arguments import RunArguments
+    from pgpo.settings.arguments import RunArguments
 
     assert RunArguments(protocol="paper").validation_fraction == 0
     assert RunArguments().validation_fraction == 0.1

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from processes import patient
 
 from pgpo.errors import LostRankError, UserError
 from pgpo.train import ranks
@@ -155,7 +156,7 @@ def test_the_process_ends_whatever_becomes_of_the_advice(advice, capsys, monkeyp
     def ask():
         if advice == "raises":
             raise OSError("stale file handle")
-        released.wait(30)
+        released.wait(patient(10))
 
     store = Store()
     a = Watch(lambda: store, 0, 2, 45.0, ask, end=statuses.append)
@@ -229,15 +230,15 @@ def served():
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def connect(port=server.port):
-        timeout = timedelta(seconds=10)
+        timeout = timedelta(seconds=patient(5))
         return dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timeout)
 
     return server, connect
 
 
-def until(condition, seconds=30):
+def until(condition, quiet=10):
     start = time.monotonic()
-    while not condition() and time.monotonic() - start < seconds:
+    while not condition() and time.monotonic() - start < patient(quiet):
         time.sleep(0.01)
     return condition()
 

@@ -17,7 +17,7 @@ from trl import GRPOConfig
 from pgpo import PGPOConfig
 from pgpo.errors import UserError
 from pgpo.lab.plan import Study, argv, read_study
-from pgpo.train.arguments import Parsed, parse
+from pgpo.settings.arguments import Parsed, parse
 
 ROOT = Path(__file__).parents[2]
 STUDIES = (ROOT / "recipes/lab-study.yaml", ROOT / "recipes/paper/table.yaml")
@@ -111,7 +111,7 @@ def read(path: Path, tmp_path: Path) -> Parsed:
 
 def study(path: Path, monkeypatch) -> Study:
     """bf16 is checked against the hardware of the moment; a CPU is asked for in its place."""
-    from pgpo.train import arguments
+    from pgpo.settings import arguments
 
     monkeypatch.setattr(arguments, "parse", lambda words: parse([*words, CPU]))
     return read_study(path)
@@ -318,6 +318,7 @@ def test_every_new_field_of_the_configuration_is_accounted_for() -> None:
         "diagnostics_flat_tolerance",
         "diagnostics_warning_interval",
         "distillation_weight",
+        "success_reward",
         "micro_batch_size",
         "max_tokens_per_microbatch",
         "eval_batch_size",

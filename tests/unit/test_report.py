@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import sys
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -26,7 +25,6 @@ from pgpo.report import charts, comparison, details, figures, markup, methods, p
 from pgpo.report.charts import Chart, Style, line_chart, styles_of, ticks
 from pgpo.report.methods import Comparison, Curve, MethodResult, PairedDifference
 from pgpo.report.sources import RunCurves, number, numbers, read_sources
-from pgpo.study_files import collapsed
 
 VOID = {"meta", "input", "wbr", "br", "link", "img"}
 DANGEROUS = {"img", "iframe", "object", "embed", "link", "base", "form", "foreignobject", "image", "use", "animate"}
@@ -425,14 +423,6 @@ def test_the_numbers_of_one_run_by_hand() -> None:
     assert row.interval(methods.FINAL_VALIDATION) == pytest.approx((0.68, 0.88))
     assert row.interval(methods.FINAL) == pytest.approx((0.65, 0.75))
     assert row.interval(methods.AUC) is None and math.isnan(row.sd(methods.PEAK))
-
-
-@pytest.mark.parametrize(
-    "values, expected",
-    [([0.5, 0.875, 0.765625], True), ([0.5, 0.875, 0.78125], False), ([0.9], False), ([], False), ([0.2, 0.9], False)],
-)
-def test_a_collapse_is_a_fall_of_more_than_ten_points_below_the_own_peak(values: list[float], expected: bool) -> None:
-    assert collapsed(values) is expected
 
 
 def test_intervals_over_seeds_are_students_t() -> None:
@@ -994,9 +984,3 @@ def test_without_matplotlib_the_page_works_and_figures_are_refused(
     assert not out.exists() and not (tmp_path / "f").exists()
     with pytest.raises(UserError, match=r"pip install 'pgpo\[report\]'"):
         figures.plot_comparisons([], tmp_path / "f")
-
-
-def test_a_moved_study_or_run_is_read_where_it_is(tmp_path: Path) -> None:
-    write_run(tmp_path / "a" / "run", steps=4, every=2)
-    shutil.move(tmp_path / "a", tmp_path / "b")
-    assert "One run" in report(tmp_path / "b" / "run", out=tmp_path / "report.html").one("h1").text

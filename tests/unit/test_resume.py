@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import gc
 import io
 import json
 import multiprocessing
@@ -23,9 +22,9 @@ from pgpo.cli import main
 from pgpo.command import session
 from pgpo.command import train as run
 from pgpo.runlog import RunLog, read_run
+from pgpo.settings.arguments import parse
 from pgpo.tasks import lab_world
 from pgpo.train import checkpoint
-from pgpo.train.arguments import parse
 
 # Checkpoints of steps 3, within a generation of two steps, and 4; evaluations at 0, 2 and 4.
 FLAGS = [
@@ -38,14 +37,12 @@ TIMES = {runlog.STEP_SECONDS, runlog.GENERATION_SECONDS, runlog.UPDATE_SECONDS}
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """No pictures, the questions drawn and rendered once, and no search for garbage among what the imports made."""
-    gc.freeze()
+    """No pictures, and the questions drawn and rendered once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "_draw", lambda *_: None)
         patch.setattr(lab_world, "load", functools.cache(lab_world.load))
         patch.setattr(run, "check_prompts", lambda *_: None)
         yield
-    gc.unfreeze()
 
 
 def pgpo(*words: object) -> tuple[int, list[str]]:
@@ -361,12 +358,16 @@ def at_step(monkeypatch):
     return arrange
 
 
-def terminate(times: int = 1):
+def send(number: int, times: int = 1):
     def action() -> None:
         for _ in range(times):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
     return action
+
+
+def terminate():
+    return send(signal.SIGTERM)
 
 
 def test_sigterm_ends_the_step_saves_and_tells_the_shell(new, whole, tmp_path, at_step):
@@ -383,17 +384,24 @@ def test_sigterm_ends_the_step_saves_and_tells_the_shell(new, whole, tmp_path, a
     assert story(tmp_path / "copy") == story(whole)
 
 
-def test_a_second_sigterm_stops_at_once(new, tmp_path, at_step):
-    at_step(2, terminate(2))
+both_signals = pytest.mark.parametrize(("number", "exit_status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+
+
+@both_signals
+def test_a_second_signal_stops_at_once_and_leaves_a_readable_run(new, tmp_path, at_step, number, exit_status):
+    at_step(2, send(number, times=2))
     status, err = pgpo(*new)
-    assert (status, err[-1]) == (143, "pgpo: stopped.")
+    assert (status, err[-1]) == (exit_status, "pgpo: stopped.")
     assert [line["step"] for line in read_run(tmp_path / "run").metrics] == [1]
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == []
 
 
-def test_sigterm_before_the_first_step_leaves_nothing(new, tmp_path, monkeypatch):
-    monkeypatch.setattr(PGPOTrainer, "held_out_records", lambda *_: signal.raise_signal(signal.SIGTERM))
-    status, err = pgpo(*new)
-    assert (status, err[-1]) == (143, "pgpo: stopped.")
+@both_signals
+def test_a_signal_before_the_first_step_leaves_nothing(tmp_path, monkeypatch, number, exit_status):
+    monkeypatch.setattr(PGPOTrainer, "held_out_records", lambda *_: signal.raise_signal(number))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    status, err = pgpo("train", "--output_dir", tmp_path / "a/run", *FLAGS)
+    assert (status, err[-1]) == (exit_status, "pgpo: stopped.")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -131,8 +131,8 @@ def test_dropout_is_the_same_in_the_pass_that_counts(tmp_path):
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     t = trainer(tmp_path, model=model, router_aux_loss_coef=COEFFICIENT, micro_batch_size=4, **SGD)
-    seen, plain = [], t._load_of_step
-    t._load_of_step = lambda *args: seen.append(plain(*args)) or seen[-1]
+    seen, plain = [], t.distillation._load_of_step
+    t.distillation._load_of_step = lambda *args: seen.append(plain(*args)) or seen[-1]
     (log,) = train(t)
     assert log["aux_loss"] == pytest.approx(seen[0].loss().item(), rel=1e-6)
 
@@ -140,7 +140,7 @@ def test_dropout_is_the_same_in_the_pass_that_counts(tmp_path):
 def test_off_means_off(tmp_path):
     """Coefficient 0: no load is measured, nothing is logged; None: the architecture's own coefficient."""
     t = trainer(tmp_path, model=build_experts(), router_aux_loss_coef=0.0, micro_batch_size=4, **SGD)
-    t._load_of_step = None
+    t.distillation._load_of_step = None
     (log,) = train(t)
     assert "aux_loss" not in log
     assert log["loss"] == pytest.approx(log["divergence"], rel=1e-5)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import patient
 
 from pgpo import provenance
 from pgpo.errors import UserError
@@ -289,7 +290,7 @@ def test_a_folder_has_one_holder_at_a_time(tmp_path: Path) -> None:
     processes = [context.Process(target=contend, args=(tmp_path / "new", 400, results)) for _ in range(4)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    found = [results.get(timeout=patient(20)) for _ in processes]
     for process in processes:
         process.join()
     assert sum(clashes for _, clashes in found) == 0

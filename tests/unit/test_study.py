@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
+from processes import patient
 
 from pgpo.cli import main as cli
 from pgpo.errors import UserError
@@ -230,7 +231,7 @@ if __name__ == "__main__":
     assert sorted(calls(tmp_path)[len(before) :]) == sorted({r.name for r in study.queue} - set(before))
 
 
-def wait_until(true: Any, seconds: float = 40) -> None:
+def wait_until(true: Any, seconds: float = patient(20)) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited too long"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
 from dataclasses import replace
 
@@ -15,7 +13,6 @@ from tokenizers import AddedToken
 from trainer_kit import (
     GROUP,
     Spy,
-    bitwise_equal,
     config,
     dataset,
     fake_rollout,
@@ -26,12 +23,13 @@ from trainer_kit import (
     weights,
 )
 
-from pgpo import PGPOTrainer, UserError
+from pgpo import UserError
 from pgpo.forward.batching import split
 from pgpo.forward.passes import _CACHED
 from pgpo.tasks.graders import Grade
+from pgpo.train.forwards import MicroBatch
 from pgpo.train.host import Host
-from pgpo.train.trainer import Row
+from pgpo.train.rows import Sample
 
 
 def nobody(prompts, completions, **kwargs):
@@ -83,28 +81,6 @@ def test_feedback_alone_trains_where_nobody_succeeds(tmp_path):
     assert largest_difference(weights(t.model), weights(build_model())) > 0
 
 
-@pytest.mark.parametrize("objective", ["pgpo", "grpo"])
-def test_resume_continues_bit_for_bit(tmp_path, objective):
-    options = dict(objective=objective, max_steps=4, save_strategy="steps", save_steps=2, shuffle_dataset=True)
-    whole = trainer(tmp_path / "whole", **options)
-    logs = train(whole)
-    first = trainer(tmp_path / "parts", **(options | dict(max_steps=2)))
-    train(first)
-    resumed = trainer(tmp_path / "parts", **options)
-    tail = train(resumed, resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))[2:]
-    assert bitwise_equal(weights(whole.model), weights(resumed.model))
-    if whole.teacher:
-        assert bitwise_equal(weights(whole.teacher.module), weights(resumed.teacher.module))
-        assert not bitwise_equal(weights(whole.teacher.module), weights(whole.model))
-        state = json.loads((tmp_path / "whole" / "checkpoint-4" / "pgpo_state.json").read_text())
-        assert state["modulation"]["steps"] == 4 and state["signal_steps"] == 4
-    timing = ("seconds", "step_time", "num_tokens")
-    for a, b in zip(logs[2:], tail, strict=True):
-        assert {k: v for k, v in a.items() if not k.endswith(timing)} == {
-            k: v for k, v in b.items() if not k.endswith(timing)
-        }
-
-
 def test_resume_with_another_teacher_is_refused(tmp_path):
     options = dict(max_steps=2, save_strategy="steps", save_steps=1)
     train(trainer(tmp_path, **options))
@@ -142,23 +118,6 @@ def test_lora_student_and_teacher_adapter(tmp_path, kind):
         assert all(gap(n) < gap(n.replace(".teacher.", ".default.")) for n in teacher)
 
 
-def test_lora_resumes_bit_for_bit(tmp_path):
-    options = dict(max_steps=4, save_strategy="steps", save_steps=2, learning_rate=5e-2)
-    whole = trainer(tmp_path / "whole", peft_config=lora(), **options)
-    train(whole)
-    train(trainer(tmp_path / "parts", peft_config=lora(), **(options | dict(max_steps=2))))
-    resumed = trainer(tmp_path / "parts", peft_config=lora(), **options)
-    train(resumed, resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
-    assert bitwise_equal(weights(whole.model), weights(resumed.model))
-
-
-def test_bf16_student_keeps_its_average_in_fp32(tmp_path):
-    t = trainer(tmp_path, model=build_model(dtype=torch.bfloat16), max_steps=2, learning_rate=1e-2)
-    train(t)
-    assert t.model.dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in t.teacher.state_dict()["parameters"].values())
-
-
 def test_plain_text_prompts(tmp_path):
     rows = Dataset.from_list([{"prompt": f"w{i} w{(i * 7) % 36}"} for i in range(8)])
 
@@ -171,9 +130,7 @@ def test_plain_text_prompts(tmp_path):
         assert all(isinstance(c, str) for c in completions)
         return [float(len(c.split()) % 2 == 0) for c in completions]
 
-    t = PGPOTrainer(
-        build_model(), reward, config(tmp_path), rows, processing_class=build_tokenizer(), rollout_func=rollout
-    )
+    t = trainer(tmp_path, reward=reward, rollout=rollout, data=rows)
     spy = Spy(t)
     (log,) = train(t)
     assert log["active_share"] > 0
@@ -196,43 +153,21 @@ def test_too_long_contexts_are_shortened_and_counted(tmp_path):
         assert text is None or text.endswith("Correctly solve the original question. <assistant>")
 
 
-def test_evaluation_uses_its_own_sampling_and_leaves_training_alone(tmp_path):
-    """With eval every step, training is bit-identical to training without; greedy evaluation is deterministic."""
+def test_evaluation_uses_its_own_sampling(tmp_path):
+    """Greedy evaluation is deterministic, also between steps; hot evaluation samples."""
     grade = lambda text, row: Grade(float(len(text.split()) % 2), text, True, None)  # noqa: E731
     held_out = [dict(r, id=f"q{i}") for i, r in enumerate(dataset(6))]
-    plain = trainer(tmp_path, max_steps=3)
-    train(plain)
-    t = trainer(
-        tmp_path,
-        max_steps=3,
-        eval_dataset=held_out,
-        grade=grade,
-        eval_strategy="steps",
-        eval_steps=1,
-        eval_temperature=0.0,
-        eval_k=2,
-    )
+    options = dict(eval_dataset=held_out, grade=grade)
+    steps = dict(max_steps=3, eval_strategy="steps", eval_steps=1)
+    t = trainer(tmp_path, **options, **steps, eval_temperature=0.0, eval_k=2)
     train(t)
-    assert bitwise_equal(weights(plain.model), weights(t.model))
-    evaluations = [r for r in t.state.log_history if "eval_avg_at_k" in r]
-    assert [r["step"] for r in evaluations] == [1, 2, 3]
+    assert [r["step"] for r in t.state.log_history if "eval_avg_at_k" in r] == [1, 2, 3]
     first, second = t.held_out_records(held_out), t.held_out_records(held_out)
     assert first == second and len(first) == 12
     assert {r["question_id"] for r in first} == {f"q{i}" for i in range(6)}
     assert len({r["completion"] for r in first if r["question_id"] == "q0"}) == 1  # greedy
-    hot = trainer(tmp_path, eval_dataset=held_out, grade=grade, eval_temperature=1.0, eval_top_p=1.0, eval_k=8)
+    hot = trainer(tmp_path, **options, eval_temperature=1.0, eval_top_p=1.0, eval_k=8)
     assert len({r["completion"] for r in hot.held_out_records(held_out) if r["question_id"] == "q0"}) > 1
-
-
-def test_evaluation_without_a_grader_asks_the_reward_functions(tmp_path):
-    t = trainer(tmp_path, eval_dataset=dataset(3), eval_k=4)
-    metrics = t.evaluate()
-    expected = [
-        parity_reward([dataset(3)[int(r["question_id"])]["prompt"]], [[{"content": r["completion"]}]])[0]
-        for r in t.last_records
-    ]
-    assert metrics["eval_avg_at_k"] == pytest.approx(sum(expected) / len(expected))
-    assert metrics["eval_questions"] == 3
 
 
 def test_generation_by_the_model_itself(tmp_path):
@@ -246,26 +181,12 @@ def test_generation_by_the_model_itself(tmp_path):
     assert logs[0]["completion_length"] == pytest.approx(batch["completion_mask"].sum(1).float().mean().item())
 
 
-def test_a_non_finite_gradient_stops_before_the_update(tmp_path):
-    """A nan importance ratio leaves the entropies finite; only the gradient tells."""
-    for objective in ("pgpo", "sdpo"):
-        t = trainer(tmp_path, objective=objective)
-        plain = t._active_rows
-        t._active_rows = lambda batch, plain=plain: [
-            replace(r, weight=torch.full((len(r.completion),), math.nan)) for r in plain(batch)
-        ]
-        with pytest.raises(UserError, match=r"at step 1: the gradient norm is nan \(rank 0\); nothing was updated"):
-            train(t)
-        assert bitwise_equal(weights(t.model), weights(build_model()))
-        assert bitwise_equal(weights(t.teacher.module), weights(build_model()))
-
-
 @pytest.mark.parametrize("per_token", [True, False])
 def test_rollout_correction_weighs_the_loss(tmp_path, per_token):
     """vLLM's ratio, per token [T] or per sequence [1], multiplies the tokens' loss and nothing else."""
     t = trainer(tmp_path)
-    plain = t._active_rows
-    t._active_rows = lambda batch: [
+    plain = t.active_samples
+    t.active_samples = lambda batch: [
         replace(r, weight=torch.full((len(r.completion) if per_token else 1,), 0.5)) for r in plain(batch)
     ]
     (log,) = train(t)
@@ -278,8 +199,10 @@ def test_rollout_correction_weighs_the_loss(tmp_path, per_token):
 def test_importance_ratio_is_taken_at_the_sampling_temperature(tmp_path):
     t = trainer(tmp_path, temperature=0.5, importance_clip=3.0, divergence="forward_kl", divergence_top_k=0)
     old = torch.tensor([-1.0, -2.0, -30.0])
-    row = Row(prompt=[2], teacher_prompt=[2, 9], completion=[7, 8, 9], rollout_logprobs=old)
-    loss, _ = t._distill(t.model, [row], [1], t._teacher_states([row]), 1.0, idle=False)
+    row = Sample(prompt=[2], teacher_prompt=[2, 9], completion=[7, 8, 9], rollout_logprobs=old)
+    d = t.distillation
+    states, part = d.forwards.teacher_states([row]), MicroBatch([row], [1], [0])
+    loss, _ = d._loss(t.model, part, states, 1.0, False, None, t.signal.meters[0])
 
     def log_probs(prompt):
         logits = build_model()(input_ids=torch.tensor([prompt + row.completion])).logits[0, -4:-1].double()
@@ -297,7 +220,7 @@ def test_micro_batches_keep_to_the_token_budget(tmp_path, objective):
     """Rows are padded to the longest of them; TRL's own, for GRPO, to the longest prompt and the longest completion."""
     t = trainer(tmp_path, max_tokens_per_microbatch=2200, objective=objective)
     sizes = [(1000, 100), (100, 1000), (1000, 90), (90, 900), (10, 10), (12, 8)]
-    parts = split(sizes, t._limits())
+    parts = split(sizes, t.policy.limits if objective == "grpo" else t.distillation.forwards.limits())
     assert sorted(i for part in parts for i in part) == list(range(6))
     for part in parts:
         padded = len(part) * max(sum(sizes[i]) for i in part)
@@ -313,7 +236,7 @@ def test_no_forward_exceeds_the_token_budget(tmp_path):
         budget = trainer(
             tmp_path, max_tokens_per_microbatch=60, share_teacher_prompts=share, join_siblings=join, packing=pack
         )
-        budget._head_checked = True  # the check runs rows of its own
+        budget.distillation.forwards._checked = True  # the check runs rows of its own
 
         def watch(module, args, kwargs, seen=seen):
             mask, tokens = kwargs.get("attention_mask"), kwargs["input_ids"].numel()
@@ -356,8 +279,9 @@ def test_teacher_prompts_are_rendered_with_the_template_arguments(tmp_path):
 
 def test_joined_rows_are_counted_as_padded_where_other_rows_are_packed(tmp_path):
     t = trainer(tmp_path, max_tokens_per_microbatch=60, packing=True, join_siblings=True)
-    rows = [Row([2] * 10, [3], [5] * 15), Row([2] * 10, [3], [6] * 15), Row([4] * 10, [3], [5] * 10)]
-    assert t._bundles(rows, t._limits()) == [[[0, 1]], [[2]]]  # 40 + 20 tokens packed, 80 padded
+    rows = [Sample([2] * 10, [3], [5] * 15), Sample([2] * 10, [3], [6] * 15), Sample([4] * 10, [3], [5] * 10)]
+    forwards = t.distillation.forwards
+    assert forwards.bundles(rows, forwards.limits()) == [[[0, 1]], [[2]]]  # 40 + 20 tokens packed, 80 padded
 
 
 def test_every_trainer_has_a_host_of_its_own(tmp_path):
@@ -412,12 +336,15 @@ def test_thinking_that_trl_has_cut_off_already_is_not_looked_for(tmp_path):
     """With a response template TRL hands on what follows </think>, so the text no longer begins in the thinking."""
     t = asked_with(trainer(tmp_path), OPENS)
     prompt, ids = [{"role": "user", "content": "w1"}], t.tokenizer("w1 w2 w3")["input_ids"]
-    assert t._begins_in_thinking([prompt] * 2 + ["w1"], ["w1 w2 w3", "w3", "w1 w2 w3"], [ids] * 3) == [
-        True,
-        False,
-        False,
-    ]
-    assert t._begins_in_thinking(["w1 <think>"], ["w1 w2 w3"], [ids]) == [True]
+    whole, cut = [{"role": "assistant", "content": "w1 w2 w3"}], [{"role": "assistant", "content": "w3"}]
+
+    def told(prompts, completions):
+        rows = t.told_of_thinking([{"index": 5}] * len(prompts), prompts, completions, [ids] * len(prompts))
+        return [row.get("thinking_opened") for row in rows]
+
+    assert told([prompt, prompt], [whole, cut]) == [True, False]
+    assert told(["w1 <think>", "w1"], ["w1 w2 w3"] * 2) == [True, False]
+    assert told(["w1"], ["w1 w2 w3"]) == [None]
 
 
 def test_thinking_tags_that_decoding_drops_are_named(tmp_path):
@@ -430,14 +357,7 @@ def test_thinking_tags_that_decoding_drops_are_named(tmp_path):
         model.resize_token_embeddings(len(tokenizer))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            PGPOTrainer(
-                model,
-                parity_reward,
-                config(tmp_path),
-                dataset(),
-                processing_class=tokenizer,
-                rollout_func=fake_rollout,
-            )
+            trainer(tmp_path, model, tokenizer=tokenizer, quiet=False)
         return [str(w.message) for w in caught if "special tokens" in str(w.message)]
 
     (sentence,) = make(special=True)

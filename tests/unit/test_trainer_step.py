@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import math
-import warnings
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
+from conftest import build_model
 from torch import nn
 from trainer_kit import (
     GROUP,
     Spy,
     bitwise_equal,
-    config,
-    dataset,
-    fake_rollout,
     largest_difference,
     parity_reward,
     train,
@@ -112,8 +106,8 @@ def test_splitting_into_micro_batches_changes_nothing(tmp_path, split):
     whole = trainer(tmp_path, optim="sgd", learning_rate=0.5, max_steps=3, max_tokens_per_microbatch=None)
     parts = trainer(tmp_path, optim="sgd", learning_rate=0.5, max_steps=3, **split)
     calls = []
-    plain = parts._distill
-    parts._distill = lambda model, rows, *a, **k: calls.append(len(rows)) or plain(model, rows, *a, **k)
+    plain = parts.distillation._loss
+    parts.distillation._loss = lambda model, part, *a: calls.append(len(part.samples)) or plain(model, part, *a)
     one, many = train(whole), train(parts)
     assert len(calls) > 6  # it was split
     assert largest_difference(weights(whole.model), weights(parts.model)) < 1e-5
@@ -178,7 +172,7 @@ def test_samples_without_a_teacher_cost_no_forward_and_do_not_shrink_the_step(tm
         ]
 
     t = trainer(tmp_path, optim="sgd", learning_rate=0.5, reward=only_first_prompt)
-    t._head_checked = True  # the check runs rows of its own
+    t.distillation.forwards._checked = True  # the check runs rows of its own
     seen = []
 
     def watch(plain):
@@ -244,50 +238,6 @@ def test_teacher_kinds_train_and_move_as_they_should(tmp_path, kind):
         assert bitwise_equal(start, weights(t.teacher.module))
 
 
-def trl_grpo(tmp_path, **options):
-    """TRL's own trainer on the same batches."""
-    from trl import GRPOConfig, GRPOTrainer
-
-    ours = config(tmp_path, objective="grpo", **options)
-    names = GRPOConfig.__dataclass_fields__
-    skip = {"generation_batch_size", "deepspeed", "accelerator_config"}
-    args = GRPOConfig(
-        **{n: getattr(ours, n) for n in names if names[n].init and n not in skip | {"steps_per_generation"}}
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        t = GRPOTrainer(
-            build_model(),
-            parity_reward,
-            args,
-            dataset(),
-            processing_class=build_tokenizer(),
-            rollout_func=rollout_for_trl,
-        )
-    with contextlib.redirect_stdout(io.StringIO()):
-        t.train()
-    return t
-
-
-def rollout_for_trl(prompts, t):
-    t.tokenizer = t._tokenizer
-    t.render = lambda p: t._tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=True)["input_ids"]
-    return fake_rollout(prompts, t)
-
-
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
-def test_grpo_objective_is_trls_grpo(tmp_path, loss_type):
-    options = dict(max_steps=3, loss_type=loss_type, optim="sgd", learning_rate=0.5)
-    reference = weights(trl_grpo(tmp_path, **options).model)
-    whole = trainer(tmp_path, objective="grpo", **options)
-    train(whole)
-    parts = trainer(tmp_path, objective="grpo", micro_batch_size=3, **options)
-    train(parts)
-    assert largest_difference(weights(build_model()), reference) > 1e-3
-    assert largest_difference(weights(whole.model), reference) < 1e-6
-    assert largest_difference(weights(parts.model), reference) < 1e-5
-
-
 def test_off_policy_steps_clip_the_importance_ratio(tmp_path):
     """Two steps per rollout: the second is off-policy, its tokens are weighted by min(ratio, clip)."""
     seen = {}
@@ -302,7 +252,7 @@ def test_off_policy_steps_clip_the_importance_ratio(tmp_path):
             divergence_top_k=0,
         )
         weighted = []
-        plain = t._token_weights
+        plain = t.distillation._token_weights
 
         def watch(rows, share, plain=plain, weighted=weighted):
             weights = plain(rows, share)
@@ -311,7 +261,7 @@ def test_off_policy_steps_clip_the_importance_ratio(tmp_path):
                 return weights
             return lambda *a: weighted.append((w := weights(*a)) / share) or w
 
-        t._token_weights = watch
+        t.distillation._token_weights = watch
         logs = train(t)
         seen[clip] = weighted[-1], logs[-1]
     first = seen[2.0][0]

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import triton_cases as cases
+from processes import patient
 from test_head import build, check, gradients
 
 from pgpo.core import _head_formulas as formulas
@@ -45,7 +46,7 @@ def results(folder: Path, mode: str) -> dict[str, Any]:
         environment["TRITON_INTERPRET"] = "1"
     out = folder / f"{mode}.json"
     command = [sys.executable, str(Path(cases.__file__)), str(out), mode]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patient(90))
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(out.read_text(encoding="utf-8"))
 

@@ -13,6 +13,7 @@ from pgpo.core import ExponentialLaw, SmoothExponentialLaw, linear_schedule
 from tests.oracles import numerics as oracle
 
 gaps = st.floats(-20, 20)
+any_gaps = st.one_of(gaps, st.floats(allow_nan=False, allow_infinity=False))
 alphas = st.floats(0, 10)
 caps = st.floats(1, 50)
 floors = st.floats(0, 1)
@@ -61,12 +62,12 @@ def test_no_rounding_error_carries_rho_over_the_cap(rho_max: float, ulps: int) -
     assert ExponentialLaw(rho_max=rho_max)(information) <= rho_max
 
 
-@given(gaps, gaps, alphas, caps, floors)
+@given(any_gaps, any_gaps, st.floats(0, 100), st.floats(1, 1e6), floors)
 def test_more_information_never_means_a_smaller_step(
     a: float, b: float, alpha: float, rho_max: float, rho_min: float
 ) -> None:
     law = ExponentialLaw(alpha, rho_max, rho_min)
-    assert law(min(a, b)) <= law(max(a, b))
+    assert rho_min <= law(min(a, b)) <= law(max(a, b)) <= rho_max
 
 
 @given(gaps, caps, floors)
@@ -124,10 +125,14 @@ def test_smooth_law_by_hand() -> None:
     assert SmoothExponentialLaw() == SmoothExponentialLaw(alpha=1.0, rho_max=2.0, width=0.1)
 
 
-@given(gaps, gaps, alphas, smooth_caps, widths)
-def test_smooth_law_is_monotone(a: float, b: float, alpha: float, rho_max: float, width: float) -> None:
+@given(any_gaps, any_gaps, st.floats(0, 100), st.floats(1.01, 1e6), st.just(0.1) | widths)
+def test_smooth_law_is_monotone_and_keeps_to_its_bounds(
+    a: float, b: float, alpha: float, rho_max: float, width: float
+) -> None:
     law = SmoothExponentialLaw(alpha, rho_max, width)
-    assert law(min(a, b)) <= law(max(a, b)) * (1 + 1e-14)
+    low, high = law(min(a, b)), law(max(a, b))
+    assert 0 <= low <= high * (1 + 1e-12) and high <= rho_max * (1 + 1e-12)
+    assert low <= ExponentialLaw(alpha, rho_max)(min(a, b)) * (1 + 1e-9)
 
 
 def test_smooth_law_has_no_kink_at_the_cap() -> None:

@@ -17,9 +17,9 @@ from pgpo.command.terminal import say
 from pgpo.errors import UserError
 from pgpo.provenance import SECRET_SUFFIXES
 from pgpo.runlog import BASE_FOLDER, RUN_ID, RunLog
+from pgpo.settings.arguments import Parsed
+from pgpo.settings.field_types import file_name
 from pgpo.train import checkpoint as checkpoints
-from pgpo.train.arguments import Parsed
-from pgpo.train.field_types import file_name
 
 
 def new_name(parsed: Parsed) -> Path:

@@ -17,9 +17,9 @@ from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import RIGHT, Record, summarize
 from pgpo.evaluate.run import Generate, evaluate, write_records
 from pgpo.evaluate.runners import TEMPERATURE, TOP_P, TransformersRunner, VLLMRunner
+from pgpo.settings.arguments import PRESETS, Parser, TaskArguments, make
 from pgpo.tasks import Row
 from pgpo.teacher import build_contexts
-from pgpo.train.arguments import PRESETS, Parser, TaskArguments, make
 
 _OF_THE_RUN = ("task", "domain", "variant", "data_path", "data_revision", "prompt_style", "data_check")
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pgpo.command.terminal import progress, say
 from pgpo.errors import UserError
 from pgpo.runlog import BASE_FOLDER
+from pgpo.settings.arguments import Parsed
+from pgpo.settings.field_types import is_hub_id
 from pgpo.tasks import Row, Task, lab_world
-from pgpo.train.arguments import Parsed
-from pgpo.train.field_types import is_hub_id
 from pgpo.train.seam import nonfinite_parameter
 
 

@@ -1,4 +1,4 @@
-"""A run of `pgpo train` from its first evaluation to its last: the callback that writes the run log."""
+"""A run of `pgpo train`, from its first evaluation to its last. The callback writes the run log."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pgpo.command.terminal import progress, say
 from pgpo.evaluate.run import write_records
 from pgpo.files import json_line, write_atomically
 from pgpo.runlog import RunLog
+from pgpo.settings.arguments import RunArguments
 from pgpo.study_files import accuracy_curve, selected_step
 from pgpo.tasks import Row, Task
-from pgpo.train.arguments import RunArguments
 from pgpo.train.trainer import PGPOTrainer
 
 SAMPLE_TOKENS = 1000  # ours: a sample's tokens after these are kept as text alone
@@ -70,7 +70,9 @@ class Session(TrainerCallback):
 
     def _select(self, test: list[Row], last: int) -> None:
         """Test the step that the curve selects (0 included), unless it is tested already, and write result.json."""
-        step, tested = self.trainer.gather_objects([self._selection()])[0]  # the main process has read what it wrote
+        step, tested = self.trainer.engine.gather_objects([self._selection()])[
+            0
+        ]  # the main process has read what it wrote
         if not tested:
             self.trainer.load_weights(self.log.directory / runlog.CHECKPOINTS_FOLDER / f"checkpoint-{step}")
             self._evaluate(test, runlog.TEST_SELECTED, step)
@@ -184,7 +186,9 @@ class Session(TrainerCallback):
         say(text)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.interruption.asked = self.trainer.on_any_rank(self.interruption.asked)  # ranks stop after the same step
+        self.interruption.asked = self.trainer.engine.on_any_rank(
+            self.interruption.asked
+        )  # ranks stop after the same step
         if self.interruption.asked:
             control.should_training_stop = True
             control.should_save = True

@@ -22,13 +22,13 @@ from pgpo.command.session import Session
 from pgpo.command.terminal import ignore_renamed_fields, quiet, say
 from pgpo.errors import UserError
 from pgpo.runlog import BASE_FOLDER, RUN_ID, RunLog
+from pgpo.settings.arguments import Parsed, parse
 from pgpo.tasks import Task
 from pgpo.train import checkpoint as checkpoints
-from pgpo.train.arguments import Parsed, parse
 from pgpo.train.host import Host
 from pgpo.train.trainer import PGPOTrainer
 
-# What --resume may change: how long the run goes on, and what it logs.
+# What --resume may change: the length of the run, and what it logs.
 RESUMABLE = {
     "max_steps",
     "num_train_epochs",
@@ -123,11 +123,11 @@ def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
         if source == Path(scratch) / BASE_FOLDER:
             model.name_or_path = str(directory / BASE_FOLDER)  # where it will lie; adapters note it as their base
         args.disable_tqdm = True
-        args.output_dir = scratch  # nothing is written in the run directory before all parts fit together
+        args.output_dir = scratch  # write nothing to the run directory before all arguments are checked
         host = Host(say=say, advice=lambda step: run_directory.after_a_lost_rank(directory, step, main))
         trainer = _trainer(parsed, task, model, tokenizer, host)
         args.output_dir = str(directory / runlog.CHECKPOINTS_FOLDER)
-        host.run_id = run_id = trainer.gather_objects([run_id])[0]
+        host.run_id = run_id = trainer.engine.gather_objects([run_id])[0]
         log = RunLog(directory)
         if main:
             base = Path(scratch) / BASE_FOLDER

@@ -1,8 +1,8 @@
 """From graded completions to numbers with error bars.
 
-k completions of one question share its difficulty, so the question, not the completion, is the independent
-unit: each measure is first a score per question, and its interval comes from the spread of these scores: with
-equally many completions a question this is the cluster-robust standard error (Miller 2024, Adding Error Bars
+k completions of one question share its difficulty, so the question, not the completion, is the independent unit.
+Each measure is first a score per question, and its interval comes from the spread of these scores. With equally
+many completions per question this is the cluster-robust standard error (Miller 2024, Adding Error Bars
 to Evals, arXiv 2411.00640).
 """
 

@@ -57,12 +57,12 @@ def answer_text(completion: Any) -> str:
 
 
 class TransformersRunner:
-    """Samples with `model.generate`, and leaves no trace on a model in training.
+    """Samples with `model.generate`, and leaves a model in training unchanged.
 
-    The settings given here shape the distribution: what the model's own generation_config says of it (top_k,
-    penalties) is set aside. Its stops and its forbidden words hold. Restored afterwards: the RNG streams of the
+    The distribution follows the settings given here; sampling options of the model's own generation_config (top_k,
+    penalties) are ignored. Its stops and its forbidden words hold. Restored afterwards: the RNG streams of the
     CPU and of the model's CUDA devices, the train/eval mode of each module, the generation_config. The
-    key-value cache is used even where training switched it off.
+    KV cache is used even where training switched it off.
 
     The same seed gives the same completions for the same prompts, k and batch_size; another batch_size draws
     its random numbers in another order and gives other completions of the same distribution. `model` is the

@@ -12,7 +12,7 @@ probabilities, only the f of the whole batch: `Load.loss`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,3 +93,16 @@ def router_problem(model: Any) -> str | None:
                 "router_aux_loss_coef=0."
             )
     return None
+
+
+def of_all_ranks(loads: Sequence[Load], model: Any, reduce: Callable[[Tensor], Tensor]) -> Load:
+    """Sum over parts and ranks, without gradient; a rank without any part gives an empty list.
+
+    reduce: sums a tensor over ranks.
+    """
+    experts, device = model.config.get_text_config().num_experts, next(model.parameters()).device
+    flat = torch.zeros(2 * experts + 1, dtype=torch.float64)
+    for each in loads:
+        flat += torch.cat([each.chosen, each.probability.detach(), each.tokens.reshape(1)]).cpu()
+    chosen, probability, tokens = reduce(flat).float().to(device).split([experts, experts, 1])
+    return Load(chosen, probability, tokens.squeeze())

@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pgpo import runlog
+from pgpo.alarms import SIGNALS, WARMUP, CollapseGuard, Signal, calibrate, excesses
 from pgpo.errors import UserError
 from pgpo.study_files import accuracy_curve, run_name
-from pgpo.train.signals import SIGNALS, WARMUP, CollapseGuard, Signal, calibrate, excesses
 
 FALL = 0.05
 HORIZON = 15

@@ -39,7 +39,7 @@ MAX_POSITIONS = 256  # a hinted prompt and its completion need about 70 tokens
 
 # ---------------------------------------------------------------- the corpus (ours: mediocre student, good reader)
 
-# How often the corpus's author solves an un-hinted question rightly; otherwise a wrong path, chosen evenly.
+# How often the corpus's author answers an unhinted question correctly; otherwise a wrong path, chosen evenly.
 RELIABILITY = {"physics": 0.65, "chemistry": 0.6, "biology": 0.6, "materials": 0.65}
 HINTED_SHARE = 0.5  # of the corpus's rows
 # Of the hinted rows; copied like the others. Without them a wrong hint is overruled: .18 right instead of .03.

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pgpo.errors import UserError
+from pgpo.settings.yaml_file import read_yaml
 from pgpo.study_files import run_name
-from pgpo.train.yaml_file import read_yaml
 
 _STUDY_KEYS = {"name", "seeds", "test_k", "common", "settings", "methods", "groups", "compare", "reference", "alarms"}
 _GROUP_KEYS = {"settings", "methods", "seeds"}
@@ -184,7 +184,7 @@ def _arm(
     test_k: int,
 ) -> Arm:
     """One method in one setting, its flags parsed once; later parts override earlier ones."""
-    from pgpo.train.arguments import parse
+    from pgpo.settings.arguments import parse
 
     place = f"{setting}/{method}"
     for name in sorted(_METHOD_KEYS & (common.keys() | of_setting.keys())):

@@ -64,7 +64,7 @@ METRICS_KEPT = (
     runlog.REWARD,
     runlog.COMPLETION_LENGTH,
     runlog.GRAD_NORM,
-    # The signals of the collapse guard (train/signals.py), for the study of its alarms.
+    # The signals of the collapse guard (alarms.py), for the study of its alarms.
     runlog.CLIPPED_SHARE,
     runlog.SAMPLED_KL,
     runlog.SAMPLED_KL_WRONG,
@@ -148,7 +148,7 @@ def execute(job: Job) -> Result:
     if "base" in job:
         return _build_base(**job["base"])
     from pgpo.command.terminal import ignore_renamed_fields
-    from pgpo.train.arguments import parse
+    from pgpo.settings.arguments import parse
 
     ignore_renamed_fields()
     started = time.monotonic()

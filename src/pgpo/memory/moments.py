@@ -8,8 +8,8 @@ A step has five moments; the largest peak is the step's:
     backward   the same without the chunk, and what the first layer to be differentiated needs
     step       gradients, optimizer, teacher average
 
-Every number is counted from the code that runs, none is fitted: transformers' Llama block (activations.py),
-core/head.py (`Step._head`), forward/passes.py and train/trainer.py (`Step.teacher`), teacher/weights.py
+Every number is counted from the code, none is fitted: transformers' Llama block (activations.py),
+core/head.py (`Step._head`), forward/passes.py and train/forwards.py (`Step.teacher`), teacher/weights.py
 (parameters.py), torch's autograd and AdamW, DeepSpeed 0.19 with the config of train/zero.py (`Step._zero`).
 benchmarks/plan_accuracy.py compares them with measured peaks.
 
@@ -31,7 +31,7 @@ from pgpo.memory.activations import last_activations, layer_activations
 from pgpo.memory.parameters import REDUCE_BUCKET, gradients, static, stored_bytes, trained_parameters
 from pgpo.memory.shapes import FP32, FP64, GIB, ModelShape, TrainingSetting
 
-HELD, CACHED = 8, 4  # train.trainer._HELD, forward.passes._CACHED
+HELD, CACHED = 8, 4  # train.forwards.HELD, forward.passes._CACHED
 BUCKET = 2**26  # teacher.weights._BUCKET
 CHUNK_LOGITS = {"cpu": 20_000_000, "cuda": 160_000_000}  # core._head_chunks
 COMPILE_FROM, EAGER_LOGITS = 2**15, 2**18  # core._head_kernels, on a CPU

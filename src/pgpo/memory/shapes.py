@@ -157,7 +157,7 @@ class TrainingSetting:
 
     @property
     def packed(self) -> bool:
-        """PGPOConfig.packing: by default with flash attention on CUDA."""
+        """PGPOConfig.packing by default: with flash attention on CUDA. (Flex packs too, and is not planned.)"""
         return self.attention == "flash" and self.device == "cuda"
 
 

@@ -6,6 +6,7 @@
     experiments.py  the rows: chain, equation, claimed and true order
     kink.py         the counterexample for a law with a kink
     facts.py        numbers with closed forms: engine, noise floor, batch size, weight decay
+    trust.py        measured trust: what K estimates, what a step brings, the loop of student and teacher
     orders.py       the order measured: slopes, expansion, verdict
     figure.py       error against eta
     verify.py       `pgpo sde`: all rows

@@ -22,6 +22,7 @@ from .facts import Fact, all_facts, engine, noise_floor
 from .kink import kinked_law
 from .orders import Outcome, measure
 from .problem import FEEDBACK, PHI_1, Bandit, Law, apply_law
+from .trust import trust_facts, trust_rows
 
 ETAS = tuple(2.0**-j for j in range(3, 11))
 QUICK_ETAS = tuple(2.0**-j for j in range(4, 9))
@@ -89,7 +90,7 @@ def run(
             outcomes.append(measure(row, etas, check))
             if report is not None:
                 report(outcomes[-1])
-    facts = [*engine(law), *noise_floor()] if quick else all_facts(law)
+    facts = [*engine(law), *noise_floor()] if quick else [*all_facts(law), *trust_facts()]
     return outcomes, facts
 
 
@@ -104,6 +105,7 @@ def sections(law: Law, quick: bool) -> Iterator[tuple[list[Claim], list[Claim] |
     yield remedies(law), remedies(law, 32, fast_degree=20)
     yield smooth_cap(), smooth_cap(64)
     yield kinked_law(), kinked_law(1600, 80)
+    yield trust_rows(), None  # nothing is on a grid
 
 
 def load_law(name: str) -> Law:

@@ -120,7 +120,7 @@ class Teacher:
         """The teacher's logits [..., V], without gradient.
 
         Args:
-            forward: runs the module it is given and returns its logits. It must run THAT module: a forward that
+            forward: calls the module it is given and returns its logits. It must call THAT module: a forward that
                 closes over the student returns the student's logits. Called twice for "trust_region".
         """
         outputs = self.outputs(forward)
@@ -244,7 +244,7 @@ class Teacher:
         return masters
 
     def _publish(self, masters: Mapping[str, Tensor]) -> None:
-        """Round the averages into the parameters that run."""
+        """Round the averages into the parameters that forwards use."""
         for name, parameter in self._own_parameters().items():
             if parameter.dtype != masters[name].dtype:
                 parameter.data.copy_(masters[name])
@@ -303,7 +303,7 @@ def _run(module: nn.Module, forward: Callable[[nn.Module], T]) -> T:
 
 
 def _independent_clone(student: nn.Module, clone: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """A clone with the student's values that neither runs nor shares the student's weights."""
+    """A clone with the student's values that neither uses nor shares the student's weights."""
     module = clone(student)
     ours, theirs = _named_tensors(module), _named_tensors(student)
     _require_same_tensors("clone", ours, theirs)
@@ -482,7 +482,7 @@ def _active_adapter(model: Any, adapter: str) -> Iterator[None]:
 
 
 def reshard(module: nn.Module) -> None:
-    """Let every parameter be its shard again; a plain module stays as it is.
+    """Reshard every parameter (FSDP2); a plain module stays as it is.
 
     A root module keeps its gathered copy after a forward without backward: `parameters()` gives that copy, and what is
     written into it is lost.

@@ -1,1 +1,1 @@
-"""The drop-in trainer: the only folder that imports trl and transformers."""
+"""The drop-in trainer on TRL and transformers. Start with trainer.py."""

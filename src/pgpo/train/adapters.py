@@ -1,4 +1,4 @@
-"""Which weights and adapters a run refuses, because what it trains or what its checkpoint gives back would be wrong.
+"""Weights and adapters that a run refuses, because training or its checkpoint would be wrong.
 
 Beyond these, `teacher/weights.py` refuses what a second adapter cannot mirror, unless the teacher is the student.
 """
@@ -20,7 +20,7 @@ _NOT_DISTILLED = ("alora_invocation_tokens", "monteclora_config", "kasa_config")
 def adapter_problem(model: Any, distills: bool) -> str | None:
     """Why this model's adapter cannot be trained or saved, as a sentence; None if it can, or if it has none.
 
-    distills: student and teacher run to their hidden states, prompt and completions apart (forward/passes.py).
+    distills: forwards of student and teacher end in hidden states, prompt and completions apart (forward/passes.py).
     """
     for config in getattr(model, "peft_config", {}).values():
         if problem := _problem(model, config, distills):

@@ -1,15 +1,15 @@
-"""Checkpoints that are whole or not there: written aside, sealed, renamed; verified before they are continued.
+"""Atomic checkpoints: written aside, sealed with a manifest, renamed; verified before a run continues from one.
 
     checkpoints/.writing/checkpoint-4/    while it is written
     checkpoints/checkpoint-4/             sealed: manifest.json holds size and SHA-256 of every other file
-    checkpoints/.removing/checkpoint-2/   on its way out
+    checkpoints/.removing/checkpoint-2/   while it is removed
 
     manifest.json    {"schema": 1, "step": 4, "run": id or null, "files": {name: {"bytes": 9, "sha256": "..."}, ...}}
 
 A rename within a folder is atomic, so a process that dies at any moment leaves every `checkpoint-*` as it was or whole.
-Files and folders are flushed to the disk (fsync) before the rename, and the folder after it. What a dead process leaves
-lies under the two dotted names and is removed by `begin` and `remove_leftovers`. The hashes find what changed by
-accident (truncation, bad copies, bits); they are no signature, so no pickled code of a checkpoint is run either.
+Files and folders are flushed to the disk (fsync) before the rename, and the folder after it. What a dead process
+leaves behind is under the two dotted names; `begin` and `remove_leftovers` remove it. The hashes detect accidental
+changes (truncation, bad copies, flipped bits). They are no signature, so pickled code in a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def commit(folder: Path, step: int, run: str | None = None) -> Path:
 def rotate(folder: Path, step: int, limit: int | None, best: Path | None = None) -> None:
     """Remove checkpoints until `limit` are left (None or 0: no limit), the oldest first.
 
-    The one of `step`, just written, and `best` stay. Later ones belong to a course that was given up (they could not be
-    read when the run was resumed from an earlier one), so they go first.
+    The one of `step`, just written, and `best` stay. Later ones go first: they could not be read when the run was
+    resumed from an earlier one, so they belong to an abandoned course.
     """
     found = sorted(steps(folder), key=lambda s: (s <= step, s))
     surplus = len(found) - limit if limit and limit > 0 else 0
@@ -107,14 +107,14 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_failure(error: BaseException) -> str | None:
-    """What the disk said, if a failed write is behind the error; None for any other error.
+    """The disk's reason, if a failed write caused the error; None for any other error.
 
     Python raises OSError; Rust (safetensors, tokenizers) an error of its own with the number in its text; torch.save a
     RuntimeError without it.
     """
     seen: BaseException | None = error
     while seen is not None:
-        # A file that was looked for in vain and then done without is no reason.
+        # A missing file that the code went on without is not the cause.
         if isinstance(seen, OSError) and seen.errno and (seen is error or not isinstance(seen, FileNotFoundError)):
             return os.strerror(seen.errno)
         if number := re.search(r"\(os error (\d+)\)", str(seen)):
@@ -173,7 +173,7 @@ def problem(path: Path, run: str | None = None) -> str | None:
 def newest_whole(
     folder: Path, run: str | None = None, before: int | None = None, say: Callable[[str], Any] | None = None
 ) -> Path | None:
-    """The newest checkpoint in a folder that `problem` has nothing against; `say` is told of those that are skipped.
+    """The newest checkpoint in a folder that verifies (`problem` is None); `say` gets a sentence for each one skipped.
 
     before: a step; only older checkpoints are looked at.
     """
@@ -258,7 +258,7 @@ def _files(path: Path) -> set[str]:
 
 
 def _move_out(path: Path) -> None:
-    """Take a checkpoint's name away at once; a `checkpoint-*` that is half removed never exists."""
+    """Rename a checkpoint out of the way first, so that no `checkpoint-*` is ever half removed."""
     target = path.parent / REMOVING / path.name
     target.parent.mkdir(exist_ok=True)
     shutil.rmtree(target, ignore_errors=True)

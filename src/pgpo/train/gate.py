@@ -15,10 +15,10 @@ from pgpo.train import zero
 
 
 class StepGate:
-    """Stands before accelerate's wrapper of the optimizer, and under DeepSpeed before its engine.
+    """Replaces `step()` of accelerate's optimizer wrapper, and under DeepSpeed steps its engine.
 
-    Every training step decides what the next `optimizer.step()` does: nothing said is the plain step, `scale(rho)`
-    multiplies its update by rho, `leave_out()` lets it do nothing. The decision is used up by that step.
+    Every training step decides what the next `optimizer.step()` does: the plain step by default, an update multiplied
+    by rho after `scale(rho)`, nothing after `leave_out()`. That step consumes the decision.
 
     Args:
         weight_decay: "scaled" or "fixed", as in `pgpo.core.stepping`.
@@ -45,7 +45,7 @@ class StepGate:
         self._wrapper, self._engine, self._linear = wrapper, engine, False
         plain = wrapper.step
 
-        @functools.wraps(plain)  # a scheduler has left its mark on it
+        @functools.wraps(plain)  # keeps the scheduler's attributes
         def step(*args: Any, **kwargs: Any) -> None:
             rho, left_out = self._rho, self._left_out
             self._rho, self._left_out = None, False
@@ -71,8 +71,8 @@ class StepGate:
         self._rho = rho
 
     def leave_out(self) -> None:
-        """Let the next step do nothing, told as accelerate tells of what a gradient scaler skips: neither schedule nor
-        teacher move on. (accelerate itself misses what a scaler skips within a fused optimizer.)"""
+        """Skip the next step, and report it as accelerate reports a step that a gradient scaler skips, so that neither
+        schedule nor teacher moves. (accelerate itself misses what a scaler skips within a fused optimizer.)"""
         self._left_out = True
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -99,7 +99,7 @@ class StepGate:
         if self._engine is not None:
             zero.discard(self._engine)
         if self._wrapper.scaler is not None:
-            self._wrapper.scaler.update()  # it has seen the gradients when they were unscaled for their norm
+            self._wrapper.scaler.update()  # clipping has unscaled its gradients
 
 
 def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:

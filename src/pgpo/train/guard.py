@@ -1,4 +1,4 @@
-"""Collapse guard: what an alarm of signals.py does to a trainer.
+"""Collapse guard: what an alarm (alarms.py) does to a trainer.
 
 It freezes or rolls back the teacher, halves the steps, or rolls the whole run back.
 """
@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from pgpo.train.signals import CollapseGuard, SignalState, calibrate
+from pgpo.alarms import GUARDS, CollapseGuard, SignalState, calibrate
 
 __all__ = ["GUARDS", "GuardActions", "calibrate"]
 
-GUARDS = ("off", "warn", "freeze_teacher", "rollback_teacher", "halve_step", "rollback")
 SNAPSHOT_FILE = "pgpo_guard.pt"
 
 HALF = 0.5

@@ -1,7 +1,7 @@
 """Held-out evaluation within training: rows -> sampled ids -> what a reward function sees -> records and metrics.
 
-The sampling is the evaluation's own (`eval_*`). All else is training's: prompts, stops, decoding and rewards go through
-the same code of TRL (seam/step.py), in batches that every rank runs alike.
+Only the sampling is the evaluation's own (`eval_*`). Prompts, stops, decoding and rewards go through the same code of
+TRL as in training (seam/held_out.py), in batches of equal size on every rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import Record, Summary, summarize
 from pgpo.evaluate.run import check_ids, graded
 from pgpo.evaluate.runners import answer_text
-from pgpo.train.field_types import reason, shown
+from pgpo.settings.field_types import shown
+from pgpo.train.problems import evaluation_prompts
+from pgpo.train.prompts import Prompts
 from pgpo.train.seam import SeamTrainer
 from pgpo.train.success import weighted_sum
 from pgpo.train.user_functions import call_grader
@@ -49,11 +51,14 @@ class Outcome:
     logged: dict[str, float]
 
 
-def rows_of(data: Any, what: str = "eval_dataset") -> list[dict[str, Any]]:
+def rows_of(data: Any, prompts: Prompts, what: str = "eval_dataset") -> list[dict[str, Any]]:
     """The rows of a dataset, checked, all with the same columns.
 
+    Args:
+        prompts: judges them.
+
     Raises:
-        UserError: no rows, a row without a prompt, plain text and chat messages mixed, ids missing or repeated.
+        UserError: no rows, a row without a prompt or with one that cannot be used, ids missing or repeated.
     """
     if isinstance(data, str) or not hasattr(data, "__iter__"):
         raise UserError(f"{what} is {shown(data)}; give a dataset or a list of rows, each with a 'prompt'.")
@@ -67,17 +72,8 @@ def rows_of(data: Any, what: str = "eval_dataset") -> list[dict[str, Any]]:
                 f"row {i} of {what} has no 'prompt' ({found}); {what} needs rows, each with a 'prompt' (chat messages "
                 "or text)."
             )
-        if not isinstance(row["prompt"], (str, list)) or not row["prompt"]:
-            raise UserError(
-                f"row {i} of {what} has the prompt {shown(row['prompt'])}; give a text or a list of chat messages, or "
-                "drop the row."
-            )
-    texts = [isinstance(row["prompt"], str) for row in rows]
-    if len(set(texts)) == 2:
-        i = texts.index(not texts[0])
-        raise UserError(
-            f"{what} mixes prompts of plain text and of chat messages (rows 0 and {i}); give all in one form."
-        )
+        if (problem := prompts.problem(row["prompt"])) is not None:
+            raise UserError(f"row {i} of {what} {problem}")
     given = [row.get("id") for row in rows]
     if any(value is not None for value in given):
         if None in given:
@@ -122,9 +118,7 @@ class HeldOut:
             what = f"eval_dataset[{prefix[:-1]!r}]" if prefix else "eval_dataset"
             if isinstance(part, Iterator):
                 raise UserError(f"{what} is {shown(part)}, which can be read once only; give a list or a dataset.")
-            rows = rows_of(part.take(1) if isinstance(part, IterableDataset) else part, what)
-            for i, row in enumerate(rows):
-                self._check_prompt(row["prompt"], f"row {i} of {what}")
+            rows_of(part.take(1) if isinstance(part, IterableDataset) else part, self._prompts(), what)
 
     def _check_kind(self) -> None:
         for found, what in (
@@ -134,25 +128,8 @@ class HeldOut:
             if found:
                 raise UserError(f"held-out evaluation {what}; leave eval_dataset out, with eval_strategy='no'.")
 
-    def _check_prompt(self, prompt: Any, place: str) -> None:
-        if not isinstance(prompt, str) and not self.trainer.tokenizer.chat_template:
-            raise UserError(
-                f"{place}: the prompt is chat messages but the tokenizer has no chat template; set "
-                "tokenizer.chat_template, use an instruction-tuned model, or give prompts as plain strings."
-            )
-        try:
-            count = len(self.trainer.render(prompt))
-        except Exception as error:  # of a template, in its own words
-            raise UserError(
-                f"{place}: the prompt {shown(prompt)} cannot be rendered ({type(error).__name__}: {reason(error)}); "
-                "mend or drop the row."
-            ) from error
-        limit = self.args.max_prompt_length
-        if limit is not None and count > limit:
-            raise UserError(
-                f"{place}: the prompt has {count} tokens, more than max_prompt_length = {limit}; raise the limit or "
-                "drop the row."
-            )
+    def _prompts(self) -> Prompts:
+        return evaluation_prompts(self.trainer)
 
     def check_best_metric(self, data: Any) -> None:
         """Raises UserError if `metric_for_best_model` is not among the metrics of an evaluation."""
@@ -199,7 +176,7 @@ class HeldOut:
         if t.accelerator.is_fsdp2 and not hasattr(t.model, "reshard"):
             raise UserError("FSDP shards the model when training begins, so evaluate after it, or set eval_on_start.")
         self._check_kind()
-        rows = rows_of(data)
+        rows = rows_of(data, self._prompts())
         rank, ranks = t.accelerator.process_index, t.accelerator.num_processes
         mine = list(range(rank, len(rows), ranks))
         # Every rank takes part in every call: a short one repeats a question and drops it again.
@@ -215,14 +192,15 @@ class HeldOut:
                 logged = t.logged_by_functions()
             else:
                 rewards, logged = None, {}
-                records = self._records_of_grades(rows, places, texts)
+                told = t.told_of_thinking([rows[i] for i in places], prompts, completions, ids)
+                records = self._records_of_grades(told, places, texts)
             t.raise_together()
         found = [
             (i, record, None if rewards is None else rewards[n].tolist(), len(ids[n]), t.ended(ids[n]))
             for n, (i, record) in enumerate(zip(places, records, strict=True))
         ]
         gathered = sorted(
-            t.gather_objects(found[: len(mine) * k]), key=lambda item: item[0]
+            t.engine.gather_objects(found[: len(mine) * k]), key=lambda item: item[0]
         )  # in the order of the rows
         return Outcome(
             records=[item[1] for item in gathered],
@@ -272,9 +250,7 @@ class HeldOut:
         assert self.grade is not None
         records = []
         for n, (i, text) in enumerate(zip(places, texts, strict=True)):
-            row = identified(rows[i], i)
-            if self.trainer.opens_thinking(row["prompt"]):
-                row["thinking_opened"] = True
+            row = identified(rows[n], i)
             try:
                 grade = call_grader(self.grade, text, row, self.args.reward_timeout)
                 records.append(graded(row, n % self.args.eval_k, text, grade))
@@ -315,7 +291,7 @@ def identified(row: Row, place: int) -> dict[str, Any]:
 
 
 def _moments(mean: str, values: Tensor, deviation: str) -> dict[str, float]:
-    """Mean and standard deviation of what is not nan, as far as there are any."""
+    """Mean and standard deviation of the values that are not nan, where these suffice."""
     values = values[~values.isnan()].double()
     found = {mean: values.mean().item()} if len(values) else {}
     return found | ({deviation: values.std().item()} if len(values) > 1 else {})

@@ -1,4 +1,4 @@
-"""Who runs the trainer, as the trainer sees it."""
+"""The trainer's caller, as the trainer sees it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _print_alarm(line: Mapping[str, Any], text: str) -> None:
 
 @dataclass
 class Host:
-    """What the trainer needs from its caller and tells it. The trainer only reads it; the caller may change it.
+    """What the trainer needs from its caller and reports to it. The trainer only reads it; the caller may change it.
 
     The defaults suit a script of one's own; `pgpo train` fills all of it in for its run directory.
 
@@ -26,7 +26,7 @@ class Host:
         advice: (step) -> what to do next, the end of the sentence that names a lost rank.
         run_id: written into every checkpoint; a checkpoint with another one is not resumed.
         trusted: a checkpoint that the caller has verified, so that it is not verified again.
-        before_seal: called before a checkpoint is sealed, to put on the disk what must not be older than it.
+        before_seal: called before a checkpoint is sealed, to flush files that must not be older than it.
         watched: rows of the rollout whose tokens are kept in the trainer's `token_details`.
     """
 

@@ -1,18 +1,80 @@
-"""From the information of a step, and of the steps before it, to the multiplier rho_k: what PGPOConfig asks for."""
+"""Entropies of a step -> I_k -> rho_k, by PGPOConfig, with the state of earlier steps."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pgpo.core import EarlierInformation
+from torch import Tensor
+
+from pgpo.core import CrossFit, EarlierInformation, Information, InformationMeter
 from pgpo.errors import UserError
-from pgpo.train.config import PGPOConfig
+from pgpo.settings.config import PGPOConfig
 
 BASELINE_WEIGHT = 0.1  # ours: the running mean remembers about ten steps
+
+
+class StepSignal:
+    """The meters of a step, and the multiplier that they give.
+
+    Attributes:
+        meters: one per half-batch: two with information_source="cross_fit".
+        steps: steps with a signal so far.
+        negative_steps: those with I_k < 0.
+    """
+
+    def __init__(self, config: PGPOConfig) -> None:
+        self.config = config
+        halves = 2 if config.information_source == "cross_fit" and config.objective == "pgpo" else 1
+        self.meters = [InformationMeter(config.information_denominator) for _ in range(halves)]
+        self.multiplier = StepMultiplier(config)
+        self.steps = self.negative_steps = 0
+        self._before = self._state()
+
+    def read(
+        self, reduce: Callable[[Tensor], Tensor], step: int, total_steps: int, halves: CrossFit | None
+    ) -> tuple[Information, float]:
+        """I_k of the whole batch and rho_k of a 0-based step; the halves' gradients are balanced.
+
+        Args:
+            reduce: sums a tensor over ranks.
+
+        Raises:
+            ValueError: the information is not finite.
+        """
+        self._before = self._state()
+        try:
+            parts = [meter.summary(reduce) for meter in self.meters]
+        except ValueError:
+            if halves is not None:
+                halves.discard()
+            raise
+        information = pooled(parts, self.config.information_denominator)
+        self.steps += 1
+        self.negative_steps += information.information < 0
+        gaps = [part.information for part in parts] if halves is not None else []
+        rhos = self.multiplier(step, total_steps, information.information, gaps)
+        return information, rhos[0] if halves is None else halves.combine(*rhos)
+
+    def forget(self) -> None:
+        """Undo the latest `read`, whose step is skipped."""
+        self.negative_steps, self.steps, multiplier = self._before
+        self.multiplier.load_state_dict(multiplier)
+
+    def _state(self) -> tuple[int, int, dict[str, Any]]:
+        return self.negative_steps, self.steps, self.multiplier.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        negative, steps, multiplier = self._state()
+        return {"negative_steps": negative, "signal_steps": steps, "multiplier": multiplier}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict()`. Raises KeyError or ValueError if it was written by a run with another signal."""
+        self.negative_steps, self.steps = state["negative_steps"], state["signal_steps"]
+        self.multiplier.load_state_dict(state["multiplier"])
 
 
 class StepMultiplier:
@@ -68,6 +130,25 @@ class StepMultiplier:
     def _parts(self) -> dict[str, EarlierInformation]:
         parts = {"lag": self.lag, "baseline": self.baseline}
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def pooled(parts: Sequence[Information], denominator: str = "all") -> Information:
+    """The information of the whole batch from that of its half-batches."""
+    if len(parts) == 1:
+        return parts[0]
+    samples, hinted = sum(p.samples for p in parts), sum(p.hinted_samples for p in parts)
+
+    def mean(values: Sequence[float], weights: Sequence[int]) -> float:
+        return math.fsum(v * w for v, w in zip(values, weights)) / max(sum(weights), 1)
+
+    weights = [p.samples if denominator == "all" else p.hinted_samples for p in parts]
+    return Information(
+        information=mean([p.information for p in parts], weights),
+        student_entropy=mean([p.student_entropy for p in parts], [p.hinted_samples for p in parts]),
+        teacher_entropy=mean([p.teacher_entropy for p in parts], [p.hinted_samples for p in parts]),
+        samples=samples,
+        hinted_samples=hinted,
+    )
 
 
 def read_multipliers(path: Path, steps: int) -> list[float]:

@@ -1,16 +1,17 @@
-"""Everything that cannot work and can be known before the first step: each a sentence with its remedy.
+"""Everything that cannot work and can be known before the first step, as a sentence with a remedy.
 
-    check_inputs(...)    what the constructor got, before a model is loaded or touched
-    check_model(...)     what needs the model, the tokenizer and the trainer that TRL has made of them
+    check_inputs(...)    the constructor's arguments, before a model is loaded or changed
+    check_model(...)     what needs the model, the tokenizer and TRL's part of the trainer
     check_rows(...)      rows of a stream, when they are read
 
-All raise `UserError`, and the same one on all ranks, which all look at the same things.
+All raise `UserError`, the same one on all ranks, since all check the same data.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +23,12 @@ from pgpo.errors import UserError
 from pgpo.forward.batching import positions
 from pgpo.forward.open_model import causal_lm
 from pgpo.forward.routers import router_problem
+from pgpo.settings.config import PGPOConfig
+from pgpo.settings.field_types import shown
 from pgpo.train import zero
 from pgpo.train.adapters import adapter_problem, precision_problem
-from pgpo.train.config import PGPOConfig
-from pgpo.train.field_types import shown
 from pgpo.train.prompts import Prompts
-from pgpo.train.seam.step import function_name
+from pgpo.train.seam import Prompt, Rollout, function_name
 from pgpo.train.sharding import sharding_problem
 from pgpo.train.success import deciding
 from pgpo.train.user_functions import CONTEXT_COLUMN, FEEDBACK_ARGUMENTS, REWARD_ARGUMENTS, is_async
@@ -40,7 +41,7 @@ _CHUNK = 1000  # ours: rows decoded at a time
 
 @dataclass(frozen=True)
 class Data:
-    """A dataset as it was given, and what is known of it without reading it through.
+    """A dataset as it was given, and what is known without reading it through.
 
     Attributes:
         name: for sentences.
@@ -78,6 +79,14 @@ def read_all(eval_dataset: Any) -> list[Data]:
     return [] if eval_dataset is None else [read("eval_dataset", eval_dataset)]
 
 
+def check_arguments(cls: Any, args: Any) -> None:
+    """That the trainer's class, or a subclass of it, gets a configuration that it can use, and overrides what acts."""
+    if not isinstance(args, PGPOConfig):
+        raise UserError(f"args is a {type(args).__name__}; PGPOTrainer needs a PGPOConfig (same fields and more).")
+    if (problem := cls.unused_override(args.distills)) is not None:
+        raise UserError(problem)
+
+
 def check_inputs(
     args: PGPOConfig,
     train_dataset: Any,
@@ -86,8 +95,8 @@ def check_inputs(
     feedback_funcs: Any,
     grade: Any,
     options: Mapping[str, Any],
-) -> tuple[Data, list[Data]]:
-    """The training set and the evaluation sets, for `check_model`.
+) -> Data:
+    """The training set, for `check_model`.
 
     Args:
         options: the other keyword arguments of TRL's constructor.
@@ -117,7 +126,7 @@ def check_inputs(
         _check_columns("feedback", as_list(feedback_funcs), FEEDBACK_ARGUMENTS, [train], args)
     for data in (train, *evaluation):
         _check_column_names(data.name, data.columns, bool(environments))
-    return train, evaluation
+    return train
 
 
 def as_list(functions: Any) -> list[Any]:
@@ -264,8 +273,8 @@ def _check_column_names(name: str, found: Sequence[str], environments: bool) -> 
 # With the model -------------------------------------------------------------------------------------------------------
 
 
-def check_model(trainer: Any, train: Data, evaluation: Sequence[Data]) -> tuple[Prompts, int | None]:
-    """What prompts are judged by, and the most tokens of a teacher prompt (None = no limit).
+def check_model(trainer: Any, train: Data) -> tuple[Prompts, int | None]:
+    """The checks of prompts, and the limit of a teacher prompt in tokens (None = no limit).
 
     Args:
         trainer: a PGPOTrainer whose TRL part is complete.
@@ -295,9 +304,6 @@ def check_model(trainer: Any, train: Data, evaluation: Sequence[Data]) -> tuple[
     check_rows(prompts, train.head, 0, bool(trainer.environment_factories))
     if not train.late:
         _check_dataset(train, prompts)
-    for data in evaluation:
-        if not data.late:
-            _check_dataset(data, _prompts(trainer, hinted=False, longest=None))
     if prompts.prefilled and trainer.accelerator.is_main_process:
         trainer.host.say(
             "a prompt ends in an assistant's message: as in TRL, the chat template closes it, and the completion is a "
@@ -365,6 +371,11 @@ def _prompts(trainer: Any, hinted: bool, longest: int | None) -> Prompts:
     return Prompts(trainer.processing_class, rendering, hinted, render, limit, name)
 
 
+def evaluation_prompts(trainer: Any) -> Prompts:
+    """What prompts of held-out rows are judged by, from the first one on."""
+    return _prompts(trainer, hinted=False, longest=trainer.args.max_prompt_length)
+
+
 def _check_dataset(data: Data, prompts: Prompts) -> None:
     for i, prompt in enumerate(_column(data, "prompt")):
         if (problem := prompts.problem(prompt)) is not None:
@@ -401,3 +412,54 @@ def _column(data: Data, name: str) -> Iterator[Any]:
             yield from part[name]
     else:
         yield from (row.get(name) for row in data.dataset)
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+def check_evaluation(trainer: Any) -> None:
+    """That the held-out rows can be evaluated, and that an evaluation gives what the best checkpoint is chosen by."""
+    if trainer.eval_dataset is not None:
+        trainer.held_out_evaluation.check(trainer.eval_dataset)
+    if trainer.args.load_best_model_at_end or trainer.args.save_strategy == "best":
+        check_best_metric(trainer)
+
+
+def check_best_metric(trainer: Any) -> None:
+    """Where evaluation is PGPOTrainer's own."""
+    own = "evaluate" not in vars(trainer) and type(trainer).evaluate.__module__ == "pgpo.train.trainer"
+    if own and trainer.eval_dataset is not None:
+        trainer.held_out_evaluation.check_best_metric(trainer.eval_dataset)
+
+
+# In a step ------------------------------------------------------------------------------------------------------------
+
+
+def check_spread(trainer: Any, rollout: Rollout) -> None:
+    """That the rewards have a variance in single precision, which TRL's advantages are divided by."""
+    if math.isinf(trainer.recorded("reward_std") or 0.0):
+        largest = max(map(abs, rollout.rewards))
+        raise UserError(
+            f"at step {trainer.state.global_step + 1}: the rewards, up to {largest:.3g}, have a variance beyond single "
+            "precision, so that every advantage would be 0; divide them."
+        )
+
+
+def check_answer_prefixes(trainer: Any, prompts: Sequence[Prompt], teacher_prompts: Sequence[Prompt | None]) -> None:
+    """Student and teacher must judge a completion behind the same opening; a template may add <think> to one only."""
+    seen: dict[str, str] = {}  # siblings share prompts
+
+    def prefix(prompt: Prompt) -> str:
+        key = repr(prompt)
+        if key not in seen:
+            seen[key] = trainer.answer_prefix(prompt)
+        return seen[key]
+
+    for prompt, teacher_prompt in zip(prompts, teacher_prompts, strict=True):
+        if teacher_prompt is not None and prefix(prompt) != prefix(teacher_prompt):
+            raise UserError(
+                f"at step {trainer.state.global_step + 1}: the chat template opens the student's answer with "
+                f"{prefix(prompt)!r} and the teacher's with {prefix(teacher_prompt)!r}, so that they would judge "
+                "different texts; set a template (or chat_template_kwargs) whose opening does not depend on the "
+                f"messages, which begin with {str(prompt)[:60]!r}."
+            )

@@ -1,20 +1,20 @@
-"""Prompts that cannot be used, found before they are: what a row's prompt must be, and what a model's template takes.
+"""Checks of prompts before training: what a row's prompt must be, and what the model's chat template accepts.
 
     Prompts.problem(prompt)    the rest of a sentence that begins with the row's name; None if the prompt is in order
 
-Every row is looked at; the chat template is rendered once for each distinct shape of roles, and a row is tokenized only
-where its characters alone do not show that it is short enough.
+Every row is checked. The chat template is rendered once per distinct sequence of roles, and a row is tokenized only if
+its number of characters does not already show that it is short enough.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pgpo.errors import UserError
-from pgpo.train.field_types import reason, shown
+from pgpo.settings.field_types import reason, shown
 
 _FIRST, _SECOND = "Xq1first", "Xq2second"  # stand for a text in a rendered conversation
 _CONTROL = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,}\]")  # as templates mark turns: <|user|>, [INST]
@@ -147,7 +147,7 @@ class Prompts:
         return str(rendered)
 
     def _may_exceed(self, text: str, overhead: int) -> bool:
-        """A token has at least a byte, so that short texts need no tokenizer."""
+        """A token has at least one byte, so short texts need no tokenizer."""
         return self.limit is not None and len(text.encode(errors="replace")) + overhead > self.limit
 
     def _check_length(self, tokens: int, text: str) -> None:
@@ -271,3 +271,17 @@ def _control_marks(text: str, tokenizer: Any) -> list[str]:
     found += [(match.start(), match[0]) for match in _CONTROL.finditer(text)]
     ends_of_text = {getattr(tokenizer, f"{name}_token", None) for name in ("bos", "eos", "pad", "unk")}
     return [mark for _, mark in sorted(found) if mark not in ends_of_text]
+
+
+class Rendered:
+    """Token ids of prompts, each rendered once."""
+
+    def __init__(self, render: Callable[[Any], list[int]]) -> None:
+        self.render = render
+        self.known: dict[str, list[int]] = {}
+
+    def __call__(self, prompt: Any) -> list[int]:
+        key = repr(prompt)
+        if key not in self.known:
+            self.known[key] = self.render(prompt)
+        return self.known[key]

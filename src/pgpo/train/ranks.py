@@ -1,9 +1,9 @@
-"""Several processes: one that dies, fails or falls silent ends the job on all of them, by name.
+"""Several processes: a rank that dies, fails or falls silent ends the job on all of them, and is named.
 
     every rank, every BEAT seconds: store[own rank] = count; read the others'
     one silent for `rank_timeout` seconds, or failed: say which, and exit
 
-Without it torch waits `ddp_timeout` (half an hour) for a rank whose machine is gone, and names nobody.
+Without it torch waits `ddp_timeout` (half an hour) for a rank whose machine is gone, and does not name it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pgpo.errors import LostRankError
 
 BEAT = 2.0  # seconds; ours
 _RANKS_PER_SECOND = 32  # ours: each rank reads all others, so beats are slower in jobs of more than 64 ranks
-# Ours, seconds. Once a connection has broken, a rank that was silent for so long is the reason; and when a rank has
-# said that it failed, the others have twice as long to end by themselves.
+# Ours, seconds. After a broken connection, a rank that was silent for this long counts as its cause. When a rank has
+# reported a failure, the others have twice as long to end by themselves.
 SUSPICION = 10.0
-_STORE_TIMEOUT = 10.0  # ours: seconds that one question to the store may take
-_ADVICE_TIMEOUT = 3.0  # ours: seconds; the disk may be what is gone
+_STORE_TIMEOUT = 10.0  # ours: seconds for one request to the store
+_ADVICE_TIMEOUT = 3.0  # ours: seconds; the disk itself may be gone
 _MESSAGE = 300  # ours: characters of a failed rank's message that the others show
 
 
@@ -74,10 +74,10 @@ def watch_ranks(
 
 
 class Watch:
-    """This rank's sign of life, and what it knows of the others.
+    """This rank's heartbeat, and what it knows of the others'.
 
-    A rank's silence is counted in our own completed beats, so that neither a slow store nor a pause of this process
-    accuses anybody.
+    Silence is counted in this rank's own completed heartbeats, so that neither a slow store nor a pause of this
+    process makes another rank look dead.
 
     Args:
         connect: makes a store: `set(key, text)`, `check([keys])`, `multi_get([keys])`; its calls may block.
@@ -103,7 +103,7 @@ class Watch:
         self.keys = {other: f"pgpo/{prefix}/{other}" for other in range(world)}
         self.me = f"{socket.gethostname()}, process {os.getpid()}"
         self.answered = time.monotonic()  # when the store last did
-        self.misses = dict.fromkeys(self.keys, 0)  # rank -> our beats since its sign last changed
+        self.misses = dict.fromkeys(self.keys, 0)  # rank -> our heartbeats since its own last changed
         self.signs: dict[int, str] = {}  # rank -> "count|who", "done|who" or "failed|who|why"
         self._stopped = threading.Event()
         self._last = "done"
@@ -114,15 +114,15 @@ class Watch:
             thread.start()
 
     def stop(self, failure: str | None) -> None:
-        """Tell the others that this rank is done, or has failed, and stop watching them."""
+        """Report to the others that this rank is done, or has failed, and stop watching them."""
         if failure is not None:
             self._last = "failed"
             self.me += f"|{' '.join(failure.split())[:_MESSAGE]}"
         self._stopped.set()
         for thread in self._threads:
-            thread.join(timeout=_STORE_TIMEOUT / 2)  # a store that is gone does not hold up the end
+            thread.join(timeout=_STORE_TIMEOUT / 2)  # do not wait long for a store that is gone
         if failure is not None and self.rank == 0:
-            time.sleep(1.5 * self.beat)  # the store may go with this process: the others shall have read it
+            time.sleep(1.5 * self.beat)  # the store may end with this process; let the others read it first
 
     def explain(self) -> str | None:
         """Which rank made a collective of this one fail; waits up to 1.5 SUSPICION for it to fall silent."""
@@ -158,7 +158,7 @@ class Watch:
         return " ".join(f"{problem}; rank {self.rank} of {len(self.keys)} ends {self._advice()}".split())
 
     def exchange(self, state: str) -> None:
-        """One beat: write our sign and read those of the others."""
+        """One heartbeat: write ours and read those of the others."""
         if self.store is None:
             self.store = self.connect()
         self.store.set(self.keys[self.rank], f"{state}|{self.me}")
@@ -198,7 +198,7 @@ class Watch:
             except dist.DistNetworkError:
                 self.store = None  # the connection is gone; the store perhaps is not
             except Exception:
-                pass  # too slow this time; `answered` tells
+                pass  # too slow this time; `answered` keeps the time
             if self._stopped.wait(self.beat):
                 break
         with contextlib.suppress(Exception):
@@ -208,7 +208,7 @@ class Watch:
         before = time.monotonic()
         while not self._stopped.wait(self.beat / 2):
             now = time.monotonic()
-            if now - before > self.limit / 2:  # it was this process that stood still
+            if now - before > self.limit / 2:  # this process itself was suspended
                 self.answered = now
             before = now
             if self.look(now):

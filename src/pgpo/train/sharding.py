@@ -26,10 +26,10 @@ def sharding_problem(accelerator: Any) -> str | None:
 
 
 def shard(module: nn.Module, accelerator: Any) -> None:
-    """Shard a teacher in place by the very function, and with the wrapping policy, that will shard the student.
+    """Shard a teacher in place by the function, and with the wrapping policy, that will shard the student.
 
-    A teacher runs forward only, so the unit with its head keeps its weights until they are called back
-    (`teacher.weights.reshard`): the loss multiplies with them after the teacher's forward has returned.
+    A teacher has no backward, so the unit with its head keeps its gathered weights until `teacher.weights.reshard`: the
+    loss uses them after the teacher's forward has returned.
     """
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 

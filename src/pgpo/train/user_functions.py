@@ -1,4 +1,4 @@
-"""Calls of a user's reward and feedback functions: what they raise, return, or do for too long becomes one sentence."""
+"""Calls of a user's reward and feedback functions. A wrong result, an exception or a timeout becomes one sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Set, Sized
 from typing import Any
 
 from pgpo.errors import UserError
-from pgpo.train.field_types import reason, shown
+from pgpo.settings.field_types import reason, shown
 
 CONTEXT_COLUMN = "privileged_context"  # TRL's name: a text per row that the teacher reads as feedback
 # What TRL hands to reward functions beside the dataset's columns: a column of that name collides, or is hidden.
@@ -35,8 +35,8 @@ class _TimeUp(BaseException):
 def time_limit(seconds: float | None) -> Iterator[None]:
     """Raise _TimeUp inside the block after so many seconds, and again every second should it be caught there.
 
-    By the alarm signal: it interrupts Python code and calls that wait (sleep, sockets, locks, processes). What it
-    cannot: a C function that computes on without returning to the interpreter; a block that sets an alarm of its own
+    It uses the alarm signal, which interrupts Python code and blocking calls (sleep, sockets, locks, processes). It
+    cannot interrupt a C function that does not return to the interpreter, nor a block that sets an alarm of its own
     (signal.alarm), which replaces this one.
 
     Raises:
@@ -63,7 +63,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
             yield
         finally:
             running = False
-    finally:  # of its own, for the alarm may ring in the line before
+    finally:  # an outer one: the alarm may still fire in the inner `finally`
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, handler)
 
@@ -111,7 +111,7 @@ async def call_async(
 
 
 def call_grader(grade: Callable[[str, Any], Any], text: str, row: Mapping[str, Any], timeout: float | None) -> Any:
-    """What a held-out grader says of one completion.
+    """A held-out grader's result for one completion.
 
     Raises:
         UserError: it raised, or took longer than `timeout` seconds.
@@ -131,7 +131,7 @@ def call_grader(grade: Callable[[str, Any], Any], text: str, row: Mapping[str, A
 def check_rewards(rewards: list[Any], what: str, place: str) -> tuple[list[float | None], str | None]:
     """Rewards as floats, and what is not finite among them (those are None then).
 
-    None passes: TRL's word for a function that does not apply to a sample. Any other number does: of Python (bool,
+    None passes: in TRL it means that the function does not apply to a sample. Any other number does: of Python (bool,
     Decimal, Fraction), numpy, or a tensor with one element.
 
     Raises:
@@ -155,7 +155,7 @@ def check_rewards(rewards: list[Any], what: str, place: str) -> tuple[list[float
 
 
 def _number(reward: Any) -> float:
-    """As float() has it, but no text; beyond a float's range it is infinite."""
+    """float(reward), but no text; beyond a float's range it is infinite."""
     if isinstance(reward, (str, bytes, bytearray)):
         raise TypeError
     try:

@@ -1,9 +1,10 @@
-"""A small Qwen3-architecture model made on the spot for science_qa: it answers in the asked format, nothing more.
+"""A small Qwen3-architecture model, made on the spot for science_qa: it knows the answer format, nothing more.
 
-No pretrained weights are needed: the tokenizer is trained on the training questions, the model supervised for a
-minute on them. Un-hinted it is shown answers with a RANDOM letter, so that it learns the format but no answer; with a
-demonstration in the prompt it is shown the demonstration's letter, so that, like a real language model, it can use a
-hint. What self-distillation then teaches it is the answer prior of the domain. It cannot learn physics.
+No pretrained weights are needed: the tokenizer is trained on the training questions, the model trained on them with
+supervision for one to three minutes. Unhinted, it is shown answers with a RANDOM letter, so that it learns the format
+but no answer; with a demonstration in the prompt it is shown the demonstration's letter, so that, like a real language
+model, it can use a hint. What self-distillation then teaches it is the answer prior of the domain. It cannot learn
+physics.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pgpo.errors import UserError
 from pgpo.tasks import Row
 from pgpo.teacher import build_contexts
 
-# All ours: small enough for a minute or two on one core, large enough to copy a letter from a demonstration.
+# All ours: small enough for one to three minutes on a core, large enough to copy a letter from a demonstration.
 VOCABULARY, HIDDEN, LAYERS, STEPS, BATCH, LEARNING_RATE = 1024, 128, 2, 350, 16, 3e-3
 MAX_PROMPT = 540  # tokens without a hint; longer questions are left out of the warm start
 # The letter is one token of thirty: without a weight, copying it is not learned in time (measured: 300 steps at

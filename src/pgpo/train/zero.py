@@ -1,10 +1,10 @@
-"""DeepSpeed's ZeRO stages 2 and 3, as far as they differ from a plain optimizer.
+"""DeepSpeed's ZeRO stages 2 and 3, where they differ from a plain optimizer.
 
 Each rank holds 1/N of gradient and optimizer, in stage 3 also of the student's weights; the teacher is whole on each.
 
-accelerate steps DeepSpeed's engine inside `backward()`, before rho is known. Here `backward` only adds up, and `step`
-waits until the optimizer is called, as for any other optimizer. The engine clips by its own `gradient_clipping`, which
-transformers sets to max_grad_norm.
+accelerate steps DeepSpeed's engine inside `backward()`, before rho is known. Here `backward` only accumulates, and
+`step` waits for the optimizer's call, as with any other optimizer. The engine clips by its own `gradient_clipping`,
+which transformers sets to max_grad_norm.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def gradient_norm(engine: Any) -> float:
 
 
 def discard(engine: Any) -> None:
-    """Leave the step out, told as DeepSpeed tells of an overflow: neither schedule nor teacher move on."""
+    """Skip the step, and report it as DeepSpeed reports an overflow, so that neither schedule nor teacher moves."""
     optimizer = engine.optimizer
     optimizer.zero_grad()
     for group in optimizer.averaged_gradients:

@@ -3,12 +3,19 @@
 It turns them into a handful of public hooks, so that `trainer.py` reads as the method and an upgrade of TRL is a
 change of this folder. `tests/contract/test_trl_seam.py` checks every name used here against the installed TRL.
 
-    step.py     a step: rollouts, rewards, gradient norm
-    resume.py   checkpoints: write, verify, continue
+    rollouts.py   prompts -> completions -> rewards
+    held_out.py   the same for held-out rows
+    policy.py     the policy loss, in parts
+    step.py       a step: generation, gradient, gradient norm
+    resume.py     checkpoints: write, verify, continue
+
+Each file is one link of a chain of classes, the first of which subclasses GRPOTrainer.
 """
 
+from pgpo.train.seam.policy import Scores
 from pgpo.train.seam.resume import SeamTrainer
-from pgpo.train.seam.step import MOST_SKIPS, Batch, Prompt, Rollout, Scores, nonfinite_parameter, sampling_explained
+from pgpo.train.seam.rollouts import Batch, Prompt, Rollout, function_name, nonfinite_parameter, sampling_explained
+from pgpo.train.seam.step import MOST_SKIPS
 
 __all__ = [
     "MOST_SKIPS",
@@ -17,6 +24,7 @@ __all__ = [
     "Rollout",
     "Scores",
     "SeamTrainer",
+    "function_name",
     "nonfinite_parameter",
     "sampling_explained",
 ]

@@ -20,7 +20,8 @@ from pgpo.errors import UserError
 from pgpo.teacher.weights import TEACHER_ADAPTER
 from pgpo.train import checkpoint as checkpoints
 from pgpo.train import zero
-from pgpo.train.seam.step import Rollout, StepSeam
+from pgpo.train.seam.rollouts import Rollout
+from pgpo.train.seam.step import StepSeam
 
 _OWN = "pgpo_"  # begin of the names of our own files in a checkpoint
 
@@ -119,7 +120,7 @@ class SeamTrainer(StepSeam):
             failure = checkpoints.write_failure(error)
             if failure is None:
                 raise
-        return next((f for f in self.gather_objects([failure]) if f is not None), None)
+        return next((f for f in self.engine.gather_objects([failure]) if f is not None), None)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(super()._get_output_dir(trial)) if self._scratch is None else self._scratch
@@ -221,7 +222,7 @@ class SeamTrainer(StepSeam):
                 found = [self._whole_checkpoint(resume)]
             except UserError as error:
                 found = [error]
-        result = self.gather_objects(found)[0]
+        result = self.engine.gather_objects(found)[0]
         if isinstance(result, UserError):
             raise result
         return result

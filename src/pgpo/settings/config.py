@@ -1,6 +1,6 @@
 """`PGPOConfig`: trl.GRPOConfig plus the method's numbers.
 
-The method's defaults are the paper's; batch and lengths are TRL's, so that one changed import costs what it cost.
+The method's defaults are the paper's. Batch and lengths are TRL's, so that a changed import costs no more than before.
 `PGPOConfig.paper()` has the paper's.
 
 Sources: PGPO = arXiv 2606.03620; SDPO = arXiv 2601.20802 and the settings of its public code, which PGPO follows.
@@ -11,32 +11,33 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from trl import GRPOConfig
 
+from pgpo.alarms import choose_limits
 from pgpo.core.viscosity import ExponentialLaw, SmoothExponentialLaw, linear_schedule
 from pgpo.errors import UserError
-from pgpo.train.field_types import fit, shown
-from pgpo.train.fields import refuse_unused
-from pgpo.train.rules import PARSED, check_combinations, check_values
-from pgpo.train.signals import choose_limits
+from pgpo.settings.field_types import fit, shown
+from pgpo.settings.fields import refuse_unused
+from pgpo.settings.rules import PARSED, check_combinations, check_values
+from pgpo.teacher import ContextTemplates
 
-# What one step of the paper is, and how long its texts: 256 completions of 8192 tokens, which TRL's defaults are not.
+# The paper's step, 256 completions of 8192 tokens. TRL's defaults are far smaller.
 PAPER: dict[str, Any] = {
     "prompts_per_step": 32,
     "num_generations": 8,
     "max_prompt_length": 2048,
     "max_completion_length": 8192,
 }
-# TRL's names for fields of ours, which they set.
+# TRL's name for a field -> our field, which gets its value.
 _SAME = {"num_generations_eval": "eval_k", "per_device_eval_batch_size": "eval_batch_size"}
-# What TRL says otherwise -> what we say.
+# TRL's form of a value -> ours.
 _TRANSLATED: dict[str, dict[Any, Any]] = {
     "scale_rewards": {True: "group", False: "none"},
     "max_grad_norm": {None: 0.0},
-    "top_k": {-1: 0},  # vLLM's word for all tokens
+    "top_k": {-1: 0},  # vLLM's value for all tokens
 }
 # For vLLM; transformers takes None for what the model's generation config says.
 _UNFILTERED: dict[str, dict[Any, Any]] = {"top_k": {None: 0}, "top_p": {None: 1.0}, "repetition_penalty": {None: 1.0}}
@@ -69,7 +70,7 @@ class PGPOConfig(GRPOConfig):
 
     # The method -----------------------------------------------------------------------------------------------
     objective: str = _option("pgpo", "'pgpo', or a baseline: 'sdpo' (rho = 1), 'grpo' (TRL's own loss).")
-    alpha: float = _option(1.0, "Sensitivity of Eq. 9, per nat; the paper runs 0.5, 1.0, 1.5. 0 is SDPO.")
+    alpha: float = _option(1.0, "Sensitivity of Eq. 9, per nat; the paper uses 0.5, 1.0, 1.5. 0 is SDPO.")
     rho_max: float = _option(2.0, "Cap of Eq. 9, >= 1. Not given in the paper; 2.0 is ours.")
     rho_min: float = _option(0.0, "Floor of rho in [0, 1]. 0 is the paper's formula, 1 its text (rho >= 1).")
     alpha_end: float | None = _option(None, "Linear schedule of alpha from `alpha` to this value (ours).")
@@ -104,19 +105,18 @@ class PGPOConfig(GRPOConfig):
     )
     distillation_weight: float = _option(
         1.0,
-        "Loss = this share of self-distillation + the rest of TRL's policy loss (`loss_type`) over all samples. SDPO: "
-        "1.0.",
+        "Share w of self-distillation: loss = w * distillation + (1 - w) * TRL's policy loss (`loss_type`). SDPO: 1.0.",
     )
     teacher: str = _option("ema", "'ema', 'live' (the student), 'frozen' (the initial model) or 'trust_region'.")
     teacher_rate: float = _option(0.05, "EMA rate per step, or the trust region's share of student. SDPO: 0.05.")
     watch_demonstrations: bool = _option(
-        False, "Log how likely the teacher finds a demonstration that its own prompt shows (a few short forwards)."
+        False, "Log the teacher's log-probability of demonstrations shown in its own prompt (a few short forwards)."
     )
     success_threshold: float = _option(1.0, "Reward from which a completion counts as a right solution.")
     success_reward: str | None = _option(
         None,
-        "Name of the reward function whose reward (without its weight) is compared with that; None = the only one. Or "
-        "a rule over several: 'all' must reach it, or their weighted 'sum'.",
+        "Reward function that decides what is right: its reward, unweighted, must reach success_threshold. None = the "
+        "only one. Or a rule over several: 'all' must reach it, or their weighted 'sum'.",
     )
     demonstration: str = _option("first", "Which right sibling is shown: 'first' (SDPO) or 'random' (seeded).")
     allow_own_success: bool = _option(False, "May a right completion be its own demonstration? SDPO: no.")
@@ -130,12 +130,12 @@ class PGPOConfig(GRPOConfig):
 
     # From TRL's SDPOConfig, under its names ---------------------------------------------------------------------
     use_successful_as_teacher: bool = _option(True, "May right siblings be demonstrations? False: feedback alone.")
-    teacher_sync_steps: int = _option(1, "The 'ema' teacher follows after every so many optimizer steps.")
+    teacher_sync_steps: int = _option(1, "The 'ema' teacher follows at every n-th optimizer step.")
     diagnostics_warning_interval: int = _option(
         10,
-        "Warn again after so many steps in a row with equal rewards, or without any teacher; first after 3. 0: never.",
+        "Repeat the warning of equal rewards, or of no teacher, every so many steps; first after 3. 0: never.",
     )
-    diagnostics_flat_tolerance: float = _option(1e-8, "Standard deviation up to which rewards count as equal.")
+    diagnostics_flat_tolerance: float = _option(1e-8, "Rewards count as equal up to this standard deviation.")
 
     # Collapse guard (ours) --------------------------------------------------------------------------------------
     guard: str = _option(
@@ -145,30 +145,29 @@ class PGPOConfig(GRPOConfig):
     )
     guard_signals: str | None = _option(
         None,
-        "Signals to watch, with commas between (or a list); the first one tells the best step. None = those that suit "
-        "the objective.",
+        "Signals to watch: a list, or names with commas; the first one defines the best step. None = by the objective.",
     )
     guard_limits: str | None = _option(
         None, "JSON file {signal: limit} from healthy runs (signals.calibrate); None = values of the lab's world."
     )
-    guard_warmup: int = _option(5, "First steps that only feed the smoothing; no alarm.")
-    guard_patience: int = _option(1, "Steps in a row beyond a limit that make an alarm.")
-    guard_max_actions: int = _option(3, "After so many actions, alarms only warn.")
+    guard_warmup: int = _option(5, "Number of first steps that feed the smoothing and raise no alarm.")
+    guard_patience: int = _option(1, "Consecutive steps beyond a limit that raise an alarm.")
+    guard_max_actions: int = _option(3, "After this many actions, alarms only warn.")
 
-    # What may fail in a step (ours) -----------------------------------------------------------------------------
+    # Failures within a step (ours) -----------------------------------------------------------------------------
     on_nonfinite: str = _option(
         "stop",
         "nan or inf in rewards, signal or gradient: 'stop' before the update, or 'skip' the update (5 in a row stop).",
     )
     reward_timeout: float | None = _option(
         None,
-        "Seconds for one call of a reward or feedback function; None = no limit. It interrupts Python and waiting for "
-        "files or sockets, not a computation inside a C library.",
+        "Time limit in seconds for one call of a reward or feedback function; None = no limit. It interrupts Python "
+        "and blocking calls, not a computation inside a C library.",
     )
     rank_timeout: float = _option(
         45.0,
-        "Several processes: seconds without a sign of life after which a rank counts as dead and the job ends, naming "
-        "it; 0 = wait as long as torch does (ddp_timeout).",
+        "Several processes: seconds without a heartbeat after which a rank counts as dead and the job ends with "
+        "its name; 0 = wait as long as torch does (ddp_timeout).",
     )
 
     # Batch and lengths ----------------------------------------------------------------------------------------
@@ -178,24 +177,25 @@ class PGPOConfig(GRPOConfig):
     per_device_train_batch_size: int | None = _option(
         None, "Completions of one step on one rank; None = prompts_per_step * num_generations / ranks, else TRL's 8."
     )
-    micro_batch_size: int | None = _option(None, "At most this many completions per forward; None = no limit.")
+    micro_batch_size: int | None = _option(None, "Completions per forward, at most; None = no limit.")
     max_tokens_per_microbatch: int | None = _option(
-        16384, "At most so many tokens per forward, padding included; one row may exceed it. Ours."
+        16384, "Tokens per forward, at most, with padding; a single row may exceed it. Ours."
     )
     fused_head: bool = _option(
-        True, "Divergence and entropies from hidden states in chunks; False = the slow twin, with all logits. Ours."
+        True, "Compute divergence and entropies from hidden states in chunks; False = slow twin, all logits. Ours."
     )
     share_teacher_prompts: bool = _option(
-        True, "Run a teacher prompt that several completions share once, and let them attend to its cache. Ours."
+        True,
+        "Prefix sharing: one forward for a teacher prompt of several completions, which attend to its KV cache. Ours.",
     )
     join_siblings: bool | None = _option(
         None,
-        "Completions of one prompt behind one another in a row, kept apart by a mask, where that is cheaper; None = on "
-        "a CPU with sdpa and without packing. Needs share_teacher_prompts, and sdpa or eager attention. Ours.",
+        "Join completions of one prompt in one row, kept apart by a mask, where that is cheaper; None = on a CPU with "
+        "sdpa and without packing. Needs share_teacher_prompts, and sdpa or eager attention. Ours.",
     )
     packing: bool | None = _option(
         None,
-        "Rows of a micro-batch behind one another, without padding; None = with flash or flex attention on CUDA. Ours.",
+        "Pack the rows of a micro-batch into one, without padding; None = with flash or flex attention on CUDA. Ours.",
     )
     max_prompt_length: int | None = _option(None, "Tokens; a longer prompt is an error; None = no limit. Paper: 2048.")
     max_teacher_prompt_length: int | None = _option(
@@ -220,7 +220,7 @@ class PGPOConfig(GRPOConfig):
 
     @classmethod
     def paper(cls, output_dir: str | None = None, **overrides: Any) -> PGPOConfig:
-        """The paper's setting: its batch and lengths (`PAPER`), beside what is its anyway; overrides win."""
+        """The paper's setting: the class's defaults with its batch and lengths (`PAPER`); overrides win."""
         return cls(output_dir=output_dir, **yielding(PAPER, overrides) | overrides)
 
     def __post_init__(self) -> None:
@@ -292,6 +292,15 @@ class PGPOConfig(GRPOConfig):
     def follows_rewards(self) -> bool:
         """Whether TRL's policy loss, on advantages, is all of the loss or a part of it."""
         return not self.distills or self.distillation_weight < 1
+
+    def templates(self) -> ContextTemplates:
+        """SDPO's, with those that are given in their place."""
+        names = ("reprompt", "solution", "feedback")
+        given = {name: text for name in names if (text := getattr(self, f"{name}_template")) is not None}
+        try:
+            return replace(ContextTemplates(), **given)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def guarded_signals(self) -> dict[str, float]:
         """{signal: limit} that the guard watches; see signals.choose_limits."""

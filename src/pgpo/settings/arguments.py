@@ -16,10 +16,10 @@ from transformers import HfArgumentParser
 from trl import ModelConfig
 
 from pgpo.errors import SentenceParser, UserError
+from pgpo.settings.config import PAPER, PGPOConfig, yielding
+from pgpo.settings.field_types import fit, huge, reason, shown
+from pgpo.settings.yaml_file import read_yaml
 from pgpo.tasks import Task, load_task
-from pgpo.train.config import PAPER, PGPOConfig, yielding
-from pgpo.train.field_types import fit, huge, reason, shown
-from pgpo.train.yaml_file import read_yaml
 
 T = TypeVar("T")
 
@@ -233,6 +233,6 @@ def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the task that was chosen."""
     task = given.get("task") or RunArguments.task
     if not isinstance(task, str) or task not in PRESETS:
-        return {}  # RunArguments tells of it
+        return {}  # RunArguments refuses it
     own_model = task == "science_qa" and given.get("model_name_or_path")
     return yielding(PAPER if own_model else PRESETS[task], given)

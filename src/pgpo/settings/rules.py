@@ -1,7 +1,7 @@
 """What the values of a PGPOConfig must fulfil, as tables: ranges, choices, and combinations that cannot work.
 
-The first row that is broken is told, in one sentence. What TRL, transformers and torch would find out late, in their
-own words, or never, stands here too. Fields that would do nothing are in fields.py.
+The first rule that is broken becomes one sentence. Values that TRL, transformers or torch would reject late, or never,
+are checked here too. Fields that would do nothing are in fields.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
+from pgpo.alarms import GUARDS
 from pgpo.core.divergence import KINDS, check_divergence
 from pgpo.errors import UserError
-from pgpo.train.guard import GUARDS
 
 LOSSES = ("grpo", "sapo", "dr_grpo", "luspo", "dapo", "cispo", "vespo", "bnpo")  # of TRL's GRPO
 # Their update is not linear in lr (averages weighted by lr), or has no step() of its own to scale.
@@ -97,7 +97,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "information_denominator": ("all", "hinted"),
     "modulated_weight_decay": ("scaled", "fixed"),
     "guard": GUARDS,
-    # TRL's, which it looks at in the first step
+    # TRL's, which TRL checks in the first step only
     "loss_type": LOSSES,
     "scale_rewards": ("group", "batch", "none"),
     "importance_sampling_level": ("token", "sequence"),

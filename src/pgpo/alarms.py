@@ -4,7 +4,7 @@
     CollapseGuard     smoothed value against its own running best -> alarms
     calibrate         limits from healthy runs
 
-A signal is smoothed, s_k = .8 s_{k-1} + .2 x_k, and compared with the best value it has had: an alarm says that it has
+A signal is smoothed, s_k = .8 s_{k-1} + .2 x_k, and compared with its best value so far: an alarm means that it has
 been worse by more than its limit for `patience` steps. Smoothing, warm-up and the default limits come from a prototype
 study in the tiny language world (style variant, lr 3e-4: 8 runs with an EMA teacher, 6 of which decline, and 8 healthy
 ones with a frozen teacher). There the best alarms led the decline by a median of 2.5 steps, with 1 false alarm in 8
@@ -27,6 +27,14 @@ from typing import Any
 
 from pgpo.errors import UserError
 
+GUARDS = (
+    "off",
+    "warn",
+    "freeze_teacher",
+    "rollback_teacher",
+    "halve_step",
+    "rollback",
+)
 SMOOTHING = 0.8  # prototype study, all signals
 WARMUP = 5  # its running best starts at step 5
 MARGIN = 1.05  # its limits: the worst of the healthy runs times 1.05
@@ -115,7 +123,7 @@ class Alarm:
 
 @dataclass
 class SignalState:
-    """What one signal has done so far: all that its next alarm depends on."""
+    """The state of one signal: all that its next alarm depends on."""
 
     seen: int = 0  # finite values so far
     value: float | None = None  # smoothed
@@ -281,7 +289,7 @@ def choose_limits(
         if limit is None:
             raise UserError(
                 f"guard_signals names {name}, which has no default limit; calibrate one on healthy runs "
-                "(pgpo.train.signals.calibrate) and give the file as guard_limits."
+                "(pgpo.alarms.calibrate) and give the file as guard_limits."
             )
         limits[name] = limit
     return limits

@@ -1,4 +1,4 @@
-"""What becomes of every field that PGPOConfig takes over from trl.GRPOConfig and transformers.TrainingArguments.
+"""What happens to every field that PGPOConfig inherits from trl.GRPOConfig and transformers.TrainingArguments.
 
 One row per field (or fields of one fate) and objective: it acts, it is refused when set, or it cannot matter. "Set" is
 any value but the default. `tests/unit/test_fields.py` goes through the installed classes, so that a field which a newer
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pgpo.errors import UserError
-from pgpo.train.field_types import shown
+from pgpo.settings.field_types import shown
 
 
 @dataclass(frozen=True)
 class Fate:
-    """What becomes of a field.
+    """What happens to a field.
 
     Attributes:
         text: `acts`: the file that reads the field; `refused`: why, behind "NAME is VALUE, "; `moot`: the reason.
@@ -52,7 +52,7 @@ _CALLBACKS = _acts("transformers/trainer_callback.py")
 _OPTIMIZERS = _acts("transformers/trainer_optimizer.py")
 _SEAM = _acts("pgpo/train/seam/step.py")
 _CHECKPOINTS = _acts("pgpo/train/seam/resume.py")
-_CONFIG = _acts("pgpo/train/config.py")
+_CONFIG = _acts("pgpo/settings/config.py")
 
 _INSTEAD = "or use objective='grpo'"
 _POLICY = _refused("which self-distillation does not have", _INSTEAD)

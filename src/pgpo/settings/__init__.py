@@ -1,0 +1,1 @@
+"""The configuration of a run: fields, rules, and the way from flags and recipes to them."""

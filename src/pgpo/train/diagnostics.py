@@ -1,0 +1,52 @@
+"""Warnings when a run has nothing to learn from, as in TRL's SDPOTrainer."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+from pgpo.settings.config import PGPOConfig
+from pgpo.train.user_functions import CONTEXT_COLUMN
+
+_IN_A_ROW = 3  # ours: steps without signal after which a warning says so
+
+
+class Diagnostics:
+    """Counts generations in a row that teach nothing. say: gets the sentences."""
+
+    def __init__(self, config: PGPOConfig, say: Callable[[str], object]) -> None:
+        self.config, self.say = config, say
+        self._counts = {"flat": 0, "inactive": 0}
+
+    def flat(self, step: int, rewards: Sequence[float]) -> None:
+        """Rewards that are all alike. rewards: of all ranks, nan where there is none."""
+        found = [r for r in rewards if not math.isnan(r)]
+        value = f"{found[0]:g}" if found else "None"
+        self._warn(
+            "flat",
+            step,
+            not found or statistics.pstdev(found) <= self.config.diagnostics_flat_tolerance,
+            f"all {len(found)} rewards were {value}, so that they tell no completion from another; look at the "
+            "reward function and at how hard the questions are.",
+        )
+
+    def inactive(self, step: int, rewards: Sequence[float], active: int) -> None:
+        """active: completions with a teacher."""
+        best = max((r for r in rewards if not math.isnan(r)), default=math.nan)
+        self._warn(
+            "inactive",
+            step,
+            active == 0,
+            f"no completion had a teacher, so that nothing was learned (largest reward {best:g}, "
+            f"success_threshold = {self.config.success_threshold:g}); lower the threshold, take easier questions or "
+            f"more num_generations, or give feedback_funcs or a column {CONTEXT_COLUMN!r}.",
+        )
+
+    def _warn(self, kind: str, step: int, degenerate: bool, text: str) -> None:
+        """Warn at the third step in a row (sooner if the interval is shorter), then after every interval."""
+        count = self._counts[kind] = self._counts[kind] + 1 if degenerate else 0
+        interval = self.config.diagnostics_warning_interval
+        first = min(_IN_A_ROW, interval)
+        if interval > 0 and count >= first and (count - first) % interval == 0:
+            self.say(f"at step {step}, for {count} steps in a row: {text}")
