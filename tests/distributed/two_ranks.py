@@ -153,7 +153,7 @@ def held(tensors) -> float:
 def state(t) -> dict:
     model = t.accelerator.unwrap_model(t.model)
     with contextlib.ExitStack() as stack:
-        if t.gathers_layers and t.is_deepspeed_enabled:
+        if t.engine.gathers_layers and t.is_deepspeed_enabled:
             import deepspeed
 
             stack.enter_context(deepspeed.zero.GatheredParameters(list(model.parameters())))
@@ -328,7 +328,7 @@ def zero_skipped(zero: dict, folder: str) -> dict:
 
     options = dict(optim="adamw_torch", learning_rate=1e-2, lr_scheduler_type="linear")
     t = make(folder, reward=right, **zero | dict(on_nonfinite="skip", max_steps=4) | options)
-    backward, after = t.backward, []
+    backward, after = t.engine.backward, []
 
     def poison(model, loss, last):
         broken = t.state.global_step == 1 and t.accelerator.process_index == 1
@@ -338,7 +338,7 @@ def zero_skipped(zero: dict, folder: str) -> dict:
         def on_step_end(self, *args, **kwargs):
             after.append(zero_state(t))
 
-    t.backward = poison
+    t.engine.backward = poison
     t.add_callback(Watch())
     logs = trainer_kit.train(t)
     again = refusal(lambda: trainer_kit.train(t))
@@ -395,7 +395,7 @@ def zero_memory(zero: dict, folder: str, **options) -> dict:
 
     t.add_callback(Watch())
     if zero is ZERO2:
-        plain = t.backward
+        plain = t.engine.backward
 
         def backward(*args):
             """Also the bucket, which is there during a backward alone."""
@@ -409,7 +409,7 @@ def zero_memory(zero: dict, folder: str, **options) -> dict:
             optimizer._release_ipg_buffers = release
             found["bucket of a backward"] = size(buckets)
 
-        t.backward = backward
+        t.engine.backward = backward
     trainer_kit.train(t)
     settings = t.deepspeed._config.zero_config
     found["constants"] = (settings.reduce_bucket_size, settings.sub_group_size, settings.max_live_parameters)

@@ -86,6 +86,11 @@ def active_samples(batch: Batch) -> list[Sample]:
     return samples
 
 
+def own_samples(batch: Batch) -> dict[int, Sample]:
+    """This rank's completions with at least one token of the model's own, by their place; without a teacher."""
+    return {i: Sample(_prompt(batch, i), [], **written) for i, written in completions(batch).items()}
+
+
 def idle_sample(batch: Batch) -> Sample:
     """Any sample, for a rank that has run out of micro-batches: its loss is multiplied by zero."""
     prompt = _prompt(batch, 0)
