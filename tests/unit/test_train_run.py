@@ -38,6 +38,8 @@ samples_per_step: 3
 alpha: 1.5
 """
 TIMES = {runlog.STEP_SECONDS, runlog.GENERATION_SECONDS, runlog.UPDATE_SECONDS}
+ON_REQUEST = {runlog.DEMONSTRATION_LOGPROB, runlog.SKIPPED_SHARE, runlog.AGREEMENT, runlog.PROBES}
+ON_REQUEST |= {runlog.TRUST_RHO, runlog.TRUST_MOVED, runlog.TRUST_BUDGET, runlog.TRUST_RATIO}
 WEIGHTS, TEACHER, ADAPTER = "model.safetensors", "pgpo_teacher.safetensors", "adapter_model.safetensors"
 
 
@@ -108,7 +110,7 @@ def test_every_line_has_every_metric(whole):
     lines = read_run(whole).metrics
     assert [line[runlog.STEP] for line in lines] == [1, 2, 3, 4]
     for line in lines:
-        assert runlog.METRICS.keys() - line.keys() <= {runlog.DEMONSTRATION_LOGPROB, runlog.SKIPPED_SHARE}  # on request
+        assert runlog.METRICS.keys() - line.keys() <= ON_REQUEST
         assert line[runlog.EFFECTIVE_LR] == pytest.approx(line[runlog.RHO] * line[runlog.LEARNING_RATE])
         assert line[runlog.STEP_SECONDS] == pytest.approx(
             line[runlog.GENERATION_SECONDS] + line[runlog.UPDATE_SECONDS], abs=1e-6
@@ -303,7 +305,7 @@ def test_overwrite_replaces_the_run_and_sdpo_never_scales(whole, recipe, tmp_pat
     lines = read_run(run).metrics
     assert [line["step"] for line in lines] == [1, 2]
     assert [(line["rho"], line["alpha"]) for line in lines] == [(1.0, 0.0)] * 2
-    assert runlog.METRICS.keys() - lines[0].keys() <= {runlog.DEMONSTRATION_LOGPROB, runlog.SKIPPED_SHARE}
+    assert runlog.METRICS.keys() - lines[0].keys() <= ON_REQUEST
     assert any(line["information"] != 0.0 for line in lines)  # measured, not acted on
     assert {p.name for p in (run / "checkpoints").glob("checkpoint-*")} == {"checkpoint-2"}
     assert (run / "notes.txt").read_text() == "the user's own"

@@ -48,7 +48,7 @@ class Step:
         self.engine, self.probe = engine, probe
         self.divergence, self.information = signals
         moving = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        moments = ((p, optimizer.state[p].get(name)) for p in moving for name in _MOMENTS)
+        moments = ((p, optimizer.state.get(p, {}).get(name)) for p in moving for name in _MOMENTS)
         pairs = [(_local(p.grad), _local(moment)) for p, moment in moments if moment is not None]
         self.cosine = gradient_cosine(pairs, engine.reduce)
         self.rho = 1.0  # of the weights as they are
