@@ -200,7 +200,7 @@ def test_the_lagged_form_undoes_nothing_and_sets_the_next_rate(tmp_path):
         assert bitwise_equal(watch.new[k], watch.kept[k])
         factor = min(max(factor * (log["trust_budget"] / log["trust_moved"]) ** 0.15, 0.02), 10)
     assert factor < 0.9 and t.step_factor == pytest.approx(factor)
-    assert t.trust.teacher_rate(0.05) == 0.05
+    assert t.trust.form.teacher_rate(0.05) == 0.05
 
 
 def test_a_lagged_rate_rises_where_steps_are_short(tmp_path):
@@ -302,10 +302,10 @@ def test_a_large_vocabulary_is_measured_on_its_likely_tokens(tmp_path, monkeypat
 def test_without_a_teacher_nothing_moves_and_nothing_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(Probe, "__init__", lambda *args: pytest.fail("a probe"))
     t = trainer(tmp_path, reward=never)
-    start, state = weights(t.model), copy.deepcopy(t.trust.state_dict())
+    start, state = weights(t.model), copy.deepcopy(t.trust.form.state_dict())
     logs = train(t)
     assert bitwise_equal(start, weights(t.model)) and bitwise_equal(start, weights(t.teacher.module))
-    assert not (LOGGED | {"trust_ratio"}) & logs[0].keys() and t.trust.state_dict() == state
+    assert not (LOGGED | {"trust_ratio"}) & logs[0].keys() and t.trust.form.state_dict() == state
 
 
 def test_a_policy_loss_alone_has_no_budget_before_the_first_teacher(tmp_path):
@@ -331,7 +331,7 @@ def test_a_step_that_is_left_out_is_not_measured(tmp_path):
 
     class Note(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            states.append((copy.deepcopy(t.trust.state_dict()), weights(t.model)))
+            states.append((copy.deepcopy(t.trust.form.state_dict()), weights(t.model)))
 
     t.add_callback(Note())
     logs = train(t)

@@ -21,7 +21,7 @@ from pgpo.forward.open_model import Head
 from pgpo.forward.passes import States
 from pgpo.teacher.weights import frozen, reshard
 from pgpo.train.forwards import Forwards
-from pgpo.train.rows import Sample, idle_sample, own_places, own_samples
+from pgpo.train.rows import Sample, idle_sample, own_places, student_samples
 from pgpo.train.seam import Batch
 
 # Ours: so many of a token's most likely successors are kept from before the step, all others as one; of a vocabulary no
@@ -70,8 +70,7 @@ class Probe:
 
     def __init__(self, forwards: Forwards, batch: Batch, rows: dict[int, int]) -> None:
         self.forwards, engine = forwards, forwards.engine
-        written = own_samples(batch)
-        samples = [_cut(written[i], tokens) for i, tokens in rows.items()]
+        samples = [_cut(s, tokens) for s, tokens in zip(student_samples(batch, list(rows)), rows.values())]
         parts = batching.split([s.student_size for s in samples], forwards.limits())
         self._parts = [[samples[i] for i in part] for part in parts]
         rounds = int(engine.max(len(parts))) if engine.gathers_layers else 0

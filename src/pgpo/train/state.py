@@ -16,7 +16,7 @@ STATE_FILE = "pgpo_state.json"
 def collected(trainer: Any) -> dict[str, Any]:
     """What earlier steps left behind beside the tensors, as JSON can hold it."""
     signal = trainer.signal.state_dict()
-    trust = {} if trainer.trust is None else {"trust": trainer.trust.state_dict()}
+    trust = {} if trainer.trust is None else {"trust": trainer.trust.form.state_dict()}
     return {
         "negative_steps": signal["negative_steps"],
         "signal_steps": signal["signal_steps"],

@@ -311,7 +311,7 @@ class PGPOTrainer(SeamTrainer):
     def step_factor(self) -> float:
         """What guard and lagged trust multiply a step by, beside rho."""
         guard = 1.0 if self.guard is None else self.guard.step_factor
-        return guard if self.trust is None else guard * self.trust.factor
+        return guard if self.trust is None else guard * self.trust.form.factor
 
     def _log_step(self, information: Information, rho: float, sums: Sums, tokens: float, policy_loss: float) -> None:
         losses: dict[str, float] = {}
@@ -338,7 +338,7 @@ class PGPOTrainer(SeamTrainer):
         self.teacher_behind |= self._moves and not self.accelerator.optimizer_step_was_skipped
         if self.teacher_behind and self.state.global_step % self.args.teacher_sync_steps == 0:
             rate = self.teacher.rate
-            self.teacher.update(rate=rate if self.trust is None else self.trust.teacher_rate(rate))
+            self.teacher.update(rate=rate if self.trust is None else self.trust.form.teacher_rate(rate))
             self.teacher_behind = False
 
     # Checkpoints ----------------------------------------------------------------------------------------------------

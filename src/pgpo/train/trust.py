@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from pgpo.core import LaggedRate, MeasuredTrust, TrustBudget, gradient_cosine, kl_per_divergence
-from pgpo.teacher.weights import reshard
 from pgpo.train.config import PGPOConfig
 from pgpo.train.engine import Engine
 from pgpo.train.forwards import Forwards
 from pgpo.train.gate import torch_optimizer
 from pgpo.train.probe import Candidate, Probe, chosen
-from pgpo.train.rows import own_samples
+from pgpo.train.rows import loss_mask
 from pgpo.train.seam import Batch
+from pgpo.train.sharding import local
 
 _MOMENTS = ("exp_avg", "momentum_buffer")  # torch's names of the first moment: Adam's family, SGD's and Muon's
 
@@ -37,23 +37,24 @@ class Step:
     """An optimizer step between `watch` and `settle`.
 
     Args:
-        optimizer: the torch optimizer.
         undo: whether its weights may be moved back.
-        signals: divergence (None without a teacher) and information of the batch, nats.
+
+    Attributes:
+        divergence, information: of the batch, nats; no divergence without a teacher.
+        cosine: of the gradient with the optimizer's first moment, if it has one.
     """
 
-    def __init__(
-        self, optimizer: Any, engine: Engine, probe: Probe, undo: bool, signals: tuple[float | None, float]
-    ) -> None:
+    def __init__(self, optimizer: Any, engine: Engine, probe: Probe, undo: bool) -> None:
         self.engine, self.probe = engine, probe
-        self.divergence, self.information = signals
+        self.divergence: float | None = None
+        self.information = 0.0
         moving = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         moments = ((p, optimizer.state.get(p, {}).get(name)) for p in moving for name in _MOMENTS)
-        pairs = [(_local(p.grad), _local(moment)) for p, moment in moments if moment is not None]
+        pairs = [(local(p.grad), local(moment)) for p, moment in moments if moment is not None]
         self.cosine = gradient_cosine(pairs, engine.reduce)
         self.rho = 1.0  # of the weights as they are
         self._moving: list[Tensor] = moving if undo else []
-        self._old = [_local(p).clone() for p in self._moving]
+        self._old = [local(p).clone() for p in self._moving]
 
     @torch.no_grad()
     def slope(self, clipped: float) -> float | None:
@@ -61,10 +62,10 @@ class Step:
 
         clipped: what clipping has multiplied the gradient by.
         """
-        total = sum(
-            float((_local(p.grad).float() * (_local(p) - old).float()).sum()) for p, old in zip(self._moving, self._old)
-        )
-        total = -self.engine.sum(total) / (1 if self.engine.sharded else self.engine.ranks) / clipped
+        pairs = zip(self._moving, self._old, strict=True)
+        parts = [((local(p) - old).float() * local(p.grad).float()).sum().to(self.engine.device) for p, old in pairs]
+        here = -float(torch.stack(parts).sum()) if parts else 0.0
+        total = self.engine.sum(here) / (1 if self.engine.sharded else self.engine.ranks) / clipped
         return total if math.isfinite(total) else None
 
     @torch.no_grad()
@@ -72,7 +73,7 @@ class Step:
         """theta_old + rho (theta_new - theta_old). Exact for 0; else from where the weights are, to rounding."""
         if rho == self.rho:
             return
-        weights = [_local(p) for p in self._moving]
+        weights = [local(p) for p in self._moving]
         if rho == 0:  # new weights that are not finite go, too
             torch._foreach_copy_(weights, self._old)
         elif weights:
@@ -100,7 +101,8 @@ class Undo:
 
     def settle(self, step: Step, slope: float | None) -> dict[str, float]:
         """The numbers to log."""
-        rho, whole = self.law.propose(step.divergence, step.information, step.cosine, slope), None
+        whole = None
+        rho = self.law.propose(step.divergence, step.information, step.cosine, slope)
         while True:
             moved = step.moved(rho)
             whole = moved if rho == 1 else whole
@@ -110,9 +112,7 @@ class Undo:
                 break
         step.move(rho)
         self._clock = [self._clock[0] + rho, self._clock[1] + 1]
-        length = self.law.length
-        values = {"trust_rho": rho, "trust_moved": length.moved, "trust_budget": self.law.budget}
-        return values | {"probes": float(length.count)} | _ratio(whole, step.divergence)
+        return _numbers(rho, self.law.length.moved, self.law.budget, self.law.length.count, whole, step.divergence)
 
     def teacher_rate(self, rate: float) -> float:
         """Of the average that follows now: rate * rho, of several steps their mean."""
@@ -143,11 +143,10 @@ class Lagged:
         budget = self.correction.add(step.divergence, step.information, step.cosine)
         used, moved = self.factor, step.moved(1.0)
         self.rate.observe(budget, moved)
-        values = {"trust_rho": used, "trust_moved": moved, "trust_budget": budget, "probes": 1.0}
-        return values | _ratio(moved, step.divergence)
+        return _numbers(used, moved, budget, 1, moved, step.divergence)
 
     def teacher_rate(self, rate: float) -> float:
-        return rate
+        return rate  # the step was not shortened
 
     def state_dict(self) -> dict[str, Any]:
         return {"form": "lagged", "correction": self.correction.state_dict(), "rate": self.rate.state_dict()}
@@ -166,12 +165,6 @@ class Trust:
     def __init__(self, trainer: Any, forwards: Forwards) -> None:
         self.trainer, self.args, self.engine, self.forwards = trainer, trainer.args, trainer.engine, forwards
         self.form = FORMS[self.args.trust_form](self.args)
-        self.teacher_rate, self.state_dict = self.form.teacher_rate, self.form.state_dict
-
-    @property
-    def factor(self) -> float:
-        """What the step at work is multiplied by beforehand."""
-        return self.form.factor
 
     def watch(self, batch: Batch, divergence: float | None, information: float) -> None:
         """When the gradient is complete: have the optimizer's next step settled, unless it is left out.
@@ -179,15 +172,15 @@ class Trust:
         divergence: mean over the batch's active tokens, nats; None if there are none.
         """
         probe = Probe(self.forwards, batch, self._rows(batch))
-        reshard(self.forwards.model)
-        signals = (None if divergence is None else max(divergence, 0.0), information)
-        step = Step(torch_optimizer(self.trainer.optimizer), self.engine, probe, self.form.undo, signals)
+        step = Step(torch_optimizer(self.trainer.optimizer), self.engine, probe, self.form.undo)
+        step.divergence, step.information = None if divergence is None else max(divergence, 0.0), information
         self.trainer.gate.settle(partial(self._settle, step))
 
     def _settle(self, step: Step) -> None:
         values = self.form.settle(step, self._slope(step))
-        agreement = self.form.correction.agreement
-        for name, value in (values | {"agreement": 1.0 if agreement is None else agreement.value}).items():
+        if (agreement := self.form.correction.agreement) is not None:
+            values["agreement"] = agreement.value
+        for name, value in values.items():
             self.trainer.record(name, value)
         self.trainer.rescale_recorded("effective_lr", step.rho)
 
@@ -200,16 +193,12 @@ class Trust:
 
     def _rows(self, batch: Batch) -> dict[int, int]:
         """{place in the batch: tokens to probe} of this rank."""
-        first, group = self.trainer.last_rollout.local.start, self.trainer.num_generations
-        mine = {first + int(batch["row"][i]): (i, sample) for i, sample in own_samples(batch).items()}
-        candidates = [Candidate(row, row // group, len(sample.labels)) for row, (_, sample) in mine.items()]
-        rows = chosen(
-            self.engine.gather_objects(candidates),
-            self.args.seed,
-            self.trainer.state.global_step,
-            self.args.trust_tokens,
-        )
-        return {mine[row][0]: tokens for row, tokens in rows.items() if row in mine}
+        trainer, args = self.trainer, self.args
+        first, group = trainer.last_rollout.local.start, trainer.num_generations
+        counts, rows = loss_mask(batch).sum(1).tolist(), [first + row for row in batch["row"].tolist()]
+        mine = [Candidate(row, row // group, count) for row, count in zip(rows, counts, strict=True) if count]
+        found = chosen(self.engine.gather_objects(mine), args.seed, trainer.state.global_step, args.trust_tokens)
+        return {place: found[row] for place, row in enumerate(rows) if row in found}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict()`. Raises ValueError if it is of the other form."""
@@ -220,16 +209,12 @@ class Trust:
 
 def _budget(args: PGPOConfig) -> dict[str, Any]:
     """Settings of TrustBudget."""
-    kind = kl_per_divergence(args.divergence, args.divergence_beta)
-    first = max(TrustBudget().first_fraction, args.trust_fraction)
-    return dict(fraction=args.trust_fraction, first_fraction=first, budget=args.trust_budget, kl_per_divergence=kind)
+    values = {"fraction": args.trust_fraction, "budget": args.trust_budget}
+    values["first_fraction"] = max(TrustBudget().first_fraction, args.trust_fraction)
+    return values | {"kl_per_divergence": kl_per_divergence(args.divergence, args.divergence_beta)}
 
 
-def _ratio(moved: float | None, divergence: float | None) -> dict[str, float]:
-    """K of the whole step in units of the divergence, where both are known."""
-    return {"trust_ratio": moved / divergence} if moved is not None and divergence else {}
-
-
-def _local(tensor: Any) -> Tensor:
-    """What this rank holds of a tensor that FSDP has sharded."""
-    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
+def _numbers(rho: float, moved: float, budget: float, probes: int, whole: Any, divergence: Any) -> dict[str, float]:
+    """What a form logs. whole: K of the whole step, if it was measured."""
+    values = {"trust_rho": rho, "trust_moved": moved, "trust_budget": budget, "probes": float(probes)}
+    return values | ({"trust_ratio": whole / divergence} if whole is not None and divergence else {})
