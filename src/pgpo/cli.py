@@ -161,6 +161,7 @@ def _plan(argv: list[str]) -> int:
     add("num-generations", "completions per question", type=int, metavar="N")
     add("objective", "pgpo, sdpo or grpo", choices=("pgpo", "sdpo", "grpo"))
     add("teacher", "the teacher's weights", choices=("ema", "frozen", "live"))
+    add("trust", "measured: a copy of what trains during the step", choices=("off", "measured"))
     add("lora", "adapters' rank; without it all parameters train", type=int, metavar="RANK")
     add(
         "lora-targets", "adapted matrices, with commas between, or all-linear", default="q_proj,v_proj", metavar="NAMES"

@@ -81,6 +81,12 @@ DEMONSTRATION_LOGPROB = "demonstration_logprob"
 SKIPPED_SHARE = "skipped_share"
 AUX_LOSS = "aux_loss"
 POLICY_LOSS = "policy_loss"
+TRUST_RHO = "trust_rho"
+TRUST_MOVED = "trust_moved"
+TRUST_BUDGET = "trust_budget"
+TRUST_RATIO = "trust_ratio"
+AGREEMENT = "agreement"
+PROBES = "probes"
 STEP_SECONDS = "step_seconds"
 GENERATION_SECONDS = "generation_seconds"
 UPDATE_SECONDS = "update_seconds"
@@ -118,10 +124,19 @@ METRICS: dict[str, tuple[str, str]] = {
     CLIPPED_SHARE: ("1", "share of the completions that were cut at the length limit"),
     GRAD_NORM: ("1", "global gradient norm before clipping"),
     LEARNING_RATE: ("1", "learning rate of the schedule"),
-    EFFECTIVE_LR: ("1", "learning_rate * rho (* the guard's factor), the rate that moved the parameters"),
+    EFFECTIVE_LR: (
+        "1",
+        "learning_rate * rho (* the guard's factor and trust_rho), the rate that moved the parameters",
+    ),
     NEGATIVE_INFORMATION_SHARE: ("1", "share of the steps so far with I_k < 0"),
     TRUNCATED_CONTEXTS: ("1", "share of the teacher contexts of this step that were cut at the context limit"),
     SKIPPED_SHARE: ("1", "share of the steps that were skipped for nan or inf, with on_nonfinite='skip'"),
+    TRUST_RHO: ("1", "part of the step that trust kept (undo), or what it multiplied its rate by (lagged)"),
+    TRUST_MOVED: ("nats", "K, how far the step moved the policy: mean-token KL(before || after) of what was kept"),
+    TRUST_BUDGET: ("nats", "B, how far it may: the teacher's correction times a factor that falls to a small one"),
+    TRUST_RATIO: ("1", "K of the whole step over the divergence, where the whole step was measured"),
+    AGREEMENT: ("1", "factor of the budget's root, below 1 where successive gradients disagree"),
+    PROBES: ("1", "measurements of K in the step"),
     STEP_SECONDS: ("seconds", "wall time of the step"),
     GENERATION_SECONDS: ("seconds", "part of it spent generating completions"),
     UPDATE_SECONDS: ("seconds", "part of it spent in forward, backward and optimizer"),

@@ -102,6 +102,9 @@ def test_the_cases_are_what_they_claim(one, ddp):
     for case in ("plain", "split_groups", "one_rank_without_teacher", "micro_batches"):
         assert one[case]["logs"][0]["rho"] > 1.001
     assert one["untied"]["logs"][0]["grad_norm"] > 0.1  # it is clipped
+    for case in ("trust", "trust_one_rank", "trust_lora"):
+        assert min(log["trust_rho"] for log in one[case]["logs"]) < 0.9, case  # a step is shortened
+    assert one["trust_lagged"]["logs"][2]["trust_rho"] != 1
     assert "lm_head.weight" in one["untied"]["weights"] and "lm_head.weight" not in one["plain"]["weights"]
 
 
@@ -124,7 +127,7 @@ def test_ranks_evaluate_as_one(kind, case, one, request):
 @pytest.mark.parametrize("case", CASES)
 def test_each_rank_holds_half_of_student_and_teacher(case, one, fsdp2):
     assert one[case]["held"] == [1.0] * len(one[case]["held"])
-    assert len(one[case]["held"]) == (1 if case in ("grpo", "grpo_terms", "live", "lora") else 2)
+    assert len(one[case]["held"]) == (1 if case in ("grpo", "grpo_terms", "live", "lora", "trust_lora") else 2)
     for held in zip(*(results[case]["held"] for results in fsdp2), strict=True):
         assert sum(held) == pytest.approx(1) and max(held) < 0.51
 
@@ -272,4 +275,5 @@ def test_zero_says_what_it_cannot_do(zero):
     assert "offload_optimizer_device: none" in refusals["offload"]
     assert "information_source='cross_fit'" in refusals["cross_fit"]
     assert "guard='rollback'" in refusals["rollback"]
+    assert "or use trust_form='lagged'" in refusals["undo"]
     assert "use stage 2 or FSDP2" in refusals["trust_region"]

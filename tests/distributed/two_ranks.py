@@ -93,6 +93,14 @@ CASES: dict[str, dict] = {
     "environment": dict(rollout=trainer_kit.environment_rollout, micro_batch_size=2, watch_demonstrations=True),
     "experts": dict(model=trainer_kit.build_experts, router_aux_loss_coef=0.5, micro_batch_size=3),
     "mixed": dict(distillation_weight=0.3, reward=first_half_fails, micro_batch_size=3),
+    # probes are chosen and cut among the completions of all ranks; K and the cosine are of all of them
+    "trust": dict(
+        trust="measured", trust_tokens=13, optim="adamw_torch", adam_epsilon=1e-3, learning_rate=0.1, max_steps=8
+    ),
+    "trust_one_rank": dict(trust="measured", reward=first_half_fails, micro_batch_size=3, learning_rate=5.0),
+    "trust_nobody": dict(trust="measured", reward=nobody_succeeds),
+    "trust_lora": dict(trust="measured", peft_config=lora, learning_rate=5.0, prompts_per_step=3),
+    "trust_lagged": dict(trust="measured", trust_form="lagged", micro_batch_size=2),
     # all that TRL's loss has beside its token sum, and a mean over the tokens of the batch
     "grpo_terms": dict(
         objective="grpo",
@@ -109,7 +117,8 @@ CASES: dict[str, dict] = {
     ),
 }
 
-REFUSED = {"zero2": {"cross_fit"}, "zero3": {"cross_fit", "trust_region", "lora"}}
+_UNDO = {"trust", "trust_one_rank", "trust_nobody", "trust_lora"}
+REFUSED = {"zero2": {"cross_fit", *_UNDO}, "zero3": {"cross_fit", "trust_region", "lora", *_UNDO}}
 
 
 def shard_on_cpu() -> None:
@@ -428,6 +437,7 @@ def zero_refusals(folder: str) -> dict:
         "offload": text(dict(zero_optimization=dict(stage=2, offload_optimizer=dict(device="cpu")))),
         "cross_fit": text({}, information_source="cross_fit"),
         "rollback": text({}, guard="rollback"),
+        "undo": text({}, trust="measured"),
         "trust_region": text(dict(zero_optimization=dict(stage=3)), teacher="trust_region"),
         "lora": text(dict(zero_optimization=dict(stage=3)), peft_config=lora),
     }

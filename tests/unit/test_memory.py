@@ -31,7 +31,7 @@ from pgpo.errors import UserError
 from pgpo.forward import passes
 from pgpo.memory import activations, command, moments, parameters
 from pgpo.memory.moments import Step
-from pgpo.memory.shapes import BLOCKS, GIB, MATRICES, ModelShape, TrainingSetting, fitted, read_model
+from pgpo.memory.shapes import BLOCKS, GIB, MATRICES, ModelShape, TrainingSetting, check, fitted, read_model
 from pgpo.settings.config import PAPER, PGPOConfig
 from pgpo.teacher import weights
 from pgpo.train import forwards
@@ -217,6 +217,7 @@ def test_defaults_are_the_papers_and_the_trainers():
         "num_generations",
         "objective",
         "teacher",
+        "trust",
         "fused_head",
         "gradient_checkpointing",
     ):
@@ -278,6 +279,35 @@ def test_bytes_per_parameter_that_stay():
         "teacher": 2,
         "teacher average": 4,
     }
+
+
+def test_trust_holds_a_copy_of_what_trains_during_the_step():
+    """Red if the copy is counted twice, always, or not divided by the GPUs that share it."""
+    for changes, copied in (({}, large().parameters), (dict(gpus=4, fsdp=True), large().parameters / 4)):
+        plain, trusted = (
+            Step(large(), TrainingSetting(trust=trust, device="cpu", **changes), 16_384).moments()
+            for trust in ("off", "measured")
+        )
+        more = {name: sum(trusted[name].values()) - sum(plain[name].values()) for name in plain}
+        assert more.pop("step") == 4 * copied
+        assert set(more.values()) == {0.0}
+    lora = Step(large(), TrainingSetting(trust="measured", lora=8, parameter_bytes=2), 16_384).moments()
+    adapters = parameters.adapter_parameters(large(), TrainingSetting(lora=8))
+    assert lora["step"]["weights before the step (trust)"] == 4 * adapters
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(objective="grpo"), "has none"),
+        (dict(zero=2, gpus=2), "nor under ZeRO"),
+        (dict(parameter_bytes=2), "not those of bf16"),
+        (dict(), "choose off or measured"),
+    ],
+)
+def test_trust_that_the_trainer_refuses(changes, says):
+    with pytest.raises(UserError, match=says):
+        check(large(), TrainingSetting(**dict(trust="measured" if changes else "on") | changes))
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -15,8 +15,9 @@ benchmarks/plan_accuracy.py compares them with measured peaks.
 
 Assumptions: every prompt and completion has the largest length allowed; micro-batches are full; every completion has a
 teacher; if there are several micro-batches, gradients exist already. Not planned: the second gradient of
-information_source='cross_fit', guard snapshots, a divergence over the full vocabulary with fused_head=False,
-join_siblings (off on CUDA: its rows hold more completion tokens within a budget, and have a mask).
+information_source='cross_fit', guard snapshots, the forwards of trust='measured' (a few rows without gradient), a
+divergence over the full vocabulary with fused_head=False, join_siblings (off on CUDA: its rows hold more completion
+tokens within a budget, and have a mask).
 
 Symbols: N positions of a micro-batch, H hidden size, Q = heads * head size, K the same of keys, I intermediate size,
 V vocabulary; w bytes of a parameter, c of a matmul (2 under autocast), always bytes per element.
@@ -243,6 +244,8 @@ class Step:
         if s.optimizer == "sgd":
             together = s.device == "cuda" or not s.full or s.zero is not None  # one flat tensor under ZeRO
             items["optimizer"] = items["gradients"] if together else float(s.parameter_bytes * max(m.head, m.largest))
+        if s.trust != "off":  # in the optimizer's dtype, from the end of the backward pass (train/trust.py)
+            items["weights before the step (trust)"] = items["gradients"]
         if "teacher average" in static(m, s):
             items["teacher average"] = float(min(trained_parameters(m, s), max(BUCKET, m.head)) * FP32)
         return items

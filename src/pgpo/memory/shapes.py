@@ -77,6 +77,7 @@ class TrainingSetting:
     """What memory depends on besides the model; defaults are PGPOConfig's.
 
     Attributes:
+        trust: "off" or "measured", in the form that undoes.
         lora: rank, or None to train all parameters.
         lora_targets: names of the adapted matrices (PEFT's default for these models: q_proj, v_proj).
         lora_dropout: whether the adapters' dropout is on (TRL's default rate is 0.05).
@@ -97,6 +98,7 @@ class TrainingSetting:
     num_generations: int = 8
     objective: str = "pgpo"
     teacher: str = "ema"
+    trust: str = "off"
     lora: int | None = None
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     lora_dropout: bool = True
@@ -273,6 +275,15 @@ def check(model: ModelShape, setting: TrainingSetting) -> None:
         raise UserError(
             f"a prompt of {s.max_prompt_length} tokens and a completion of {s.max_completion_length} are longer than "
             f"the {model.positions} positions of {model.name}; lower max_completion_length or max_prompt_length."
+        )
+    if s.trust not in ("off", "measured"):
+        raise UserError(f"trust is {s.trust!r}; choose off or measured.")
+    if s.trust != "off" and not s.distills:
+        raise UserError("trust is measured against a teacher, and objective='grpo' has none; choose another objective.")
+    if s.trust != "off" and (s.zero or s.trained_bytes != FP32):
+        raise UserError(
+            "trust='measured' moves fp32 weights back after a step: not those of bf16, nor under ZeRO; choose float32, "
+            "FSDP, or trust off."
         )
     if s.fsdp and s.gpus == 1:
         raise UserError("FSDP shards over several GPUs, but gpus is 1; give more, or leave FSDP out.")

@@ -68,6 +68,13 @@ SIGNAL_CHARTS = (
     SignalChart(
         "Teacher on a demonstration it is shown", "log p, nats per token", ((runlog.DEMONSTRATION_LOGPROB, ""),)
     ),
+    SignalChart(
+        "How far a step moves the policy",
+        "nats per token, log scale",
+        ((runlog.TRUST_MOVED, "moved"), (runlog.TRUST_BUDGET, "budget")),
+        log=True,
+    ),
+    SignalChart("Part of the step kept by trust", "×", ((runlog.TRUST_RHO, ""),), (1.0,)),
     SignalChart("Samples with a teacher", "share", ((runlog.ACTIVE_SHARE, ""),)),
     SignalChart("Time per step", "s", ((runlog.STEP_SECONDS, ""),)),
 )

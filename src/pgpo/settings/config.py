@@ -95,6 +95,33 @@ class PGPOConfig(GRPOConfig):
         "scaled", "Decoupled weight decay is 'scaled' by rho with lr, or 'fixed' (divided by rho)."
     )
 
+    # Measured trust (ours) --------------------------------------------------------------------------------------
+    trust: str = _option(
+        "off",
+        "'measured': a step moves the policy no further than the teacher's correction is worth, measured on a few "
+        "completions, whatever the learning rate; it multiplies rho. 'off': as far as the learning rate takes it.",
+    )
+    trust_budget: str = _option(
+        "auto",
+        "What the correction is worth: the 'divergence' to the teacher, less where its 'information' is small, or "
+        "'auto': less where the information has fallen since the first steps.",
+    )
+    trust_fraction: float = _option(
+        0.1,
+        "Length of a late step as a share of the way to the teacher, in (0, 2]; the first ones go further, up to .5.",
+    )
+    trust_form: str = _option(
+        "undo",
+        "'undo' the rest of a step that goes too far (holds a copy of what trains), or 'lagged': the next step's "
+        "learning rate follows, also upwards.",
+    )
+    trust_tokens: int = _option(
+        4096, "Completion tokens measured per step over all ranks, at most; one random completion per question."
+    )
+    trust_tolerance: float = _option(
+        1.5, "undo: a step may exceed its budget by this factor; nearer costs more forwards."
+    )
+
     # Self-distillation ----------------------------------------------------------------------------------------
     divergence: str = _option("jsd", "'jsd', 'forward_kl' (teacher||student), 'reverse_kl' or 'sampled_token'.")
     divergence_beta: float = _option(0.5, "Weight of the teacher in the JSD mixture. SDPO: 0.5.")

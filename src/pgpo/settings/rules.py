@@ -13,6 +13,7 @@ from typing import Any
 
 from pgpo.alarms import GUARDS
 from pgpo.core.divergence import KINDS, check_divergence
+from pgpo.core.trust import BUDGETS
 from pgpo.errors import UserError
 
 LOSSES = ("grpo", "sapo", "dr_grpo", "luspo", "dapo", "cispo", "vespo", "bnpo")  # of TRL's GRPO
@@ -62,6 +63,9 @@ RANGES: dict[str, Range] = {
     "rank_timeout": (lambda v: v == 0 or v >= 5, "it must be 5 seconds or more, or 0 for no limit"),
     "information_weight": (lambda v: 0 < v <= 1, "the newest step's share must lie in (0, 1]"),
     "teacher_rate": (lambda v: 0 <= v <= 1, "a share of the student must lie in [0, 1]"),
+    "trust_fraction": (lambda v: 0 < v <= 2, "it must lie in (0, 2]: no longer step brings the student nearer"),
+    "trust_tokens": _FROM_ONE,
+    "trust_tolerance": (lambda v: v > 1, "it must be above 1 (1.5 accepts a step of 1.5 times its budget)"),
     "num_generations": _FROM_ONE,
     "distillation_weight": (lambda v: 0 <= v <= 1, "a share of the loss must lie in [0, 1]"),
     "teacher_sync_steps": _FROM_ONE,
@@ -96,6 +100,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "information_baseline": ("zero", "running_mean"),
     "information_denominator": ("all", "hinted"),
     "modulated_weight_decay": ("scaled", "fixed"),
+    "trust": ("off", "measured"),
+    "trust_budget": BUDGETS,
+    "trust_form": ("undo", "lagged"),
     "guard": GUARDS,
     # TRL's, which TRL checks in the first step only
     "loss_type": LOSSES,
@@ -116,6 +123,11 @@ def _learns_alone(c: Any) -> bool:
     return c.distills and (c.feedback_mode != "never" or c.allow_own_success)
 
 
+def _set(c: Any, name: str) -> bool:
+    """Whether a field of ours has another value than its default."""
+    return bool(getattr(c, name) != getattr(type(c), name))
+
+
 def _named(value: Any, key: str) -> Any:
     """An entry of a field that may hold a mapping."""
     return value.get(key) if isinstance(value, Mapping) else None
@@ -123,6 +135,7 @@ def _named(value: Any, key: str) -> Any:
 
 # (what cannot work, the sentence); {c.x} is a field's value
 Combination = tuple[Callable[[Any], object], str]
+_TRUST_FIELDS = ("trust_budget", "trust_fraction", "trust_form", "trust_tokens", "trust_tolerance")
 COMBINATIONS: tuple[Combination, ...] = (
     (
         lambda c: c.num_generations is None,
@@ -182,6 +195,33 @@ COMBINATIONS: tuple[Combination, ...] = (
         lambda c: c.objective == "pgpo" and not _scalable(c),
         "optim is {optim!r}, whose update is not linear in the learning rate, so rho cannot act; use adamw_torch, or "
         "objective='sdpo'.",
+    ),
+    *(
+        (
+            lambda c, name=name: c.trust == "off" and _set(c, name),
+            f"{name} is {{c.{name}!r}}, but trust is 'off'; set trust='measured', or leave it out.",
+        )
+        for name in _TRUST_FIELDS
+    ),
+    (
+        lambda c: c.trust != "off" and not c.distills,
+        "trust={c.trust!r} compares a step with what the teacher corrects, and objective='grpo' has no teacher; use "
+        "'sdpo' or 'pgpo', or leave trust at 'off'.",
+    ),
+    (
+        lambda c: c.trust != "off" and c.divergence == "sampled_token",
+        "trust={c.trust!r} needs the divergence to the teacher in nats, which divergence='sampled_token' does not "
+        "give; use 'jsd', 'forward_kl' or 'reverse_kl'.",
+    ),
+    (
+        lambda c: c.trust != "off" and not _scalable(c),
+        "trust={c.trust!r} changes the length of steps, but optim={optim!r} keeps weights of its own or has a rate "
+        "that does not act in proportion; use adamw_torch.",
+    ),
+    (
+        lambda c: c.trust_form == "lagged" and _set(c, "trust_tolerance"),
+        "trust_tolerance is {c.trust_tolerance}, but trust_form='lagged' leaves every step as it is; use 'undo', or "
+        "leave it out.",
     ),
     (
         lambda c: c.num_generations == 1 and not _learns_alone(c),

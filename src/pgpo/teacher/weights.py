@@ -138,23 +138,24 @@ class Teacher:
         and requires_grad are as before afterwards, also if `forward` raises.
         """
         if self.kind == "live":
-            return [(1.0, _run(self.student, forward))]
+            return [(1.0, frozen(self.student, forward))]
         if self._adapter is None:
             assert self.module is not None
-            own = _run(self.module, forward)
+            own = frozen(self.module, forward)
         else:
             with _active_adapter(self.student, TEACHER_ADAPTER):
-                own = _run(self.student, forward)
+                own = frozen(self.student, forward)
         if self.kind != "trust_region":
             return [(1.0, own)]
-        return [(1.0 - self.rate, own), (self.rate, _run(self.student, forward))]
+        return [(1.0 - self.rate, own), (self.rate, frozen(self.student, forward))]
 
     @torch.no_grad()
-    def update(self, student: nn.Module | None = None) -> None:
+    def update(self, student: nn.Module | None = None, rate: float | None = None) -> None:
         """Let the average follow; call after every optimizer step. Does nothing for the other kinds.
 
         Args:
             student: the module to follow, by default the one given at construction. Same parameter names.
+            rate: of this time, in [0, 1]; by default the one given at construction.
 
         Raises:
             ValueError: a parameter is missing, or one trains that did not when the teacher was built.
@@ -176,7 +177,9 @@ class Teacher:
         together = 1 if any(hasattr(parameters[name], "ds_tensor") for name in names) else max(len(names), 1)
         for i in range(0, len(names), together):
             pairs = [_shards(masters[name], parameters[name]) for name in names[i : i + together]]
-            follow([average for average, _ in pairs], [target for _, target in pairs], self.rate)
+            follow(
+                [average for average, _ in pairs], [target for _, target in pairs], self.rate if rate is None else rate
+            )
         self._publish(masters)
         sources = dict(student.named_buffers())
         for name, buffer in self._own_buffers().items():
@@ -294,7 +297,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def _run(module: nn.Module, forward: Callable[[nn.Module], T]) -> T:
+def frozen(module: nn.Module, forward: Callable[[nn.Module], T]) -> T:
+    """forward(module), in eval mode and without gradient; modes are as before afterwards."""
     with torch.no_grad(), _evaluating(module):
         return forward(module)
 

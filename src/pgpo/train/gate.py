@@ -1,10 +1,10 @@
-"""The optimizer's next step: plain, scaled by rho, or left out. Nothing else replaces its `step()`."""
+"""The optimizer's next step: plain, scaled by rho, or left out; then settled. Nothing else replaces its `step()`."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ class StepGate:
     """Replaces `step()` of accelerate's optimizer wrapper, and under DeepSpeed steps its engine.
 
     Every training step decides what the next `optimizer.step()` does: the plain step by default, an update multiplied
-    by rho after `scale(rho)`, nothing after `leave_out()`. That step consumes the decision.
+    by rho after `scale(rho)`, nothing after `leave_out()`. `settle(callback)` acts on what it has done, before anything
+    else sees it. That step consumes the decision.
 
     Args:
         weight_decay: "scaled" or "fixed", as in `pgpo.core.stepping`.
@@ -34,6 +35,7 @@ class StepGate:
         self.last_rho: float | None = None
         self._rho: float | None = None
         self._left_out = False
+        self._settle: Callable[[], None] | None = None
         self._wrapper: Any = None
         self._engine: Any = None
         self._linear = False
@@ -47,8 +49,8 @@ class StepGate:
 
         @functools.wraps(plain)  # keeps the scheduler's attributes
         def step(*args: Any, **kwargs: Any) -> None:
-            rho, left_out = self._rho, self._left_out
-            self._rho, self._left_out = None, False
+            rho, left_out, settle = self._rho, self._left_out, self._settle
+            self._rho, self._left_out, self._settle = None, False, None
             wrapper._is_overflow = left_out
             if left_out:
                 self._discard()
@@ -59,16 +61,21 @@ class StepGate:
                     zero.step(engine)
             if rho is not None and not wrapper.step_was_skipped:
                 self.steps, self.last_rho = self.steps + 1, rho
+            if settle is not None and not wrapper.step_was_skipped:
+                settle()
 
         wrapper.step = step
 
     def scale(self, rho: float) -> None:
         """Multiply the next update by rho. Raises UserError if the optimizer's update is not linear in its rate."""
-        if not self._linear:
-            with _explained():
-                require_linear(self._optimizer)
-            self._linear = True
+        self._require_linear()
         self._rho = rho
+
+    def settle(self, callback: Callable[[], None]) -> None:
+        """Call it right after the next update, if there is one. Raises as `scale` does: an optimizer that is not linear
+        may hold weights of its own, which would not follow."""
+        self._require_linear()
+        self._settle = callback
 
     def leave_out(self) -> None:
         """Skip the next step, and report it as accelerate reports a step that a gradient scaler skips, so that neither
@@ -89,6 +96,12 @@ class StepGate:
         """The one whose learning rates make the update."""
         optimizer = torch_optimizer(self._wrapper)
         return optimizer if self._engine is None else zero.inner_optimizer(optimizer)
+
+    def _require_linear(self) -> None:
+        if not self._linear:
+            with _explained():
+                require_linear(self._optimizer)
+            self._linear = True
 
     @contextlib.contextmanager
     def _scaled(self, rho: float) -> Any:

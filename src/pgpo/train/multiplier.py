@@ -13,6 +13,7 @@ from torch import Tensor
 from pgpo.core import CrossFit, EarlierInformation, Information, InformationMeter
 from pgpo.errors import UserError
 from pgpo.settings.config import PGPOConfig
+from pgpo.train.rows import Sums
 
 BASELINE_WEIGHT = 0.1  # ours: the running mean remembers about ten steps
 
@@ -63,6 +64,43 @@ class StepSignal:
         """Undo the latest `read`, whose step is skipped."""
         self.negative_steps, self.steps, multiplier = self._before
         self.multiplier.load_state_dict(multiplier)
+
+    def metrics(
+        self,
+        information: Information,
+        rho: float,
+        alpha: float,
+        sums: Sums,
+        tokens: float,
+        rate: float,
+        losses: Mapping[str, float],
+    ) -> dict[str, float]:
+        """The numbers of the step that was read last, under the names of its log.
+
+        Args:
+            alpha: of Eq. 9 at this step.
+            tokens: active ones, of all ranks; without any there is nothing to measure.
+            rate: learning rate times everything that scales it.
+            losses: parts of the loss, to be logged beside the rest.
+        """
+        values = {
+            "information": information.information,
+            "rho": rho,
+            "alpha": alpha if self.config.objective == "pgpo" else 0.0,
+            "active_share": information.hinted_samples / information.samples,
+            "active_tokens": tokens,
+            "effective_lr": rate,
+            "negative_information_share": self.negative_steps / self.steps,
+            **losses,
+        }
+        if tokens:
+            values["student_entropy"] = information.student_entropy
+            values["teacher_entropy"] = information.teacher_entropy
+            values["divergence"] = sums.divergence / tokens
+            values["sampled_kl"] = sums.gap / tokens
+        if sums.wrong_tokens:
+            values["sampled_kl_wrong"] = sums.wrong_gap / sums.wrong_tokens
+        return values
 
     def _state(self) -> tuple[int, int, dict[str, Any]]:
         return self.negative_steps, self.steps, self.multiplier.state_dict()

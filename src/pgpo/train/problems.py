@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 
@@ -295,6 +296,8 @@ def check_model(trainer: Any, train: Data) -> tuple[Prompts, int | None]:
     _check_sharding(trainer)
     if (problem := adapter_problem(model, trainer.distills)) is not None:
         raise UserError(problem)
+    if trainer.args.trust != "off" and trainer.args.trust_form == "undo":
+        _check_undo(trainer)
     if trainer.aux_loss_enabled and (problem := router_problem(causal_lm(model))) is not None:
         raise UserError(problem)
     if trainer.distills and trainer.is_multimodal:
@@ -325,6 +328,24 @@ def _check_sharding(trainer: Any) -> None:
         )
     if trainer.distills and trainer.is_fsdp_enabled and (problem := sharding_problem(trainer.accelerator)) is not None:
         raise UserError(problem)
+
+
+def _check_undo(trainer: Any) -> None:
+    """That trust can move the weights back after a step."""
+    undo, instead = "trust='measured' with trust_form='undo'", "or use trust_form='lagged'"
+    if trainer.is_deepspeed_enabled:
+        raise UserError(
+            f"{undo} moves weights after the step, of which DeepSpeed keeps a copy of its own; use DDP or FSDP2, "
+            f"{instead}."
+        )
+    if trainer.is_fsdp_enabled and trainer.args.bf16:
+        return  # accelerate keeps the shards in fp32
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            raise UserError(
+                f"{undo} keeps a part of each step, which bf16 rounds away, and the weight {name} is bf16; load the "
+                f"model with dtype='float32' (bf16=True then halves the matmuls), {instead}."
+            )
 
 
 # Positions ------------------------------------------------------------------------------------------------------------

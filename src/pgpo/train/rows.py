@@ -86,6 +86,12 @@ def active_samples(batch: Batch) -> list[Sample]:
     return samples
 
 
+def student_samples(batch: Batch, rows: Sequence[int]) -> list[Sample]:
+    """Some rows of this rank, which have a token of the model's own, without a teacher."""
+    found = completions(batch, rows)
+    return [Sample(_prompt(batch, i), [], **found[i]) for i in rows]
+
+
 def idle_sample(batch: Batch) -> Sample:
     """A stand-in for a rank that has run out of micro-batches: its loss is multiplied by zero."""
     prompt = _prompt(batch, 0)
@@ -105,10 +111,12 @@ def loss_mask(batch: Batch) -> Tensor:
     return mask if "tool_mask" not in batch else mask & batch["tool_mask"].bool()
 
 
-def completions(batch: Batch) -> dict[int, dict[str, Any]]:
-    """`completion` and `own` of the rows with tokens that count, as `Sample` takes them."""
+def completions(batch: Batch, rows: Sequence[int] | None = None) -> dict[int, dict[str, Any]]:
+    """`completion` and `own` of the rows with tokens that count, as `Sample` takes them; rows None = all."""
     found: dict[int, dict[str, Any]] = {}
-    for i, mine in enumerate(loss_mask(batch)):
+    mask = loss_mask(batch)
+    for i in range(len(mask)) if rows is None else rows:
+        mine = mask[i]
         if not mine.any():
             continue
         tokens = batch["completion_mask"][i].bool()

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def sharding_problem(accelerator: Any) -> str | None:
@@ -46,3 +46,9 @@ def keep_precision(accelerator: Any) -> None:
     if plugin.mixed_precision_policy is not None:
         policy = plugin.mixed_precision_policy
         plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+
+
+def local(tensor: Any) -> Tensor:
+    """What this rank holds of a tensor, sharded or not; without gradient."""
+    held: Tensor = tensor.detach()
+    return held.to_local() if hasattr(held, "to_local") else held

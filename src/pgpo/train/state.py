@@ -1,4 +1,4 @@
-"""What a checkpoint holds beyond the Trainer's own state: the teacher, the signal, the guard and the gate."""
+"""What a checkpoint holds beyond the Trainer's own state: the teacher, the signal, the guard, the gate and trust."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ STATE_FILE = "pgpo_state.json"
 def collected(trainer: Any) -> dict[str, Any]:
     """The state of earlier steps other than tensors, as JSON."""
     signal = trainer.signal.state_dict()
+    trust = {} if trainer.trust is None else {"trust": trainer.trust.form.state_dict()}
     return {
         "negative_steps": signal["negative_steps"],
         "signal_steps": signal["signal_steps"],
@@ -24,6 +25,7 @@ def collected(trainer: Any) -> dict[str, Any]:
         "modulation": trainer.gate.state_dict(),
         "multiplier": signal["multiplier"],
         "guard": None if trainer.guard is None else trainer.guard.state_dict(),
+        **trust,
     }
 
 
@@ -52,6 +54,8 @@ def load(trainer: Any, directory: Path) -> None:
     trainer.restore(state)
     if trainer.guard is not None and state.get("guard") is not None:  # else it starts here
         trainer.guard.load(state["guard"], directory)
+    if trainer.trust is not None and "trust" in state:  # else it starts here
+        trainer.trust.load_state_dict(state["trust"])
     if trainer.teacher is not None:
         trainer.teacher.load_state_dict(_teacher(state, directory))
 

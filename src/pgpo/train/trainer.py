@@ -7,7 +7,8 @@ One optimizer step, top-down; each line is a method below, or the file that it c
     optimize      the gradient               student and teacher on the same completions (distill.py, forwards.py),
                                              and/or TRL's policy loss (policy.py)
                   the signal                 entropies of all micro-batches and ranks -> I_k -> rho_k (multiplier.py)
-                  the gate                   the optimizer's next step is scaled by rho_k (gate.py)
+                  the gate                   the optimizer's next step is scaled by rho_k (gate.py), and what of it
+                                             is kept follows from how far it moved the policy (trust.py)
     after_step    the teacher follows        (teacher/weights.py); the guard looks for alarms (guard.py)
 
 Departures from lasgroup/SDPO and from TRL's trainers are listed in docs/DEPARTURES.md.
@@ -47,6 +48,7 @@ from pgpo.train.prompts import Rendered
 from pgpo.train.rows import Sample, Sums, active_samples
 from pgpo.train.seam import Batch, Rollout, SeamTrainer
 from pgpo.train.sharding import keep_precision, shard
+from pgpo.train.trust import Trust
 from pgpo.train.user_functions import CONTEXT_COLUMN
 
 _TRL_METRICS = {"completion_length": "completions/mean_length", "clipped_share": "completions/clipped_ratio"}
@@ -105,6 +107,7 @@ class PGPOTrainer(SeamTrainer):
         self.teacher: Teacher | None = None
         self.teacher_behind = False  # whether the student has moved since the teacher followed
         self.guard: GuardActions | None = None
+        self.trust: Trust | None = None
         self._moves = False  # whether the current step has a gradient
         release(model, optimizers)
         super().__init__(
@@ -154,6 +157,8 @@ class PGPOTrainer(SeamTrainer):
         forwards = Forwards(self.model, self.teacher, self.args, self.engine, self.tokenizer.pad_token_id)
         coefficient = self.router_aux_loss_coef if self.aux_loss_enabled else None
         self.distillation = Distillation(self.args, self.engine, forwards, self.signal.meters, self.host, coefficient)
+        if self.args.trust != "off":
+            self.trust = Trust(self, forwards)
         if self.is_fsdp_enabled and self.teacher.module is not None:
             shard(self.teacher.module, self.accelerator)
 
@@ -289,6 +294,9 @@ class PGPOTrainer(SeamTrainer):
         totals = Sums(*self.engine.reduce(distilled.sums).tolist())
         if information is not None:
             self._log_step(information, rho, totals, distilled.tokens, policy_loss)
+            if self.trust is not None and self._moves:
+                divergence = totals.divergence / distilled.tokens if distilled.tokens else None
+                self.trust.watch(batch, divergence, information.information)
         return torch.tensor(share * totals.loss + (1 - share) * policy_loss, device=self.accelerator.device)
 
     def forget_step(self) -> None:
@@ -297,32 +305,19 @@ class PGPOTrainer(SeamTrainer):
 
     @property
     def step_factor(self) -> float:
-        """What the guard multiplies every step by, beside rho."""
-        return 1.0 if self.guard is None else self.guard.step_factor
+        """What guard and lagged trust multiply a step by, beside rho."""
+        guard = 1.0 if self.guard is None else self.guard.step_factor
+        return guard if self.trust is None else guard * self.trust.form.factor
 
     def _log_step(self, information: Information, rho: float, sums: Sums, tokens: float, policy_loss: float) -> None:
-        pgpo = self.args.objective == "pgpo"
-        values = {
-            "information": information.information,
-            "rho": rho,
-            "alpha": self.args.law(self.state.global_step, self.state.max_steps).alpha if pgpo else 0.0,
-            "active_share": information.hinted_samples / information.samples,
-            "active_tokens": tokens,
-            "effective_lr": self.base_learning_rate() * rho * self.step_factor,
-            "negative_information_share": self.signal.negative_steps / self.signal.steps,
-        }
+        losses: dict[str, float] = {}
         if self.aux_loss_enabled and not self.follows_rewards:  # else TRL has logged that of all rows
-            values["aux_loss"] = sums.router_loss
+            losses["aux_loss"] = sums.router_loss
         if self.follows_rewards:
-            values["policy_loss"] = policy_loss
-        if tokens:  # without any teacher there is nothing to measure
-            values["student_entropy"] = information.student_entropy
-            values["teacher_entropy"] = information.teacher_entropy
-            values["divergence"] = sums.divergence / tokens
-            values["sampled_kl"] = sums.gap / tokens
-        if sums.wrong_tokens:
-            values["sampled_kl_wrong"] = sums.wrong_gap / sums.wrong_tokens
-        for name, value in values.items():
+            losses["policy_loss"] = policy_loss
+        rate = self.base_learning_rate() * rho * self.step_factor
+        law = self.args.law(self.state.global_step, self.state.max_steps)
+        for name, value in self.signal.metrics(information, rho, law.alpha, sums, tokens, rate, losses).items():
             self.record(name, value)
 
     def after_step(self) -> None:
@@ -338,7 +333,8 @@ class PGPOTrainer(SeamTrainer):
             return
         self.teacher_behind |= self._moves and not self.accelerator.optimizer_step_was_skipped
         if self.teacher_behind and self.state.global_step % self.args.teacher_sync_steps == 0:
-            self.teacher.update()
+            rate = self.teacher.rate
+            self.teacher.update(rate=rate if self.trust is None else self.trust.form.teacher_rate(rate))
             self.teacher_behind = False
 
     # Checkpoints ----------------------------------------------------------------------------------------------------

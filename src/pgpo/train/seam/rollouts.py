@@ -151,6 +151,10 @@ class RolloutSeam(GRPOTrainer):
         """Add a scalar to the log of this training step; call it on every rank with the same value."""
         self._metrics["train"][name].append(value)
 
+    def rescale_recorded(self, name: str, factor: float) -> None:
+        """Multiply the latest scalar of this training step, as `record` took it."""
+        self._metrics["train"][name][-1] *= factor
+
     def recorded(self, name: str) -> float | None:
         """The latest scalar TRL recorded in this step, e.g. 'completions/mean_length'."""
         values = self._metrics["train"].get(name)

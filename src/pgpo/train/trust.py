@@ -1,0 +1,220 @@
+"""Measured trust in the trainer: what of an optimizer step is kept, and at what rate the next one goes.
+
+    watch     before the step: the policy on the rows to probe, the weights, the gradient's cosine
+    settle    right after it, inside the gate: K is measured, and the form acts (core/trust.py)
+
+The step that is measured is the one that the optimizer made: scaled by rho_k and the guard, clipped, weight decay
+included. Its moments are left as they are.
+
+    undo      theta <- theta_old + rho (theta_new - theta_old); holds a copy of what trains, from `watch` to `settle`
+    lagged    the next step's rate is multiplied; holds nothing, undoes nothing
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgpo.core import LaggedRate, MeasuredTrust, TrustBudget, gradient_cosine, kl_per_divergence
+from pgpo.settings.config import PGPOConfig
+from pgpo.train.engine import Engine
+from pgpo.train.forwards import Forwards
+from pgpo.train.gate import torch_optimizer
+from pgpo.train.probe import Candidate, Probe, chosen
+from pgpo.train.rows import loss_mask
+from pgpo.train.seam import Batch
+from pgpo.train.sharding import local
+
+_MOMENTS = ("exp_avg", "momentum_buffer")  # torch's names of the first moment: Adam's family, SGD's and Muon's
+
+
+class Step:
+    """An optimizer step between `watch` and `settle`.
+
+    Args:
+        undo: whether its weights may be moved back.
+
+    Attributes:
+        divergence, information: of the batch, nats; no divergence without a teacher.
+        cosine: of the gradient with the optimizer's first moment, if it has one.
+    """
+
+    def __init__(self, optimizer: Any, engine: Engine, probe: Probe, undo: bool) -> None:
+        self.engine, self.probe = engine, probe
+        self.divergence: float | None = None
+        self.information = 0.0
+        moving = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        moments = ((p, optimizer.state.get(p, {}).get(name)) for p in moving for name in _MOMENTS)
+        pairs = [(local(p.grad), local(moment)) for p, moment in moments if moment is not None]
+        self.cosine = gradient_cosine(pairs, engine.reduce)
+        self.rho = 1.0  # of the weights as they are
+        self._moving: list[Tensor] = moving if undo else []
+        self._old = [local(p).clone() for p in self._moving]
+
+    @torch.no_grad()
+    def slope(self, clipped: float) -> float | None:
+        """What the step takes off the batch's divergence at first order, nats: -<gradient before clipping, step>.
+
+        clipped: what clipping has multiplied the gradient by.
+        """
+        pairs = zip(self._moving, self._old, strict=True)
+        parts = [((local(p) - old).float() * local(p.grad).float()).sum().to(self.engine.device) for p, old in pairs]
+        here = -float(torch.stack(parts).sum()) if parts else 0.0
+        total = self.engine.sum(here) / (1 if self.engine.sharded else self.engine.ranks) / clipped
+        return total if math.isfinite(total) else None
+
+    @torch.no_grad()
+    def move(self, rho: float) -> None:
+        """theta_old + rho (theta_new - theta_old). Exact for 0; else from where the weights are, to rounding."""
+        if rho == self.rho:
+            return
+        weights = [local(p) for p in self._moving]
+        if rho == 0:  # new weights that are not finite go, too
+            torch._foreach_copy_(weights, self._old)
+        elif weights:
+            torch._foreach_sub_(weights, self._old)
+            torch._foreach_mul_(weights, rho / self.rho)
+            torch._foreach_add_(weights, self._old)
+        self.rho = rho
+
+    def moved(self, rho: float) -> float:
+        """K at rho, nats."""
+        self.move(rho)
+        return self.probe.moved() if rho > 0 else 0.0
+
+
+class Undo:
+    """Keeps the part of a step that moves the policy by the budget; the averaged teacher follows by as much."""
+
+    undo = True
+    factor = 1.0
+
+    def __init__(self, args: PGPOConfig) -> None:
+        self.law = MeasuredTrust(args.trust_tolerance, **_budget(args))
+        self.correction = self.law.correction
+        self._clock = [0.0, 0]  # sum of rho since the teacher has followed, and its steps
+
+    def settle(self, step: Step, slope: float | None) -> dict[str, float]:
+        """The numbers to log."""
+        whole = None
+        rho = self.law.propose(step.divergence, step.information, step.cosine, slope)
+        while True:
+            moved = step.moved(rho)
+            whole = moved if rho == 1 else whole
+            verdict = self.law.observe(rho, moved)
+            rho = verdict.rho
+            if verdict.accepted:
+                break
+        step.move(rho)
+        self._clock = [self._clock[0] + rho, self._clock[1] + 1]
+        return _numbers(rho, self.law.length.moved, self.law.budget, self.law.length.count, whole, step.divergence)
+
+    def teacher_rate(self, rate: float) -> float:
+        """Of the average that follows now: rate * rho, of several steps their mean."""
+        (total, steps), self._clock = self._clock, [0.0, 0]
+        return rate * total / steps if self.law.clock and steps else rate
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"form": "undo", "law": self.law.state_dict(), "clock": self._clock}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.law.load_state_dict(state["law"])
+        self._clock = state["clock"]
+
+
+class Lagged:
+    """Leaves the step; the next one's rate is multiplied by `factor`, also above 1."""
+
+    undo = False
+
+    def __init__(self, args: PGPOConfig) -> None:
+        self.correction, self.rate = TrustBudget(**_budget(args)), LaggedRate()
+
+    @property
+    def factor(self) -> float:
+        return self.rate.factor
+
+    def settle(self, step: Step, slope: float | None) -> dict[str, float]:
+        budget = self.correction.add(step.divergence, step.information, step.cosine)
+        used, moved = self.factor, step.moved(1.0)
+        self.rate.observe(budget, moved)
+        return _numbers(used, moved, budget, 1, moved, step.divergence)
+
+    def teacher_rate(self, rate: float) -> float:
+        return rate  # the step was not shortened
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"form": "lagged", "correction": self.correction.state_dict(), "rate": self.rate.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.correction.load_state_dict(state["correction"])
+        self.rate.load_state_dict(state["rate"])
+
+
+FORMS: dict[str, type[Undo] | type[Lagged]] = {"undo": Undo, "lagged": Lagged}
+
+
+class Trust:
+    """Measured trust of one trainer. Every rank must call `watch`; all take the same decision."""
+
+    def __init__(self, trainer: Any, forwards: Forwards) -> None:
+        self.trainer, self.args, self.engine, self.forwards = trainer, trainer.args, trainer.engine, forwards
+        self.form = FORMS[self.args.trust_form](self.args)
+
+    def watch(self, batch: Batch, divergence: float | None, information: float) -> None:
+        """When the gradient is complete: have the optimizer's next step settled, unless it is left out.
+
+        divergence: mean over the batch's active tokens, nats; None if there are none.
+        """
+        probe = Probe(self.forwards, batch, self._rows(batch))
+        step = Step(torch_optimizer(self.trainer.optimizer), self.engine, probe, self.form.undo)
+        step.divergence, step.information = None if divergence is None else max(divergence, 0.0), information
+        self.trainer.gate.settle(partial(self._settle, step))
+
+    def _settle(self, step: Step) -> None:
+        values = self.form.settle(step, self._slope(step))
+        if (agreement := self.form.correction.agreement) is not None:
+            values["agreement"] = agreement.value
+        for name, value in values.items():
+            self.trainer.record(name, value)
+        self.trainer.rescale_recorded("effective_lr", step.rho)
+
+    def _slope(self, step: Step) -> float | None:
+        """Where the gradient is that of the divergence alone."""
+        if not self.form.undo or self.args.follows_rewards or self.args.information_source == "cross_fit":
+            return None
+        norm, most = self.trainer.step_metrics().get("grad_norm"), self.args.max_grad_norm
+        return step.slope(min(1.0, most / (norm + 1e-6)) if norm and most else 1.0)  # as torch clips
+
+    def _rows(self, batch: Batch) -> dict[int, int]:
+        """{place in the batch: tokens to probe} of this rank."""
+        trainer, args = self.trainer, self.args
+        first, group = trainer.last_rollout.local.start, trainer.num_generations
+        counts, rows = loss_mask(batch).sum(1).tolist(), [first + row for row in batch["row"].tolist()]
+        mine = [Candidate(row, row // group, count) for row, count in zip(rows, counts, strict=True) if count]
+        found = chosen(self.engine.gather_objects(mine), args.seed, trainer.state.global_step, args.trust_tokens)
+        return {place: found[row] for place, row in enumerate(rows) if row in found}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict()`. Raises ValueError if it is of the other form."""
+        if state["form"] != self.args.trust_form:
+            raise ValueError(f"the saved trust_form is {state['form']!r}, this run's {self.args.trust_form!r}")
+        self.form.load_state_dict(state)
+
+
+def _budget(args: PGPOConfig) -> dict[str, Any]:
+    """Settings of TrustBudget."""
+    values = {"fraction": args.trust_fraction, "budget": args.trust_budget}
+    values["first_fraction"] = max(TrustBudget().first_fraction, args.trust_fraction)
+    return values | {"kl_per_divergence": kl_per_divergence(args.divergence, args.divergence_beta)}
+
+
+def _numbers(rho: float, moved: float, budget: float, probes: int, whole: Any, divergence: Any) -> dict[str, float]:
+    """What a form logs. whole: K of the whole step, if it was measured."""
+    values = {"trust_rho": rho, "trust_moved": moved, "trust_budget": budget, "probes": float(probes)}
+    return values | ({"trust_ratio": whole / divergence} if whole is not None and divergence else {})
