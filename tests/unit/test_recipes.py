@@ -319,6 +319,7 @@ def test_every_new_field_of_the_configuration_is_accounted_for() -> None:
         "diagnostics_warning_interval",
         "distillation_weight",
         "success_reward",
+        *("trust", "trust_budget", "trust_fraction", "trust_form", "trust_tokens", "trust_tolerance"),
         "micro_batch_size",
         "max_tokens_per_microbatch",
         "eval_batch_size",
