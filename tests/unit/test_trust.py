@@ -356,6 +356,22 @@ def test_the_teacher_follows_no_faster_than_the_student_moved() -> None:
     assert MeasuredTrust(clock=False).teacher_rate(0.05) == 0.05
 
 
+def test_an_assumed_step_has_the_predicted_length_and_teaches_nothing() -> None:
+    """Red if it changes the model, or leaves the teacher's clock at the step before."""
+    trust = MeasuredTrust(budget="divergence", agreement=False)
+    trust.propose(0.01, slope=0.01)
+    with pytest.raises(RuntimeError, match="before any measurement"):
+        trust.assume()
+    rho = trust.observe(1.0, 100 * trust.budget).rho
+    trust.observe(rho, trust.budget)
+    model = trust.length.state_dict()
+    rho = trust.propose(0.01, slope=0.02)  # twice the slope, half the budget: K four times, rho 1/10 / sqrt(8)
+    assert trust.assume() == rho == pytest.approx(0.1 / math.sqrt(8))
+    assert trust.teacher_rate(0.05) == 0.05 * rho and trust.length.count == 0
+    assert {**trust.length.state_dict(), "size": None} == {**model, "size": None}
+    assert MeasuredTrust().propose(None) == MeasuredTrust().length.propose(0.0) == 0.0
+
+
 def test_resume_is_the_uninterrupted_run() -> None:
     """Every step alike after a round trip through JSON, at every possible step. Red if any state is left out."""
     signals = history(seed=5, steps=24)

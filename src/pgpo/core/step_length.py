@@ -49,7 +49,7 @@ class StepLength:
             as after Adam's first step, is replaced.
 
     Attributes:
-        moved: K at the last accepted rho, nats.
+        moved: K at the last accepted rho, nats; nan if it was assumed.
         count: measurements of the last step.
     """
 
@@ -110,6 +110,17 @@ class StepLength:
         if room and len(short) == 1 and len(self._seen) < self.probes:
             return self._ask(self._longer())
         return self._accept(rho)
+
+    def assume(self) -> float:
+        """The proposed rho, taken without measuring: for a probe every n-th step. The budget is aimed at, not kept.
+
+        Raises:
+            RuntimeError: no step was measured yet, so that the proposal means nothing.
+        """
+        if self.level is None and self._budget > 0:
+            raise RuntimeError("assume() before any measurement: observe() K of a first step.")
+        self.count, self.moved = 0, math.nan
+        return self._asked
 
     def state_dict(self) -> dict[str, Any]:
         return {"exponent": self.exponent, "level": self.level, "size": self.size}
