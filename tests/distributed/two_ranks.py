@@ -171,13 +171,15 @@ def run(options: dict, folder: str) -> dict:
     t.active_samples = lambda batch: hinted.append(rows := active_rows(batch)) or rows
     t.accelerator.no_sync = lambda model: deferred.append(model) or no_sync(model)
     logs = trainer_kit.train(t)
+    # Before evaluation, which leaves the root's weights gathered until the next step.
+    shares = [held(m.parameters()) for m in (t.model, t.teacher and t.teacher.module) if m is not None]
     questions = [dict(row, id=str(i)) for i, row in enumerate(trainer_kit.dataset(5))]
     evaluation = t.held_out_evaluation.run(questions)
     return {
         **state(t),
         "evaluation": t.held_out_evaluation.metrics(evaluation),
         "logs": logs,
-        "held": [held(m.parameters()) for m in (t.model, t.teacher and t.teacher.module) if m is not None],
+        "held": shares,
         "deferred": len(deferred),
         "ranks": t.accelerator.num_processes,
         "rank": t.accelerator.process_index,

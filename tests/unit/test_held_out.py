@@ -462,7 +462,7 @@ def test_a_metric_or_grader_that_cannot_be_is_named_at_construction(tmp_path, op
         make(tmp_path, accuracy_alone, **(EVERY | options))
 
 
-def accuracy_alone(prompts, completions):  # takes no log_metric
+def accuracy_alone(prompts, completions, **kwargs):  # names no log_metric
     return [0.0] * len(prompts)
 
 
