@@ -180,12 +180,13 @@ def run(options: dict, folder: str) -> dict:
     t.active_samples = lambda batch: hinted.append(rows := active_rows(batch)) or rows
     t.accelerator.no_sync = lambda model: deferred.append(model) or no_sync(model)
     logs = trainer_kit.train(t)
+    saved = state(t)  # as a checkpoint would, which shards the teacher again
     # Before evaluation, which leaves the root's weights gathered until the next step.
     shares = [held(m.parameters()) for m in (t.model, t.teacher and t.teacher.module) if m is not None]
     questions = [dict(row, id=str(i)) for i, row in enumerate(trainer_kit.dataset(5))]
     evaluation = t.held_out_evaluation.run(questions)
     return {
-        **state(t),
+        **saved,
         "evaluation": t.held_out_evaluation.metrics(evaluation),
         "logs": logs,
         "held": shares,
