@@ -210,7 +210,7 @@ def test_a_worker_that_is_killed_costs_its_own_run_only(tmp_path: Path) -> None:
 
 def test_a_killed_study_leaves_no_worker_behind_and_goes_on(tmp_path: Path) -> None:
     script = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
 from pathlib import Path
 import test_study as t
 if __name__ == "__main__":
