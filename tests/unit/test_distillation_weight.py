@@ -33,8 +33,8 @@ def moved(path, **options):
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo"])
 @pytest.mark.parametrize("split", [{}, dict(micro_batch_size=3), dict(max_tokens_per_microbatch=40)], ids=str)
 def test_the_step_is_the_mix_of_the_two_steps(tmp_path, split, loss_type):
+    pure, told = moved(tmp_path, rollout=environment_rollout)  # which refuses a loss_type
     options = dict(loss_type=loss_type, rollout=environment_rollout)
-    pure, told = moved(tmp_path, **options)
     policy, paid = moved(tmp_path, objective="grpo", **options)
     mixed, log = moved(tmp_path, distillation_weight=0.3, **options | split)
     expected = {n: 0.3 * pure[n] + 0.7 * policy[n] for n in pure}

@@ -120,7 +120,7 @@ def fit_slope(etas: Sequence[float], errors: Sequence[float]) -> tuple[float, fl
     if n < 3:
         return slope, math.inf
     residual = sum((b - my - slope * (a - mx)) ** 2 for a, b in zip(x, y, strict=True))
-    return slope, student_t(n - 2) * math.sqrt(residual / (n - 2) / sxx)
+    return slope, round(student_t(n - 2), 3) * math.sqrt(residual / (n - 2) / sxx)
 
 
 def expansion(etas: Sequence[float], signed: Tensor) -> Tensor:
