@@ -25,7 +25,7 @@ from pgpo.train.rows import Sample, idle_sample, own_places, student_samples
 from pgpo.train.seam import Batch
 
 # Ours: so many of a token's most likely successors are kept from before the step, all others as one; of a vocabulary no
-# larger, every one. K is then too small by what moved among the others: under 1 % (docs/LOG.md).
+# larger, every one. K is then too small by what moved among the others (top-20: a thousandth, docs/LOG.md).
 KEPT_TOKENS = 256
 _CHUNK_LOGITS = 2**24  # ours: logits in fp32 at a time, 64 MiB
 
