@@ -41,7 +41,7 @@ FINAL_VALIDATION = "final_validation"  # its end
 AUC = "auc"  # its area
 FINAL = "final"  # test accuracy after the last step
 SELECTED = "selected"  # test accuracy at the step that the validation curve selects
-MEAN_RHO = "mean_rho"
+MEAN_RHO = "mean_rho"  # of what multiplied the learning rate: rho, and with measured trust the part that it kept
 NEGATIVE_INFORMATION_SHARE = "negative_information_share"
 SECONDS_PER_STEP = "seconds_per_step"
 
@@ -104,6 +104,17 @@ def write_records(path: Path, records: Mapping[str, dict[str, Any]]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def multipliers(metrics: Mapping[str, Any]) -> list[float]:
+    """What multiplied the learning rate in each step of a record: rho, times trust's part; without steps that lack one.
+
+    Args:
+        metrics: of a record, or of a run: name -> one value per step.
+    """
+    rho = metrics.get(runlog.RHO, [])
+    kept = metrics.get(runlog.TRUST_RHO, [1.0] * len(rho))
+    return [r * k for r, k in zip(rho, kept, strict=True) if r is not None and k is not None]
 
 
 # Summary --------------------------------------------------------------------------------------------------------------

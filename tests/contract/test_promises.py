@@ -57,7 +57,7 @@ def fsdp(version: int = 2, offload: Any = None) -> str | None:
 def zero(stage: int, offload: bool = False, model: Any = None, settings: Any = None, **args: Any) -> str | None:
     found = SimpleNamespace(config=settings or {}, is_offload=lambda: offload)
     plugin = SimpleNamespace(zero_stage=stage, hf_ds_config=found)
-    plain = dict(fp16=False, distills=True, teacher="ema", load_best_model_at_end=False)
+    plain = dict(fp16=False, distills=True, teacher="ema", load_best_model_at_end=False, adaptive_clip=None)
     given = SimpleNamespace(**plain | {"information_source": "same_batch"} | args)
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
     return zero_problem(model or nn.Linear(1, 1), accelerator, given)
@@ -140,6 +140,7 @@ REFUSED: dict[str, tuple[str, list[Callable[[], Any]]]] = {
         ],
     ),
     '`information_source="cross_fit"`': ("'cross_fit'", [lambda: zero(2, information_source="cross_fit")]),
+    "`adaptive_clip`": ("adaptive_clip is set", [lambda: zero(2, adaptive_clip=2.0)]),
     "`load_best_model_at_end`": ("load_best_model_at_end", [lambda: zero(2, load_best_model_at_end=True)]),
     "under ZeRO-3, LoRA with a teacher of its own": ("teacher's adapter", [lambda: zero(3, model=adapted())]),
     'under ZeRO-3, `teacher="trust_region"`': ("'trust_region'", [lambda: zero(3, teacher="trust_region")]),

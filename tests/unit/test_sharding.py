@@ -64,7 +64,12 @@ def test_accelerate_launches_zero(stage, monkeypatch):
     plugin = DeepSpeedPlugin()
     assert plugin.zero_stage == stage and plugin.deepspeed_config["gradient_clipping"] == "auto"  # max_grad_norm
     given = SimpleNamespace(
-        fp16=False, load_best_model_at_end=False, information_source="same_batch", teacher="ema", distills=True
+        fp16=False,
+        load_best_model_at_end=False,
+        adaptive_clip=None,
+        information_source="same_batch",
+        teacher="ema",
+        distills=True,
     )
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
     model = torch.nn.Linear(1, 1)

@@ -26,6 +26,7 @@ from pgpo.errors import UserError
 from pgpo.lab import study as study_module
 from pgpo.lab.plan import Arm, Study, StudyRun, read_study
 from pgpo.lab.study import (
+    arguments_of,
     check_unchanged,
     duration,
     plan,
@@ -36,7 +37,7 @@ from pgpo.lab.study import (
     write_tables,
 )
 from pgpo.runlog import lock
-from pgpo.study_files import RECORDS_FILE, read_records, write_records
+from pgpo.study_files import RECORDS_FILE, multipliers, read_records, write_records
 
 STEPS = 20
 
@@ -161,6 +162,15 @@ def test_the_learning_rate_is_multiplied_by_the_mean_rho_of_the_same_seed(tmp_pa
             mean = sum(1 + (seed + step) / 100 for step in range(STEPS)) / STEPS
             flags = job_of(tmp_path, f"{setting}/lr/seed-{seed}")
             assert float(flags["learning_rate"]) == pytest.approx(rate * mean, rel=1e-5)
+
+
+def test_what_trust_kept_is_a_multiplier_too(tmp_path: Path) -> None:
+    """rho times trust's part, for the constant rate and the shuffled one; a record of an older run has rho alone."""
+    record = {"metrics": {"rho": [1.0, 2.0, 1.5, None], "trust_rho": [0.5, 0.25, None, 1.0]}}
+    assert multipliers(record["metrics"]) == [0.5, 0.5] and multipliers({"rho": [1.2]}) == [1.2]
+    assert multipliers({}) == []
+    trust = StudyRun(arm("lr", lr_times_mean_rho_of="pgpo", learning_rate=0.01), 1)
+    assert arguments_of(trust, {"plain/pgpo/seed-1": record}, tmp_path)["learning_rate"] == 0.005
 
 
 def test_the_shuffled_multipliers_are_that_runs_own_in_a_seeded_order(tmp_path: Path) -> None:
@@ -472,11 +482,11 @@ def test_groups_are_done_one_after_the_other_each_run_once(tmp_path: Path) -> No
         ({"methods": {"a": {"lr_times_mean_rho_of": "b"}}, "compare": {}}, "needs plain/b/seed-1, which no group runs"),
         (
             {"methods": {"s": {"objective": "sdpo"}, "a": {"lr_times_mean_rho_of": "s"}}, "compare": {}},
-            "needs the multipliers of plain/s/seed-1, which is no PGPO",
+            "needs the multipliers of plain/s/seed-1, which has none",
         ),
         (
             {"methods": {"b": {"train": False}, "a": {"lr_times_mean_rho_of": "b"}}, "compare": {}},
-            "needs the multipliers of plain/b/seed-1, which is no PGPO",
+            "needs the multipliers of plain/b/seed-1, which has none",
         ),
         ({"methods": {"p": {}, "a": {"rho_shuffled_from": "p", "max_steps": 10}}, "compare": {}}, "has 10 steps"),
         (

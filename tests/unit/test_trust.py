@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgpo.core import (
+    FixedBudget,
+    KLAdaptiveRate,
     LaggedRate,
     MeasuredTrust,
     StepLength,
@@ -25,6 +27,7 @@ from pgpo.core import (
     expected_size,
     kl_moved,
     kl_per_divergence,
+    trust_budget,
 )
 from pgpo.core.trust import BUDGETS
 from tests.oracles import trust as oracle
@@ -427,6 +430,39 @@ def test_lagged_rate_settles_where_the_budget_is_spent(distance: float, p: float
         rate.observe(budget, math.exp(distance) * rate.factor**p)
     target = math.exp(-distance / p)
     assert rate.factor == pytest.approx(min(max(target, 0.02), 10.0), rel=1e-3)
+
+
+def test_lagged_factor_stays_below_what_the_schedule_allows() -> None:
+    rate = LaggedRate()
+    assert rate.observe(1.0, 1e-6, most=1.0) == 1.0
+    assert rate.observe(1.0, 2.0, most=1.0) == pytest.approx(0.5**0.15)
+    assert rate.observe(1.0, 1e-6) > 1.0
+    assert rate.observe(1.0, 0.5, most=1.0) == 1.0
+
+
+def test_the_robot_learning_rate_by_hand() -> None:
+    """Fixed factors outside [B / 2, 2 B], between .01 and 10 times the start."""
+    rate = KLAdaptiveRate()
+    for moved, factor in ((2.1, 1 / 1.5), (1.9, 1 / 1.5), (0.51, 1 / 1.5), (0.49, 1.0), (math.inf, 1 / 1.5)):
+        assert rate.observe(1.0, moved) == pytest.approx(factor)
+    for moved, bound in ((1e-9, 10.0), (1e9, 0.01)):
+        for _ in range(40):
+            rate.observe(1.0, moved)
+        assert rate.factor == bound
+
+
+def test_a_fixed_budget_looks_at_nothing() -> None:
+    trust = MeasuredTrust(budget="fixed", nats=0.003)
+    trust.propose(0.5, 2.0, 0.3)
+    assert trust.budget == 0.003
+    trust.load_state_dict(json.loads(json.dumps(trust.state_dict())))
+    assert trust_budget("fixed", 0.003).add(None) == 0.003
+    for bad in ({"budget": "fixed"}, {"nats": 0.1}, {"budget": "auto", "nats": 0.1}):
+        with pytest.raises(ValueError, match="give both or neither"):
+            trust_budget(**bad)
+    for nats in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="fixed budget must be"):
+            FixedBudget(nats)
 
 
 @pytest.mark.parametrize("bad", [{"gain": 0.0}, {"gain": 0.6}, {"low": 0.0}, {"low": 2.0}, {"high": 0.5}])

@@ -209,6 +209,70 @@ def test_a_lagged_rate_rises_where_steps_are_short(tmp_path):
     assert logs[2]["effective_lr"] == pytest.approx(1e-5 * logs[2]["trust_rho"])
 
 
+def test_a_lagged_rate_waits_for_the_end_of_the_warm_up(tmp_path):
+    """Steps of a rate that still rises are short whatever it rises to. Red if they raise the factor above 1."""
+    options = dict(trust_form="lagged", learning_rate=1e-5, lr_scheduler_type="constant_with_warmup", warmup_steps=3)
+    logs = train(trainer(tmp_path, max_steps=5, **options))
+    assert [log["trust_rho"] for log in logs[:3]] == [1.0] * 3
+    assert 1.0 < logs[3]["trust_rho"] < logs[4]["trust_rho"]  # the step at the full rate has been measured
+
+
+def test_the_rate_of_robot_learning_moves_in_factors_of_one_and_a_half(tmp_path):
+    options = dict(trust_form="kl_adaptive", trust_budget="fixed", trust_nats=1e-3)
+    logs = train(trainer(tmp_path, max_steps=5, **options))
+    factor = 1.0
+    for log in logs:
+        assert log["trust_budget"] == 1e-3 and "agreement" not in log
+        assert log["trust_rho"] == pytest.approx(factor)
+        factor *= 1 / 1.5 if log["trust_moved"] > 2e-3 else 1.5 if log["trust_moved"] < 0.5e-3 else 1.0
+    assert factor < 0.3
+
+
+def test_a_fixed_budget_is_kept_whatever_the_teacher_says(tmp_path):
+    logs = train(trainer(tmp_path, trust_budget="fixed", trust_nats=1e-3))
+    assert all(1e-4 < log["trust_moved"] <= 1.5e-3 and log["trust_budget"] == 1e-3 for log in logs)
+
+
+def test_without_agreement_and_clock(tmp_path):
+    """Red if the budget is still shortened by the cosine, or the teacher by rho."""
+    t = trainer(tmp_path, trust_agreement=False, trust_clock=False, trust_budget="divergence", max_steps=8)
+    rates = []
+    plain = t.teacher.update
+    t.teacher.update = lambda rate: rates.append(rate) or plain(rate=rate)
+    logs = train(t)
+    total = weight = 0.0
+    for k, log in enumerate(logs):
+        total, weight = 0.9 * total + 0.1 * log["divergence"], 0.9 * weight + 0.1
+        assert log["trust_budget"] == pytest.approx(max(0.1, 0.5 / math.sqrt(1 + k)) ** 2 * 4 * total / weight)
+    assert rates == [t.args.teacher_rate] * 8
+    assert min(log["trust_rho"] for log in logs) < 0.9
+
+
+# The adaptive clip, which needs no trust ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [0.0, 1e-3, 1e9], ids=["alone", "below max_grad_norm's", "above it"])
+def test_the_gradient_is_clipped_at_a_multiple_of_its_mean_norm(most, tmp_path):
+    """The norms that the optimizer sees, against AdaptiveClip by hand. Red if max_grad_norm is applied twice, never, or
+    to what the other has left."""
+    t = trainer_kit.trainer(tmp_path, objective="sdpo", adaptive_clip=1.5, max_grad_norm=most, max_steps=6)
+    mean = t.clip.mean = 0.01  # as after quieter batches
+    seen = []
+
+    class Norm(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            seen.append(math.hypot(*(float(p.grad.norm()) for p in t.model.parameters() if p.grad is not None)))
+
+    t.add_callback(Norm())
+    logs = train(t)
+    for log, norm in zip(logs, seen, strict=True):
+        limit = 1.5 * mean
+        mean = 0.95 * mean + 0.05 * min(log["grad_norm"], limit)
+        assert norm == pytest.approx(min(log["grad_norm"], limit, most or math.inf), rel=1e-3)
+    if most != 1e-3:
+        assert any(norm < 0.99 * log["grad_norm"] for log, norm in zip(logs, seen, strict=True)), "nothing to clip"
+
+
 # Which rows -----------------------------------------------------------------------------------------------------------
 
 
@@ -370,14 +434,14 @@ def test_prompts_and_completions_of_one_token(tmp_path):
 # Resume, off, refusals ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["undo", "lagged"])
+@pytest.mark.parametrize("form", ["undo", "lagged", "kl_adaptive"])
 def test_a_resumed_run_goes_on_bit_for_bit(form, tmp_path):
     """From between two meetings of the teacher. Red if anything that trust remembers is lost."""
-    options = dict(trust_form=form, objective="pgpo", max_steps=9, teacher_sync_steps=2)
+    options = dict(trust_form=form, objective="pgpo", max_steps=9, teacher_sync_steps=2, adaptive_clip=1.0)
     whole = trainer(tmp_path / "whole", save_strategy="steps", save_steps=7, **options)
     logs = train(whole)
     saved = json.loads((tmp_path / "whole/checkpoint-7/pgpo_state.json").read_text())
-    assert saved["trust"]["form"] == form
+    assert saved["trust"]["form"] == form and saved["clip"]["mean"] > 0
     again = trainer(tmp_path / "again", **options)
     rest = train(again, resume_from_checkpoint=str(tmp_path / "whole/checkpoint-7"))[-2:]
     assert bitwise_equal(weights(whole.model), weights(again.model))
@@ -416,6 +480,19 @@ def test_off_knows_nothing_of_it(tmp_path):
         (dict(trust="measured", divergence="sampled_token"), "divergence='sampled_token' does not give"),
         (dict(trust="measured", objective="sdpo", optim="schedule_free_adamw"), "keeps weights of its own"),
         (dict(trust="measured", trust_form="lagged", trust_tolerance=2.0), "leaves every step as it is"),
+        (dict(trust="measured", trust_form="kl_adaptive", trust_clock=False), "trust_clock is False, but trust_form="),
+        (dict(trust_agreement=False), "trust_agreement is False, but trust is 'off'"),
+        (dict(trust_nats=0.01), "trust_nats is 0.01, but trust is 'off'"),
+        (dict(trust="measured", trust_nats=0.01), "trust_nats is 0.01 and trust_budget is 'auto'; give both"),
+        (dict(trust="measured", trust_budget="fixed"), "trust_nats is None and trust_budget is 'fixed'; give both"),
+        (dict(trust="measured", trust_budget="fixed", trust_nats=0.0), "trust_nats is 0.0; it must be"),
+        (
+            dict(trust="measured", trust_budget="fixed", trust_nats=0.1, trust_agreement=False),
+            "trust_agreement is False, but trust_budget='fixed' looks at no batch",
+        ),
+        (dict(trust="measured", teacher="frozen", trust_clock=False), "teacher='frozen' follows no student"),
+        (dict(adaptive_clip=0.9), "adaptive_clip is 0.9; a limit below the mean norm"),
+        (dict(adaptive_clip=2.0, fp16=True, bf16=False), "adaptive_clip is 2.0, but fp16"),
     ],
 )
 def test_refused_before_a_model_is_loaded(options, says, tmp_path):

@@ -19,7 +19,7 @@ from .signals import AdaptiveClip, Agreement, gradient_cosine, kl_moved, token_m
 from .sources import CrossFit, EarlierInformation
 from .step_length import StepLength, Verdict, expected_size
 from .stepping import modulate, modulate_reference
-from .trust import LaggedRate, MeasuredTrust, TrustBudget, kl_per_divergence
+from .trust import FixedBudget, KLAdaptiveRate, LaggedRate, MeasuredTrust, TrustBudget, kl_per_divergence, trust_budget
 from .viscosity import ExponentialLaw, SmoothExponentialLaw, linear_schedule
 
 __all__ = [
@@ -28,9 +28,11 @@ __all__ = [
     "CrossFit",
     "EarlierInformation",
     "ExponentialLaw",
+    "FixedBudget",
     "HeadOutput",
     "Information",
     "InformationMeter",
+    "KLAdaptiveRate",
     "LaggedRate",
     "MeasuredTrust",
     "SmoothExponentialLaw",
@@ -51,4 +53,5 @@ __all__ = [
     "sampled_token_divergence",
     "token_entropy",
     "token_mean",
+    "trust_budget",
 ]

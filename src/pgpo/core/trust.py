@@ -7,10 +7,12 @@
 For policies at a small distance u, KL = u F u / 2 with the Fisher information F. So sqrt(K / KL to the teacher) is the
 length of the step relative to the way to the teacher, and lambda bounds it (docs/THEOREM.md, "Measured trust").
 
-    TrustBudget    a batch's divergence, information and gradient cosine -> B
-    StepLength     finds rho, with about one measurement per step (step_length.py)
-    MeasuredTrust  both: propose() -> measure K -> observe() -> ...
-    LaggedRate     no undo: K of this step sets the learning rate of the next
+    TrustBudget     a batch's divergence, information and gradient cosine -> B
+    FixedBudget     B is a constant: TRPO's bound, a baseline
+    StepLength      finds rho, with about one measurement per step (step_length.py)
+    MeasuredTrust   budget and length: propose() -> measure K -> observe() -> ...
+    LaggedRate      no undo: K of this step sets the learning rate of the next
+    KLAdaptiveRate  the same in fixed factors, as in robot-learning libraries: a baseline
 
 K and the cosine come from signals.py. "Ours, measured" means chosen in the lab world (docs/LOG.md).
 """
@@ -25,7 +27,7 @@ from .divergence import check_divergence
 from .signals import Agreement, Average, check, check_finite
 from .step_length import StepLength, Verdict, expected_size
 
-BUDGETS = ("auto", "information", "divergence")
+BUDGETS = ("auto", "information", "divergence")  # of TrustBudget
 
 
 def kl_per_divergence(kind: str, beta: float = 0.5) -> float:
@@ -168,6 +170,43 @@ class TrustBudget:
             self.agreement.load_state_dict(state["agreement"])
 
 
+class FixedBudget:
+    """B is always the same: the constraint of TRPO (Schulman et al. 2015), which knows nothing of the teacher.
+
+    Args:
+        nats: B, > 0.
+
+    Raises:
+        ValueError: nats is not a finite number > 0.
+    """
+
+    agreement = None
+
+    def __init__(self, nats: float) -> None:
+        check(0 < nats < math.inf, f"nats is {nats!r}; a fixed budget must be a finite number > 0.")
+        self.nats = nats
+
+    def add(self, divergence: float | None, information: float | None = None, cosine: float | None = None) -> float:
+        """B. The signals are not looked at."""
+        return self.nats
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+def trust_budget(budget: str = "auto", nats: float | None = None, **settings: Any) -> TrustBudget | FixedBudget:
+    """FixedBudget(nats) for budget="fixed", else TrustBudget(budget=budget, **settings).
+
+    Raises:
+        ValueError: a value outside its range; nats without budget="fixed", or the other way round.
+    """
+    check((budget == "fixed") == (nats is not None), f"nats is {nats!r} and budget {budget!r}; give both or neither.")
+    return TrustBudget(budget=budget, **settings) if nats is None else FixedBudget(nats, **settings)
+
+
 class MeasuredTrust:
     """The undo form: after the optimizer's step, keep the part rho of it that moves the policy by the budget.
 
@@ -186,7 +225,7 @@ class MeasuredTrust:
     Args:
         tolerance, probes: see StepLength.
         clock: the averaged teacher follows with rate * rho, see `teacher_rate` (ours, measured).
-        budget_settings: see TrustBudget.
+        budget_settings: see `trust_budget`.
 
     Attributes:
         budget: B of this step, nats.
@@ -198,7 +237,7 @@ class MeasuredTrust:
     """
 
     def __init__(self, tolerance: float = 1.5, probes: int = 6, clock: bool = True, **budget_settings: Any) -> None:
-        self.correction = TrustBudget(**budget_settings)
+        self.correction = trust_budget(**budget_settings)
         self.length = StepLength(tolerance, probes)
         self.clock, self.budget, self.rho = clock, 0.0, 1.0
 
@@ -259,8 +298,12 @@ class LaggedRate:
         check(0 < low <= 1 <= high < math.inf, f"low and high are {low!r} and {high!r}; 1 must lie between them.")
         self.gain, self.low, self.high, self.factor = gain, low, high, 1.0
 
-    def observe(self, budget: float, moved: float) -> float:
+    def observe(self, budget: float, moved: float, most: float = math.inf) -> float:
         """The factor after a step that moved the policy by K nats at this budget.
+
+        Args:
+            most: the factor may not rise above it; 1 while the schedule itself raises the rate, whose short steps
+                say nothing about the rate to come.
 
         A step that moved nothing tells nothing about the rate. Raises ValueError for a nan, and for a budget that is
         not a finite number >= 0.
@@ -268,11 +311,31 @@ class LaggedRate:
         check_finite("the budget", budget, at_least=0)
         check(not math.isnan(moved), "K is nan: the probe's log-probabilities are not finite after the step.")
         if moved > 0:
-            self.factor = min(max(self.factor * (budget / moved) ** self.gain, self.low), self.high)
+            high = max(min(self.high, most), self.low)
+            self.factor = min(max(self.factor * self._change(budget / moved), self.low), high)
         return self.factor
+
+    def _change(self, ratio: float) -> float:
+        """What the factor is multiplied by at B / K."""
+        return ratio**self.gain
 
     def state_dict(self) -> dict[str, float]:
         return {"factor": self.factor}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         self.factor = state["factor"]
+
+
+class KLAdaptiveRate(LaggedRate):
+    """The adaptive schedule of robot-learning libraries (rsl_rl, rl_games): fixed factors around a fixed target.
+
+        K > 2 B: factor <- factor / 1.5;   K < B / 2: factor <- 1.5 factor
+
+    Their rates lie between 1e-5 and 1e-2 around a start of 1e-3, hence low and high.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(low=0.01, high=10.0)
+
+    def _change(self, ratio: float) -> float:
+        return 1 / 1.5 if ratio < 0.5 else 1.5 if ratio > 2 else 1.0

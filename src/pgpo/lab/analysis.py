@@ -54,7 +54,7 @@ def summarize_study(
 def _method(records: Sequence[Record], references: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     ok = _ok(records)
     curves = [accuracy_curve(r["evaluations"]) for r in ok]
-    rho = [_measured(r, runlog.RHO) for r in ok]
+    rho = [study_files.multipliers(r["metrics"]) for r in ok]
     return {
         "seeds": [r["seed"] for r in ok],
         "failed": sorted(r["seed"] for r in records if r["status"] != "ok"),

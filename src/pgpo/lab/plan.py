@@ -51,6 +51,7 @@ class Arm:
     base_seed: int | None = None
     # From the parsed flags; objective "" does not train.
     objective: str = ""
+    trust: str = "off"
     learning_rate: float = 0.0
     max_steps: int = 0
     eval_steps: int = 0
@@ -211,6 +212,7 @@ def _arm(
         method,
         merged,
         objective=config.objective if train else "",
+        trust=config.trust if train else "off",
         learning_rate=config.learning_rate,
         max_steps=config.max_steps if train else 0,
         eval_steps=int(config.eval_steps) if train else 0,
@@ -254,8 +256,11 @@ def _check_needs(run: StudyRun, queue: Mapping[str, StudyRun]) -> None:
     if run.needs not in queue:
         raise UserError(f"{run.name} needs {run.needs}, which no group runs; add it to a group.")
     needed = queue[run.needs].arm
-    if needed.objective != "pgpo" or needed.rho_shuffled_from:
-        raise UserError(f"{run.name} needs the multipliers of {run.needs}, which is no PGPO with its own.")
+    if (needed.objective != "pgpo" and needed.trust == "off") or needed.rho_shuffled_from:
+        raise UserError(
+            f"{run.name} needs the multipliers of {run.needs}, which has none of its own; name a "
+            "PGPO, or one with trust: measured."
+        )
     if run.arm.rho_shuffled_from and run.arm.max_steps != needed.max_steps:
         raise UserError(
             f"{run.name} has {run.arm.max_steps} steps, {run.needs} has {needed.max_steps}; make them equal."

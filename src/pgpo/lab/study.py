@@ -39,6 +39,7 @@ from pgpo.study_files import (
     SUMMARY_FILE,
     TABLES_FILE,
     accuracy_curve,
+    multipliers,
     read_records,
     selected_step,
     write_records,
@@ -70,6 +71,13 @@ METRICS_KEPT = (
     runlog.SAMPLED_KL_WRONG,
     runlog.LENGTH_TAIL,
     runlog.DEMONSTRATION_LOGPROB,
+    # Measured trust.
+    runlog.TRUST_RHO,
+    runlog.TRUST_MOVED,
+    runlog.TRUST_BUDGET,
+    runlog.TRUST_RATIO,
+    runlog.AGREEMENT,
+    runlog.PROBES,
 )
 
 # ---------------------------------------------------------------- records
@@ -124,7 +132,7 @@ def arguments_of(run: StudyRun, records: Mapping[str, dict[str, Any]], out: Path
     if arm.base_seed is not None:
         flags["model_name_or_path"] = str(base_folder(arm, out))
     if arm.lr_times_mean_rho_of:
-        rho = records[str(run.needs)]["metrics"][runlog.RHO]
+        rho = multipliers(records[str(run.needs)]["metrics"])
         flags["learning_rate"] = float(f"{arm.learning_rate * statistics.fmean(rho):.6g}")
     if arm.rho_shuffled_from:
         flags["rho_file"] = str(out / RUNS_FOLDER / arm.name / f"seed-{run.seed}.rho.json")
@@ -133,7 +141,7 @@ def arguments_of(run: StudyRun, records: Mapping[str, dict[str, Any]], out: Path
 
 def shuffled_rho(run: StudyRun, records: Mapping[str, dict[str, Any]]) -> list[float]:
     """The multipliers of the run that this one needs, in an order drawn from this run's seed."""
-    rho = list(records[str(run.needs)]["metrics"][runlog.RHO])
+    rho = multipliers(records[str(run.needs)]["metrics"])
     random.Random(f"shuffled rho {run.seed}").shuffle(rho)
     return rho
 

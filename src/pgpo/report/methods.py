@@ -27,6 +27,7 @@ from pgpo.study_files import (
     SECONDS_PER_STEP,
     SELECTED,
     area,
+    multipliers,
 )
 from pgpo.study_files import collapsed as is_collapsed
 
@@ -248,9 +249,8 @@ def _measures(run: RunCurves, split: str | None) -> dict[str, float]:
     """The numbers of one run; nan where it has none."""
     steps, values = accuracy(evaluated(run, split))
     test = _test_line(run, split)
-    information, rho, seconds = (
-        _finite(run.series.get(name)) for name in (runlog.INFORMATION, runlog.RHO, runlog.STEP_SECONDS)
-    )
+    information, seconds = (_finite(run.series.get(name)) for name in (runlog.INFORMATION, runlog.STEP_SECONDS))
+    rho = _finite(np.array(multipliers(run.series), dtype=np.float64))
     return {
         INITIAL: values[0] if len(values) and steps[0] == 0 else math.nan,
         PEAK: values.max() if len(values) else math.nan,

@@ -104,8 +104,9 @@ class PGPOConfig(GRPOConfig):
     trust_budget: str = _option(
         "auto",
         "What the correction is worth: the 'divergence' to the teacher, less where its 'information' is small, or "
-        "'auto': less where the information has fallen since the first steps.",
+        "'auto': less where the information has fallen since the first steps. 'fixed': trust_nats (TRPO's bound).",
     )
+    trust_nats: float | None = _option(None, "trust_budget='fixed': nats that every step may move the policy.")
     trust_fraction: float = _option(
         0.1,
         "Length of a late step as a share of the way to the teacher, in (0, 2]; the first ones go further, up to .5.",
@@ -113,13 +114,20 @@ class PGPOConfig(GRPOConfig):
     trust_form: str = _option(
         "undo",
         "'undo' the rest of a step that goes too far (holds a copy of what trains), or 'lagged': the next step's "
-        "learning rate follows, also upwards.",
+        "learning rate follows, also upwards. 'kl_adaptive': in factors of 1.5, as in rsl_rl.",
     )
+    trust_agreement: bool = _option(True, "Shorten steps while successive gradients disagree (ours).")
+    trust_clock: bool = _option(True, "undo: the averaged teacher follows by the part of a step that was kept (ours).")
     trust_tokens: int = _option(
         4096, "Completion tokens measured per step over all ranks, at most; one random completion per question."
     )
     trust_tolerance: float = _option(
         1.5, "undo: a step may exceed its budget by this factor; nearer costs more forwards."
+    )
+
+    adaptive_clip: float | None = _option(
+        None,
+        "Clip the gradient norm at this multiple of its own running mean, before max_grad_norm; None: do not. Ours: 2.",
     )
 
     # Self-distillation ----------------------------------------------------------------------------------------

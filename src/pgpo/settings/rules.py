@@ -64,6 +64,8 @@ RANGES: dict[str, Range] = {
     "information_weight": (lambda v: 0 < v <= 1, "the newest step's share must lie in (0, 1]"),
     "teacher_rate": (lambda v: 0 <= v <= 1, "a share of the student must lie in [0, 1]"),
     "trust_fraction": (lambda v: 0 < v <= 2, "it must lie in (0, 2]: no longer step brings the student nearer"),
+    "trust_nats": (lambda v: 0 < v < math.inf, "it must be a number of nats > 0"),
+    "adaptive_clip": (lambda v: 1 <= v < math.inf, "a limit below the mean norm (1) would shrink every gradient"),
     "trust_tokens": _FROM_ONE,
     "trust_tolerance": (lambda v: v > 1, "it must be above 1 (1.5 accepts a step of 1.5 times its budget)"),
     "num_generations": _FROM_ONE,
@@ -101,8 +103,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "information_denominator": ("all", "hinted"),
     "modulated_weight_decay": ("scaled", "fixed"),
     "trust": ("off", "measured"),
-    "trust_budget": BUDGETS,
-    "trust_form": ("undo", "lagged"),
+    "trust_budget": (*BUDGETS, "fixed"),
+    "trust_form": ("undo", "lagged", "kl_adaptive"),
     "guard": GUARDS,
     # TRL's, which TRL checks in the first step only
     "loss_type": LOSSES,
@@ -135,7 +137,10 @@ def _named(value: Any, key: str) -> Any:
 
 # (what cannot work, the sentence); {c.x} is a field's value
 Combination = tuple[Callable[[Any], object], str]
-_TRUST_FIELDS = ("trust_budget", "trust_fraction", "trust_form", "trust_tokens", "trust_tolerance")
+_TRUST_FIELDS = (
+    *("trust_budget", "trust_nats", "trust_fraction", "trust_form", "trust_agreement", "trust_clock"),
+    *("trust_tokens", "trust_tolerance"),
+)
 COMBINATIONS: tuple[Combination, ...] = (
     (
         lambda c: c.num_generations is None,
@@ -218,10 +223,34 @@ COMBINATIONS: tuple[Combination, ...] = (
         "trust={c.trust!r} changes the length of steps, but optim={optim!r} keeps weights of its own or has a rate "
         "that does not act in proportion; use adamw_torch.",
     ),
+    *(
+        (
+            lambda c, name=name: c.trust_form != "undo" and _set(c, name),
+            f"{name} is {{c.{name}}}, but trust_form={{c.trust_form!r}} leaves every step as it is; use 'undo', or "
+            "leave it out.",
+        )
+        for name in ("trust_tolerance", "trust_clock")
+    ),
     (
-        lambda c: c.trust_form == "lagged" and _set(c, "trust_tolerance"),
-        "trust_tolerance is {c.trust_tolerance}, but trust_form='lagged' leaves every step as it is; use 'undo', or "
-        "leave it out.",
+        lambda c: (c.trust_budget == "fixed") != (c.trust_nats is not None),
+        "trust_nats is {c.trust_nats} and trust_budget is {c.trust_budget!r}; give both, a number and 'fixed', or "
+        "neither.",
+    ),
+    *(
+        (
+            lambda c, name=name: c.trust_budget == "fixed" and _set(c, name),
+            f"{name} is {{c.{name}}}, but trust_budget='fixed' looks at no batch; leave it out.",
+        )
+        for name in ("trust_fraction", "trust_agreement")
+    ),
+    (
+        lambda c: c.trust_clock is False and c.teacher != "ema",
+        "trust_clock is off, but teacher={c.teacher!r} follows no student; leave it out.",
+    ),
+    (
+        lambda c: c.adaptive_clip is not None and c.fp16,
+        "adaptive_clip is {c.adaptive_clip}, but fp16 scales gradients by a factor that changes; use bf16, or leave it "
+        "out.",
     ),
     (
         lambda c: c.num_generations == 1 and not _learns_alone(c),

@@ -16,7 +16,9 @@ STATE_FILE = "pgpo_state.json"
 def collected(trainer: Any) -> dict[str, Any]:
     """The state of earlier steps other than tensors, as JSON."""
     signal = trainer.signal.state_dict()
-    trust = {} if trainer.trust is None else {"trust": trainer.trust.form.state_dict()}
+    optional = {} if trainer.trust is None else {"trust": trainer.trust.form.state_dict()}
+    if trainer.clip is not None:
+        optional["clip"] = trainer.clip.state_dict()
     return {
         "negative_steps": signal["negative_steps"],
         "signal_steps": signal["signal_steps"],
@@ -25,7 +27,7 @@ def collected(trainer: Any) -> dict[str, Any]:
         "modulation": trainer.gate.state_dict(),
         "multiplier": signal["multiplier"],
         "guard": None if trainer.guard is None else trainer.guard.state_dict(),
-        **trust,
+        **optional,
     }
 
 
@@ -56,6 +58,8 @@ def load(trainer: Any, directory: Path) -> None:
         trainer.guard.load(state["guard"], directory)
     if trainer.trust is not None and "trust" in state:  # else it starts here
         trainer.trust.load_state_dict(state["trust"])
+    if trainer.clip is not None and "clip" in state:  # else it starts here
+        trainer.clip.load_state_dict(state["clip"])
     if trainer.teacher is not None:
         trainer.teacher.load_state_dict(_teacher(state, directory))
 

@@ -6,21 +6,30 @@
 The step that is measured is the one that the optimizer made: scaled by rho_k and the guard, clipped, weight decay
 included. Its moments are left as they are.
 
-    undo      theta <- theta_old + rho (theta_new - theta_old); holds a copy of what trains, from `watch` to `settle`
-    lagged    the next step's rate is multiplied; holds nothing, undoes nothing
+    undo         theta <- theta_old + rho (theta_new - theta_old); holds a copy of what trains, from `watch` to `settle`
+    lagged       the next step's rate is multiplied; holds nothing, undoes nothing
+    kl_adaptive  the same in fixed factors: a baseline
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pgpo.core import LaggedRate, MeasuredTrust, TrustBudget, gradient_cosine, kl_per_divergence
+from pgpo.core import (
+    KLAdaptiveRate,
+    LaggedRate,
+    MeasuredTrust,
+    TrustBudget,
+    gradient_cosine,
+    kl_per_divergence,
+    trust_budget,
+)
 from pgpo.settings.config import PGPOConfig
 from pgpo.train.engine import Engine
 from pgpo.train.forwards import Forwards
@@ -42,7 +51,10 @@ class Step:
     Attributes:
         divergence, information: of the batch, nats; no divergence without a teacher.
         cosine: of the gradient with the optimizer's first moment, if it has one.
+        warming_up: whether the schedule still raises the rate.
     """
+
+    warming_up = False
 
     def __init__(self, optimizer: Any, engine: Engine, probe: Probe, undo: bool) -> None:
         self.engine, self.probe = engine, probe
@@ -95,7 +107,7 @@ class Undo:
     factor = 1.0
 
     def __init__(self, args: PGPOConfig) -> None:
-        self.law = MeasuredTrust(args.trust_tolerance, **_budget(args))
+        self.law = MeasuredTrust(args.trust_tolerance, clock=args.trust_clock, **_budget(args))
         self.correction = self.law.correction
         self._clock = [0.0, 0]  # sum of rho since the teacher has followed, and its steps
 
@@ -132,8 +144,8 @@ class Lagged:
 
     undo = False
 
-    def __init__(self, args: PGPOConfig) -> None:
-        self.correction, self.rate = TrustBudget(**_budget(args)), LaggedRate()
+    def __init__(self, rate: type[LaggedRate], args: PGPOConfig) -> None:
+        self.name, self.correction, self.rate = args.trust_form, trust_budget(**_budget(args)), rate()
 
     @property
     def factor(self) -> float:
@@ -142,21 +154,25 @@ class Lagged:
     def settle(self, step: Step, slope: float | None) -> dict[str, float]:
         budget = self.correction.add(step.divergence, step.information, step.cosine)
         used, moved = self.factor, step.moved(1.0)
-        self.rate.observe(budget, moved)
+        self.rate.observe(budget, moved, most=1.0 if step.warming_up else math.inf)
         return _numbers(used, moved, budget, 1, moved, step.divergence)
 
     def teacher_rate(self, rate: float) -> float:
         return rate  # the step was not shortened
 
     def state_dict(self) -> dict[str, Any]:
-        return {"form": "lagged", "correction": self.correction.state_dict(), "rate": self.rate.state_dict()}
+        return {"form": self.name, "correction": self.correction.state_dict(), "rate": self.rate.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.correction.load_state_dict(state["correction"])
         self.rate.load_state_dict(state["rate"])
 
 
-FORMS: dict[str, type[Undo] | type[Lagged]] = {"undo": Undo, "lagged": Lagged}
+FORMS: dict[str, Callable[[PGPOConfig], Undo | Lagged]] = {
+    "undo": Undo,
+    "lagged": partial(Lagged, LaggedRate),
+    "kl_adaptive": partial(Lagged, KLAdaptiveRate),
+}
 
 
 class Trust:
@@ -174,6 +190,8 @@ class Trust:
         probe = Probe(self.forwards, batch, self._rows(batch))
         step = Step(torch_optimizer(self.trainer.optimizer), self.engine, probe, self.form.undo)
         step.divergence, step.information = None if divergence is None else max(divergence, 0.0), information
+        state = self.trainer.state
+        step.warming_up = state.global_step + 1 < self.args.get_warmup_steps(state.max_steps)
         self.trainer.gate.settle(partial(self._settle, step))
 
     def _settle(self, step: Step) -> None:
@@ -188,8 +206,7 @@ class Trust:
         """Where the gradient is that of the divergence alone."""
         if not self.form.undo or self.args.follows_rewards or self.args.information_source == "cross_fit":
             return None
-        norm, most = self.trainer.step_metrics().get("grad_norm"), self.args.max_grad_norm
-        return step.slope(min(1.0, most / (norm + 1e-6)) if norm and most else 1.0)  # as torch clips
+        return step.slope(self.trainer.clip_factor)
 
     def _rows(self, batch: Batch) -> dict[int, int]:
         """{place in the batch: tokens to probe} of this rank."""
@@ -208,8 +225,10 @@ class Trust:
 
 
 def _budget(args: PGPOConfig) -> dict[str, Any]:
-    """Settings of TrustBudget."""
-    values = {"fraction": args.trust_fraction, "budget": args.trust_budget}
+    """Arguments of `trust_budget`."""
+    if args.trust_nats is not None:
+        return {"budget": args.trust_budget, "nats": args.trust_nats}
+    values = {"budget": args.trust_budget, "fraction": args.trust_fraction, "agreement": args.trust_agreement}
     values["first_fraction"] = max(TrustBudget().first_fraction, args.trust_fraction)
     return values | {"kl_per_divergence": kl_per_divergence(args.divergence, args.divergence_beta)}
 

@@ -44,6 +44,8 @@ def zero_problem(model: nn.Module, accelerator: Any, args: Any) -> str | None:
             return "a teacher's adapter inside a model that ZeRO-3 has cut up is not supported; use stage 2 or FSDP2."
     if args.load_best_model_at_end:
         return "load_best_model_at_end was never tried with DeepSpeed; set it to false and load the checkpoint by name."
+    if args.adaptive_clip is not None:
+        return "adaptive_clip is set, but DeepSpeed clips by itself, at gradient_clipping; leave it out, or use FSDP2."
     if args.information_source == "cross_fit":
         return "information_source='cross_fit' holds two gradients apart, which DeepSpeed adds up; use DDP or FSDP2."
     return None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
+from pgpo.core import AdaptiveClip
 from pgpo.errors import UserError
 from pgpo.evaluate.runners import answer_text, render_prompt, trimmed
 from pgpo.forward.batching import positions
@@ -111,6 +112,8 @@ class RolloutSeam(GRPOTrainer):
         self.skips_in_a_row = 0
         self.last_rollout: Rollout | None = None
         self.gate = StepGate(kwargs["args"].modulated_weight_decay)
+        clip = kwargs["args"].adaptive_clip
+        self.clip = None if clip is None else AdaptiveClip(clip)
         self.completion_lengths: list[int] = []  # of the latest rollout on this rank: tokens that the model wrote
         self._watching = False
         super().__init__(*args, **kwargs)

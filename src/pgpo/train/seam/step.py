@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from trl import GRPOTrainer
@@ -39,6 +40,8 @@ _NEVER_CALLED = {
 
 class StepSeam(PolicySeam):
     """`PolicySeam` with a step that one optimizer batch makes, and that is left out where it is not finite."""
+
+    clip_factor = 1.0  # what clipping has multiplied the gradient by
 
     # Hooks ----------------------------------------------------------------------------------------------------------
 
@@ -153,9 +156,21 @@ class StepSeam(PolicySeam):
             self.skips_in_a_row = 0
         if self._distrusted is not None or not finite:
             self.gate.leave_out()
+        else:
+            self._clip_adaptively(self._grad_norm or 0.0)
         if self.args.on_nonfinite == "skip":
             self.record("skipped_share", float(self._distrusted is not None))
         return norm
+
+    def _clip_adaptively(self, norm: float) -> None:
+        """Scale the gradient down to `adaptive_clip` times the mean norm, where max_grad_norm has left more of it."""
+        most = self.args.max_grad_norm
+        self.clip_factor = min(1.0, most / (norm + 1e-6)) if most else 1.0  # as torch clips
+        if self.clip is None or (wanted := self.clip(norm)) >= self.clip_factor:
+            return
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, wanted / self.clip_factor)
+        self.clip_factor = wanted
 
     def _count_skip(self) -> None:
         self.skips_in_a_row += 1
