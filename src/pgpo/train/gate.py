@@ -123,6 +123,12 @@ def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
+def scale_gradients(optimizer: Any, factor: float) -> None:
+    torch._foreach_mul_(
+        [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], factor
+    )
+
+
 @contextlib.contextmanager
 def _explained() -> Any:
     try:

@@ -17,13 +17,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from pgpo.errors import UserError
 from pgpo.train import zero
+from pgpo.train.gate import scale_gradients
 from pgpo.train.ranks import watch_ranks
 from pgpo.train.seam.policy import PolicySeam
 from pgpo.train.seam.rollouts import Batch
@@ -168,8 +168,7 @@ class StepSeam(PolicySeam):
         self.clip_factor = min(1.0, most / (norm + 1e-6)) if most else 1.0  # as torch clips
         if self.clip is None or (wanted := self.clip(norm)) >= self.clip_factor:
             return
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, wanted / self.clip_factor)
+        scale_gradients(self.optimizer, wanted / self.clip_factor)
         self.clip_factor = wanted
 
     def _count_skip(self) -> None:
