@@ -17,6 +17,7 @@ from trainer_kit import bitwise_equal, largest_difference, parity_reward, train,
 from transformers import TrainerCallback
 
 from pgpo.errors import UserError
+from pgpo.settings.arguments import parse
 from pgpo.train.probe import KEPT_TOKENS, Candidate, Probe, chosen
 
 LOGGED = {"trust_rho", "trust_moved", "trust_budget", "agreement", "probes"}
@@ -215,6 +216,22 @@ def test_a_lagged_rate_waits_for_the_end_of_the_warm_up(tmp_path):
     logs = train(trainer(tmp_path, max_steps=5, **options))
     assert [log["trust_rho"] for log in logs[:3]] == [1.0] * 3
     assert 1.0 < logs[3]["trust_rho"] < logs[4]["trust_rho"]  # the step at the full rate has been measured
+
+
+def test_the_learning_rate_may_be_left_to_trust(tmp_path):
+    """From 1e-7 to a rate whose steps spend the budget, within 30 steps; the same from the command line."""
+    t = trainer(tmp_path, learning_rate="auto", max_steps=30, trust_agreement=False, lr_scheduler_type="constant")
+    assert (t.args.trust, t.args.trust_form, t.args.learning_rate, t.args.warmup_steps) == ("measured", "auto", 1e-7, 0)
+    logs = train(t)
+    assert logs[0]["effective_lr"] == 1e-7 and logs[-1]["effective_lr"] > 1e-4
+    late = [math.log(log["trust_moved"] / log["trust_budget"]) for log in logs[-8:]]
+    assert abs(sum(late) / len(late)) < math.log(4)
+    parsed = parse(["--learning_rate", "auto"])
+    assert parsed.config.trust_form == "auto" and parsed.given["learning_rate"] == "auto"
+    assert parse([], stored=parsed.given).config.trust_form == "auto"
+    assert parse(["--learning_rate", "2e-3"]).config.learning_rate == 2e-3
+    with pytest.raises(UserError, match="learning_rate"):
+        parse(["--learning_rate", "fast"])
 
 
 def test_the_rate_of_robot_learning_moves_in_factors_of_one_and_a_half(tmp_path):
@@ -491,6 +508,11 @@ def test_off_knows_nothing_of_it(tmp_path):
             "trust_agreement is False, but trust_budget='fixed' looks at no batch",
         ),
         (dict(trust="measured", teacher="frozen", trust_clock=False), "teacher='frozen' follows no student"),
+        (dict(learning_rate="auto", trust_form="lagged"), "learning_rate is 'auto', which is trust_form='auto'"),
+        (dict(learning_rate="auto", lr_scheduler_type="linear"), "a rate that is found has no schedule"),
+        (dict(learning_rate="auto", warmup_steps=3), "a rate that is found has no schedule"),
+        (dict(learning_rate="auto", objective="grpo"), "objective='grpo' has no teacher"),
+        (dict(learning_rate="fast"), "learning_rate is 'fast'; it must be a number"),
         (dict(adaptive_clip=0.9), "adaptive_clip is 0.9; a limit below the mean norm"),
         (dict(adaptive_clip=2.0, fp16=True, bf16=False), "adaptive_clip is 2.0, but fp16"),
     ],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -163,6 +163,17 @@ class Parsed:
 class Parser(SentenceParser, HfArgumentParser):
     """The fields of argument dataclasses as flags; further arguments may be added."""
 
+    def set_type(self, name: str, read: Callable[[str], Any]) -> None:
+        """Read the flag of this field by another function than its annotation's."""
+        for action in self._actions:
+            if action.dest == name:
+                action.type = read
+
+
+def rate(text: str) -> float | str:
+    """A learning rate: a number, or auto."""
+    return text if text == "auto" else float(text)
+
 
 def parse(argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed:
     """Parse flags over an optional `--config recipe.yaml`, or over the `given` of an earlier run.
@@ -176,6 +187,7 @@ def parse(argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed:
         raise UserError("--resume continues the run with its own arguments; leave --config out, or start a new run.")
     parser = Parser([RunArguments, PGPOConfig, ModelArguments], prog="pgpo train")
     _add_config(parser)
+    parser.set_type("learning_rate", rate)
     # Reversed: --no_x follows --x with the same name and a default that argparse never uses.
     defaults = {action.dest: action.default for action in reversed(parser._actions)}
     known = set(defaults) - {"help", "config"}

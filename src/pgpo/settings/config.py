@@ -31,6 +31,8 @@ PAPER: dict[str, Any] = {
     "max_prompt_length": 2048,
     "max_completion_length": 8192,
 }
+WARMUP_STEPS = 10  # paper
+AUTO_RATE = 1e-7  # ours: a tenth of the smallest rate that is usual for post-training with Adam
 # TRL's name for a field -> our field, which gets its value.
 _SAME = {"num_generations_eval": "eval_k", "per_device_eval_batch_size": "eval_batch_size"}
 # TRL's form of a value -> ours.
@@ -114,7 +116,8 @@ class PGPOConfig(GRPOConfig):
     trust_form: str = _option(
         "undo",
         "'undo' the rest of a step that goes too far (holds a copy of what trains), or 'lagged': the next step's "
-        "learning rate follows, also upwards. 'kl_adaptive': in factors of 1.5, as in rsl_rl.",
+        "learning rate follows, up to ten times as high. 'auto': without that bound. 'kl_adaptive': in factors of 1.5, "
+        "as in rsl_rl.",
     )
     trust_agreement: bool = _option(True, "Shorten steps while successive gradients disagree (ours).")
     trust_clock: bool = _option(True, "undo: the averaged teacher follows by the part of a step that was kept (ours).")
@@ -245,9 +248,11 @@ class PGPOConfig(GRPOConfig):
     per_device_eval_batch_size: int | None = _option(None, "TRL's name for eval_batch_size.")
 
     # Fields of TRL and transformers whose default is the paper's ----------------------------------------------
-    learning_rate: float = _option(1e-5, "Paper: AdamW 1e-5, constant.")
+    learning_rate: float = _option(
+        1e-5, "Paper: AdamW 1e-5, constant. 'auto': found by measured trust, from 1e-7 upwards (trust_form='auto')."
+    )
     lr_scheduler_type: str = _option("constant_with_warmup", "Paper: constant after 10 warm-up steps.")
-    warmup_steps: float = _option(10, "Paper: 10.")
+    warmup_steps: float = _option(WARMUP_STEPS, "Paper: 10.")
     weight_decay: float = _option(0.01, "Paper: 0.01.")
     logging_steps: float = _option(1, "One log per optimizer step.")
     vllm_importance_sampling_mode: str = _option("token_truncate", "SDPO: token-level rollout correction,")
@@ -259,6 +264,8 @@ class PGPOConfig(GRPOConfig):
         return cls(output_dir=output_dir, **yielding(PAPER, overrides) | overrides)
 
     def __post_init__(self) -> None:
+        if self.learning_rate == "auto":
+            self._leave_rate_to_trust()
         fit(self)
         self._translate()
         check_values(self)
@@ -295,6 +302,21 @@ class PGPOConfig(GRPOConfig):
         check_combinations(self)
         check_combinations(self, PARSED)
         self._refuse_unused()
+
+    def _leave_rate_to_trust(self) -> None:
+        """`learning_rate="auto"` in terms of other fields."""
+        if self.trust_form not in ("undo", "auto"):
+            raise UserError(
+                f"learning_rate is 'auto', which is trust_form='auto', but trust_form is {self.trust_form!r}; leave "
+                "one of them out."
+            )
+        if not str(self.lr_scheduler_type).startswith("constant") or self.warmup_steps not in (0, WARMUP_STEPS):
+            raise UserError(
+                f"learning_rate is 'auto', but lr_scheduler_type is {self.lr_scheduler_type!r} and warmup_steps "
+                f"{self.warmup_steps}; a rate that is found has no schedule, leave them out."
+            )
+        self.learning_rate, self.warmup_steps = AUTO_RATE, 0
+        self.trust, self.trust_form = "measured", "auto"
 
     def _refuse_unused(self) -> None:
         defaults = {f.name: f.default for f in fields(PGPOConfig)}

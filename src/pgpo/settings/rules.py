@@ -104,7 +104,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "modulated_weight_decay": ("scaled", "fixed"),
     "trust": ("off", "measured"),
     "trust_budget": (*BUDGETS, "fixed"),
-    "trust_form": ("undo", "lagged", "kl_adaptive"),
+    "trust_form": ("undo", "lagged", "auto", "kl_adaptive"),
     "guard": GUARDS,
     # TRL's, which TRL checks in the first step only
     "loss_type": LOSSES,

@@ -8,6 +8,7 @@ included. Its moments are left as they are.
 
     undo         theta <- theta_old + rho (theta_new - theta_old); holds a copy of what trains, from `watch` to `settle`
     lagged       the next step's rate is multiplied; holds nothing, undoes nothing
+    auto         the same from a tiny rate to any: learning_rate="auto"
     kl_adaptive  the same in fixed factors: a baseline
 """
 
@@ -144,7 +145,7 @@ class Lagged:
 
     undo = False
 
-    def __init__(self, rate: type[LaggedRate], args: PGPOConfig) -> None:
+    def __init__(self, rate: Callable[[], LaggedRate], args: PGPOConfig) -> None:
         self.name, self.correction, self.rate = args.trust_form, trust_budget(**_budget(args)), rate()
 
     @property
@@ -171,6 +172,7 @@ class Lagged:
 FORMS: dict[str, Callable[[PGPOConfig], Undo | Lagged]] = {
     "undo": Undo,
     "lagged": partial(Lagged, LaggedRate),
+    "auto": partial(Lagged, partial(LaggedRate, high=1e7)),  # from AUTO_RATE to 1: as good as unbounded
     "kl_adaptive": partial(Lagged, KLAdaptiveRate),
 }
 
