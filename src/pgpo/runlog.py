@@ -134,7 +134,10 @@ METRICS: dict[str, tuple[str, str]] = {
     TRUST_RHO: ("1", "part of the step that trust kept (undo), or what it multiplied its rate by (lagged)"),
     TRUST_MOVED: ("nats", "K, how far the step moved the policy: mean-token KL(before || after) of what was kept"),
     TRUST_BUDGET: ("nats", "B, how far it may: the teacher's correction times a factor that falls to a small one"),
-    TRUST_RATIO: ("1", "K of the whole step over the divergence, where the whole step was measured"),
+    TRUST_RATIO: (
+        "1",
+        "K of the whole step over the divergence, where the whole step was measured; with trust off every 10th",
+    ),
     AGREEMENT: ("1", "factor of the budget's root, below 1 where successive gradients disagree"),
     PROBES: ("1", "measurements of K in the step"),
     STEP_SECONDS: ("seconds", "wall time of the step"),

@@ -20,7 +20,7 @@ from pgpo.lab.plan import Study, argv, read_study
 from pgpo.settings.arguments import Parsed, parse
 
 ROOT = Path(__file__).parents[2]
-STUDIES = (ROOT / "recipes/lab-study.yaml", ROOT / "recipes/paper/table.yaml")
+STUDIES = (ROOT / "recipes/lab-study.yaml", ROOT / "recipes/trust-study.yaml", ROOT / "recipes/paper/table.yaml")
 LAUNCHERS = sorted((ROOT / "recipes/accelerate").glob("*.yaml"))  # read by accelerate: test_sharding.py
 RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - {*STUDIES, *LAUNCHERS})
 PAPER = sorted((ROOT / "recipes/paper").glob("*/*.yaml"))
@@ -185,6 +185,28 @@ def test_the_table_trains_what_the_recipes_train(monkeypatch, tmp_path: Path) ->
             assert recipe.model == arm.model
 
 
+def test_the_trust_study_is_the_documented_one(monkeypatch) -> None:
+    """Fixed before it was run: seeds that no search has seen, and trust's controls in every setting that ranks it."""
+    read = study(ROOT / "recipes/trust-study.yaml", monkeypatch)
+    assert read.seeds == list(range(400, 408)) and read.test_k == 16
+    assert {run.seed for run in read.queue} == set(read.seeds)
+    arms = {run.arm.name: run.arm for run in read.queue}
+    rates = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+    for variant, steps in (("plain", 150), ("style", 200)):
+        names = [f"{variant}-{rate}" for rate in ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3")]
+        for name, rate in zip(names, rates, strict=True):
+            for method in ("sdpo", "trust"):
+                arm = arms[f"{name}/{method}"]
+                assert (arm.learning_rate, arm.max_steps, arm.flags["variant"]) == (rate, steps, variant)
+        for name in (f"{variant}-2e-3", f"{variant}-2e-3-long"):
+            assert arms[f"{name}/sdpo-lr-trust"].lr_times_mean_rho_of == "trust"
+            assert arms[f"{name}/trust-shuffled"].rho_shuffled_from == "trust"
+    assert {arm.trust for arm in arms.values() if arm.method.startswith(("trust", "auto", "pgpo-trust"))} == {
+        "measured",
+        "off",  # trust-shuffled
+    }
+
+
 def test_the_lab_study_is_the_documented_one(monkeypatch) -> None:
     """Fixed before it was run: a change of a number here is a change of the experiment."""
     read = study(ROOT / "recipes/lab-study.yaml", monkeypatch)
@@ -320,7 +342,7 @@ def test_every_new_field_of_the_configuration_is_accounted_for() -> None:
         "distillation_weight",
         "success_reward",
         *("trust", "trust_budget", "trust_nats", "trust_fraction", "trust_form", "trust_tokens", "trust_tolerance"),
-        *("trust_agreement", "trust_clock", "adaptive_clip"),
+        *("trust_agreement", "trust_clock", "adaptive_clip", "diagnostics_step_interval"),
         "micro_batch_size",
         "max_tokens_per_microbatch",
         "eval_batch_size",

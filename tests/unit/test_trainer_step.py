@@ -171,7 +171,7 @@ def test_samples_without_a_teacher_cost_no_forward_and_do_not_shrink_the_step(tm
             for r, p in zip(parity_reward(prompts, completions), prompts, strict=True)
         ]
 
-    t = trainer(tmp_path, optim="sgd", learning_rate=0.5, reward=only_first_prompt)
+    t = trainer(tmp_path, optim="sgd", learning_rate=0.5, reward=only_first_prompt, diagnostics_step_interval=0)
     t.distillation.forwards._checked = True  # the check runs rows of its own
     seen = []
 

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from pgpo.errors import UserError
 from pgpo.settings.arguments import parse
+from pgpo.train.host import Host
 from pgpo.train.probe import KEPT_TOKENS, Candidate, Probe, chosen
 
 LOGGED = {"trust_rho", "trust_moved", "trust_budget", "agreement", "probes"}
@@ -290,6 +291,45 @@ def test_the_gradient_is_clipped_at_a_multiple_of_its_mean_norm(most, tmp_path):
         assert any(norm < 0.99 * log["grad_norm"] for log, norm in zip(logs, seen, strict=True)), "nothing to clip"
 
 
+# Trust is off ---------------------------------------------------------------------------------------------------------
+
+
+def test_with_trust_off_some_steps_are_measured_and_none_is_touched(tmp_path):
+    """K and K / D of every 2nd step, dense. Red if a step or its rate is changed, or all are measured."""
+    plain = trainer_kit.trainer(tmp_path / "0", objective="pgpo", max_steps=5, diagnostics_step_interval=0)
+    train(plain)
+    t = trainer_kit.trainer(tmp_path / "2", objective="pgpo", max_steps=5, diagnostics_step_interval=2)
+    watch = Watch(t)
+    logs = train(t)
+    assert bitwise_equal(weights(t.model), weights(plain.model))
+    assert bitwise_equal(weights(t.teacher.module), weights(plain.teacher.module))
+    assert ["trust_moved" in log for log in logs] == [True, False, True, False, True]
+    assert not (LOGGED - {"trust_moved"}) & logs[0].keys()
+    for k in (0, 2, 4):
+        batch, rows = watch.rows[k // 2]
+        before, after = (policy(t, values, batch, rows) for values in (watch.old[k], watch.kept[k]))
+        assert logs[k]["trust_moved"] == pytest.approx(dense_kl(before, after), rel=1e-3, abs=1e-7)
+        assert logs[k]["trust_ratio"] == pytest.approx(logs[k]["trust_moved"] / logs[k]["divergence"])
+
+
+@pytest.mark.parametrize(("rate", "warns"), [(0.1, True), (1e-5, False)])
+def test_a_warning_where_steps_go_further_than_the_teacher_asks(rate, warns, tmp_path):
+    """After three such measurements in a row; once, for the warning's own interval is not reached."""
+    said = []
+    host = Host(say=said.append)
+    t = trainer_kit.trainer(
+        tmp_path, objective="sdpo", max_steps=8, diagnostics_step_interval=1, learning_rate=rate, host=host
+    )
+    logs = train(t)
+    told = [text for text in said if "times as far as the teacher asks" in text]
+    assert len(told) == warns
+    if warns:
+        ratio = logs[2]["trust_ratio"]
+        assert told[0].startswith(
+            f"at step 3, for 3 measured steps in a row: the step moved the policy {ratio:.1f} times"
+        )
+
+
 # Which rows -----------------------------------------------------------------------------------------------------------
 
 
@@ -471,7 +511,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(form, tmp_path):
 
 
 def test_off_knows_nothing_of_it(tmp_path):
-    t = trainer_kit.trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    t = trainer_kit.trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, diagnostics_step_interval=0)
     (log,) = train(t)
     assert t.trust is None and t.args.trust == "off"
     assert not (LOGGED | {"trust_ratio"}) & log.keys()
@@ -513,6 +553,10 @@ def test_off_knows_nothing_of_it(tmp_path):
         (dict(learning_rate="auto", warmup_steps=3), "a rate that is found has no schedule"),
         (dict(learning_rate="auto", objective="grpo"), "objective='grpo' has no teacher"),
         (dict(learning_rate="fast"), "learning_rate is 'fast'; it must be a number"),
+        (dict(trust="measured", diagnostics_step_interval=5), "trust='measured' measures every step"),
+        (dict(diagnostics_step_interval=-1), "diagnostics_step_interval is -1"),
+        (dict(diagnostics_step_interval=5, objective="grpo"), "diagnostics_step_interval is 5, but steps are measured"),
+        (dict(diagnostics_step_interval=5, divergence="sampled_token"), "diagnostics_step_interval is 5, but steps"),
         (dict(adaptive_clip=0.9), "adaptive_clip is 0.9; a limit below the mean norm"),
         (dict(adaptive_clip=2.0, fp16=True, bf16=False), "adaptive_clip is 2.0, but fp16"),
     ],

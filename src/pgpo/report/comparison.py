@@ -74,6 +74,9 @@ SIGNAL_CHARTS = (
         ((runlog.TRUST_MOVED, "moved"), (runlog.TRUST_BUDGET, "budget")),
         log=True,
     ),
+    SignalChart(
+        "How far a whole step moves the policy, of what the teacher asks", "×", ((runlog.TRUST_RATIO, ""),), (1.0,)
+    ),
     SignalChart("Part of the step kept by trust", "×", ((runlog.TRUST_RHO, ""),), (1.0,)),
     SignalChart("Samples with a teacher", "share", ((runlog.ACTIVE_SHARE, ""),)),
     SignalChart("Time per step", "s", ((runlog.STEP_SECONDS, ""),)),

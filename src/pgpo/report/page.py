@@ -45,6 +45,7 @@ EXPLAINED = (  # the metrics that the page draws
     runlog.TRUST_RHO,
     runlog.TRUST_MOVED,
     runlog.TRUST_BUDGET,
+    runlog.TRUST_RATIO,
     runlog.GRAD_NORM,
     runlog.COMPLETION_LENGTH,
     runlog.LENGTH_TAIL,

@@ -21,7 +21,7 @@ from pgpo.core.viscosity import ExponentialLaw, SmoothExponentialLaw, linear_sch
 from pgpo.errors import UserError
 from pgpo.settings.field_types import fit, shown
 from pgpo.settings.fields import refuse_unused
-from pgpo.settings.rules import PARSED, check_combinations, check_values
+from pgpo.settings.rules import PARSED, check_combinations, check_values, may_measure_steps
 from pgpo.teacher import ContextTemplates
 
 # The paper's step, 256 completions of 8192 tokens. TRL's defaults are far smaller.
@@ -172,6 +172,11 @@ class PGPOConfig(GRPOConfig):
     diagnostics_warning_interval: int = _option(
         10,
         "Repeat the warning of equal rewards, or of no teacher, every so many steps; first after 3. 0: never.",
+    )
+    diagnostics_step_interval: int = _option(
+        10,
+        "With trust='off', measure every so many steps how far one moves the policy, and warn where it goes more than "
+        "twice as far as the teacher asks. 0: never.",
     )
     diagnostics_flat_tolerance: float = _option(1e-8, "Rewards count as equal up to this standard deviation.")
 
@@ -349,6 +354,11 @@ class PGPOConfig(GRPOConfig):
     def follows_rewards(self) -> bool:
         """Whether TRL's policy loss, on advantages, is all of the loss or a part of it."""
         return not self.distills or self.distillation_weight < 1
+
+    @property
+    def watches_steps(self) -> bool:
+        """Whether steps are measured though trust is off."""
+        return self.trust == "off" and self.diagnostics_step_interval > 0 and may_measure_steps(self)
 
     def templates(self) -> ContextTemplates:
         """SDPO's, with those that are given in their place."""

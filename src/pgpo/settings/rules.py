@@ -72,6 +72,7 @@ RANGES: dict[str, Range] = {
     "distillation_weight": (lambda v: 0 <= v <= 1, "a share of the loss must lie in [0, 1]"),
     "teacher_sync_steps": _FROM_ONE,
     "diagnostics_warning_interval": _NOT_NEGATIVE,
+    "diagnostics_step_interval": _FROM_ZERO,
     "diagnostics_flat_tolerance": _NOT_NEGATIVE,
     "importance_clip": (lambda v: v >= 1, "a ratio's upper clip must be >= 1, or None"),
     "success_threshold": (math.isfinite, "it must be a finite reward"),
@@ -123,6 +124,11 @@ def _scalable(c: Any) -> bool:
 def _learns_alone(c: Any) -> bool:
     """Whether one completion per question can have a teacher; whether there is feedback, only the trainer knows."""
     return c.distills and (c.feedback_mode != "never" or c.allow_own_success)
+
+
+def may_measure_steps(c: Any) -> bool:
+    """Whether it can be told how far a step moves the policy, against how far the teacher asks."""
+    return c.distills and c.divergence != "sampled_token" and _scalable(c)
 
 
 def _set(c: Any, name: str) -> bool:
@@ -230,6 +236,16 @@ COMBINATIONS: tuple[Combination, ...] = (
             "leave it out.",
         )
         for name in ("trust_tolerance", "trust_clock")
+    ),
+    (
+        lambda c: _set(c, "diagnostics_step_interval") and c.trust != "off",
+        "diagnostics_step_interval is {c.diagnostics_step_interval}, but trust={c.trust!r} measures every step; leave "
+        "it out.",
+    ),
+    (
+        lambda c: _set(c, "diagnostics_step_interval") and c.diagnostics_step_interval and not may_measure_steps(c),
+        "diagnostics_step_interval is {c.diagnostics_step_interval}, but steps are measured against a teacher's "
+        "divergence in nats, with an optimizer that holds no weights of its own; leave it out.",
     ),
     (
         lambda c: (c.trust_budget == "fixed") != (c.trust_nats is not None),

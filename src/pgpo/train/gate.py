@@ -71,10 +71,14 @@ class StepGate:
         self._require_linear()
         self._rho = rho
 
-    def settle(self, callback: Callable[[], None]) -> None:
-        """Call it right after the next update, if there is one. Raises as `scale` does: an optimizer that is not linear
-        may hold weights of its own, which would not follow."""
-        self._require_linear()
+    def settle(self, callback: Callable[[], None], acts: bool = True) -> None:
+        """Call it right after the next update, if there is one.
+
+        acts: it changes weights or rates. Then raises as `scale` does: an optimizer that is not linear may hold weights
+            of its own, which would not follow.
+        """
+        if acts:
+            self._require_linear()
         self._settle = callback
 
     def leave_out(self) -> None:

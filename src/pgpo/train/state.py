@@ -16,7 +16,8 @@ STATE_FILE = "pgpo_state.json"
 def collected(trainer: Any) -> dict[str, Any]:
     """The state of earlier steps other than tensors, as JSON."""
     signal = trainer.signal.state_dict()
-    optional = {} if trainer.trust is None else {"trust": trainer.trust.form.state_dict()}
+    measures = trainer.args.trust != "off"
+    optional = {"trust": trainer.trust.form.state_dict()} if measures else {}
     if trainer.clip is not None:
         optional["clip"] = trainer.clip.state_dict()
     return {
@@ -56,7 +57,7 @@ def load(trainer: Any, directory: Path) -> None:
     trainer.restore(state)
     if trainer.guard is not None and state.get("guard") is not None:  # else it starts here
         trainer.guard.load(state["guard"], directory)
-    if trainer.trust is not None and "trust" in state:  # else it starts here
+    if trainer.args.trust != "off" and "trust" in state:  # else it starts here
         trainer.trust.load_state_dict(state["trust"])
     if trainer.clip is not None and "clip" in state:  # else it starts here
         trainer.clip.load_state_dict(state["clip"])

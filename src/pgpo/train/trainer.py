@@ -157,7 +157,7 @@ class PGPOTrainer(SeamTrainer):
         forwards = Forwards(self.model, self.teacher, self.args, self.engine, self.tokenizer.pad_token_id)
         coefficient = self.router_aux_loss_coef if self.aux_loss_enabled else None
         self.distillation = Distillation(self.args, self.engine, forwards, self.signal.meters, self.host, coefficient)
-        if self.args.trust != "off":
+        if self.args.trust != "off" or self.args.watches_steps:
             self.trust = Trust(self, forwards)
         if self.is_fsdp_enabled and self.teacher.module is not None:
             shard(self.teacher.module, self.accelerator)

@@ -10,6 +10,7 @@ included. Its moments are left as they are.
     lagged       the next step's rate is multiplied; holds nothing, undoes nothing
     auto         the same from a tiny rate to any: learning_rate="auto"
     kl_adaptive  the same in fixed factors: a baseline
+    watch        trust is off: every n-th step is measured and left as it is
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pgpo.core import (
+    FixedBudget,
     KLAdaptiveRate,
     LaggedRate,
     MeasuredTrust,
@@ -48,6 +50,7 @@ class Step:
 
     Args:
         undo: whether its weights may be moved back.
+        agreement: whether the gradient is compared with the earlier ones.
 
     Attributes:
         divergence, information: of the batch, nats; no divergence without a teacher.
@@ -57,14 +60,16 @@ class Step:
 
     warming_up = False
 
-    def __init__(self, optimizer: Any, engine: Engine, probe: Probe, undo: bool) -> None:
+    def __init__(self, optimizer: Any, engine: Engine, probe: Probe, undo: bool, agreement: bool) -> None:
         self.engine, self.probe = engine, probe
         self.divergence: float | None = None
         self.information = 0.0
         moving = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        moments = ((p, optimizer.state.get(p, {}).get(name)) for p in moving for name in _MOMENTS)
-        pairs = [(local(p.grad), local(moment)) for p, moment in moments if moment is not None]
-        self.cosine = gradient_cosine(pairs, engine.reduce)
+        self.cosine: float | None = None
+        if agreement:
+            moments = ((p, optimizer.state.get(p, {}).get(name)) for p in moving for name in _MOMENTS)
+            pairs = [(local(p.grad), local(moment)) for p, moment in moments if moment is not None]
+            self.cosine = gradient_cosine(pairs, engine.reduce)
         self.rho = 1.0  # of the weights as they are
         self._moving: list[Tensor] = moving if undo else []
         self._old = [local(p).clone() for p in self._moving]
@@ -125,7 +130,8 @@ class Undo:
                 break
         step.move(rho)
         self._clock = [self._clock[0] + rho, self._clock[1] + 1]
-        return _numbers(rho, self.law.length.moved, self.law.budget, self.law.length.count, whole, step.divergence)
+        values = {"trust_rho": rho, "trust_moved": self.law.length.moved, "trust_budget": self.law.budget}
+        return values | _measurements(self.law.length.count, whole, step.divergence, self.correction)
 
     def teacher_rate(self, rate: float) -> float:
         """Of the average that follows now: rate * rho, of several steps their mean."""
@@ -156,7 +162,8 @@ class Lagged:
         budget = self.correction.add(step.divergence, step.information, step.cosine)
         used, moved = self.factor, step.moved(1.0)
         self.rate.observe(budget, moved, most=1.0 if step.warming_up else math.inf)
-        return _numbers(used, moved, budget, 1, moved, step.divergence)
+        values = {"trust_rho": used, "trust_moved": moved, "trust_budget": budget}
+        return values | _measurements(1, moved, step.divergence, self.correction)
 
     def teacher_rate(self, rate: float) -> float:
         return rate  # the step was not shortened
@@ -167,6 +174,30 @@ class Lagged:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.correction.load_state_dict(state["correction"])
         self.rate.load_state_dict(state["rate"])
+
+
+class Watch:
+    """Leaves every step and every rate as they are: trust is off."""
+
+    undo = False
+    factor = 1.0
+    correction = None
+
+    def __init__(self, args: PGPOConfig) -> None:
+        pass
+
+    def settle(self, step: Step, slope: float | None) -> dict[str, float]:
+        moved = step.moved(1.0)
+        return {"trust_moved": moved} | ({"trust_ratio": moved / step.divergence} if step.divergence else {})
+
+    def teacher_rate(self, rate: float) -> float:
+        return rate
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"form": "off"}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 FORMS: dict[str, Callable[[PGPOConfig], Undo | Lagged]] = {
@@ -182,24 +213,29 @@ class Trust:
 
     def __init__(self, trainer: Any, forwards: Forwards) -> None:
         self.trainer, self.args, self.engine, self.forwards = trainer, trainer.args, trainer.engine, forwards
-        self.form = FORMS[self.args.trust_form](self.args)
+        self.off = self.args.trust == "off"
+        self.form = Watch(self.args) if self.off else FORMS[self.args.trust_form](self.args)
 
     def watch(self, batch: Batch, divergence: float | None, information: float) -> None:
-        """When the gradient is complete: have the optimizer's next step settled, unless it is left out.
+        """When the gradient is complete: have the optimizer's next step settled, unless it is left out. With trust off
+        every `diagnostics_step_interval`-th step, from the first one.
 
         divergence: mean over the batch's active tokens, nats; None if there are none.
         """
-        probe = Probe(self.forwards, batch, self._rows(batch))
-        step = Step(torch_optimizer(self.trainer.optimizer), self.engine, probe, self.form.undo)
-        step.divergence, step.information = None if divergence is None else max(divergence, 0.0), information
         state = self.trainer.state
+        if self.off and state.global_step % self.args.diagnostics_step_interval:
+            return
+        probe = Probe(self.forwards, batch, self._rows(batch))
+        agreement = self.form.correction is not None and self.form.correction.agreement is not None
+        step = Step(torch_optimizer(self.trainer.optimizer), self.engine, probe, self.form.undo, agreement)
+        step.divergence, step.information = None if divergence is None else max(divergence, 0.0), information
         step.warming_up = state.global_step + 1 < self.args.get_warmup_steps(state.max_steps)
-        self.trainer.gate.settle(partial(self._settle, step))
+        self.trainer.gate.settle(partial(self._settle, step), acts=not self.off)
 
     def _settle(self, step: Step) -> None:
         values = self.form.settle(step, self._slope(step))
-        if (agreement := self.form.correction.agreement) is not None:
-            values["agreement"] = agreement.value
+        if self.off:
+            self.trainer.diagnostics.far(self.trainer.state.global_step + 1, values.get("trust_ratio", 0.0))
         for name, value in values.items():
             self.trainer.record(name, value)
         self.trainer.rescale_recorded("effective_lr", step.rho)
@@ -235,7 +271,13 @@ def _budget(args: PGPOConfig) -> dict[str, Any]:
     return values | {"kl_per_divergence": kl_per_divergence(args.divergence, args.divergence_beta)}
 
 
-def _numbers(rho: float, moved: float, budget: float, probes: int, whole: Any, divergence: Any) -> dict[str, float]:
-    """What a form logs. whole: K of the whole step, if it was measured."""
-    values = {"trust_rho": rho, "trust_moved": moved, "trust_budget": budget, "probes": float(probes)}
-    return values | ({"trust_ratio": whole / divergence} if whole is not None and divergence else {})
+def _measurements(
+    probes: int, whole: float | None, divergence: float | None, correction: TrustBudget | FixedBudget
+) -> dict[str, float]:
+    """What both forms log. whole: K of the whole step, if it was measured."""
+    values = {"probes": float(probes)}
+    if whole is not None and divergence:
+        values["trust_ratio"] = whole / divergence
+    if correction.agreement is not None:
+        values["agreement"] = correction.agreement.value
+    return values
