@@ -173,7 +173,7 @@ def test_a_value_is_looked_at_once(monkeypatch, name):
 
 
 @pytest.mark.parametrize("status", [0, 130])
-def test_demo_runs_both_objectives_side_by_side(tmp_path, monkeypatch, capsys, status):
+def test_demo_runs_three_methods_side_by_side(tmp_path, monkeypatch, capsys, status):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/demo-1").mkdir(parents=True)
     calls = []
@@ -188,8 +188,13 @@ def test_demo_runs_both_objectives_side_by_side(tmp_path, monkeypatch, capsys, s
 
     monkeypatch.setattr(train_run, "main", train)
     assert main(["demo"]) == status
-    both = [["--objective", o, "--output_dir", f"runs/demo-2/{o}"] for o in ("pgpo", "sdpo")]
-    assert calls == (both if status == 0 else both[:1])
+    methods = {"sdpo": ["sdpo"], "pgpo": ["pgpo"], "measured-trust": ["sdpo", "--trust", "measured"]}
+    wanted = [
+        ["--objective", *flags, *cli.DEMO_FLAGS, "--output_dir", f"runs/demo-2/{name}"]
+        for name, flags in methods.items()
+    ]
+    assert calls == (wanted if status == 0 else wanted[:1])
+    assert all(parse(words).config.learning_rate == 2e-3 for words in wanted)
     assert (tmp_path / "runs/demo-2/figure.png").exists() == (status == 0)
     assert any((tmp_path / "runs/demo-1").iterdir()) is False
 

@@ -324,10 +324,9 @@ def test_a_warning_where_steps_go_further_than_the_teacher_asks(rate, warns, tmp
     told = [text for text in said if "times as far as the teacher asks" in text]
     assert len(told) == warns
     if warns:
-        ratio = logs[2]["trust_ratio"]
-        assert told[0].startswith(
-            f"at step 3, for 3 measured steps in a row: the step moved the policy {ratio:.1f} times"
-        )
+        a, b, c = (math.log(log["trust_ratio"]) for log in logs[:3])
+        mean = math.exp((0.64 * a + 0.8 * b + c) / 2.44)
+        assert told[0].startswith(f"at step 3, for 3 measured steps in a row: steps move the policy {mean:.1f} times")
 
 
 # Which rows -----------------------------------------------------------------------------------------------------------

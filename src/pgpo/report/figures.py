@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ from pgpo.report.methods import (
 )
 from pgpo.runlog import Run
 from pgpo.study_files import FINAL
+
+Series = tuple[list[int], list[float]]  # steps and values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +52,7 @@ STYLE = {
 
 
 def plot_runs(runs: Sequence[Run], path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Writes a PNG or SVG (by suffix): held-out accuracy, I_k, rho_k and gradient norm over the optimizer steps.
+    """Writes a PNG or SVG (by suffix): the axes of `draw_runs` over the optimizer steps.
 
     Raises UserError without matplotlib, for another suffix, for no runs or more than the colours can tell apart,
     for runs without any line to draw, and for a path that cannot be written.
@@ -82,7 +84,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def draw_runs(runs: Sequence[Run], title: str | None = None) -> Figure:
-    """The figure of `plot_runs`; its axes are accuracy, information, rho, gradient norm."""
+    """The figure of `plot_runs`; its axes are held-out accuracy, information, what multiplied the learning rate, and
+    how far a step moved the policy of what the teacher asks (K / D), or the gradient norm where no run measured that.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -92,17 +96,23 @@ def draw_runs(runs: Sequence[Run], title: str | None = None) -> Figure:
         if not run.metrics and not run.evaluations:
             raise UserError(f"The run {run.directory} has no metrics and no evaluations; let it do a step first.")
     figure = Figure(figsize=(10.5, 6.8), layout="constrained")
-    accuracy, information, rho, grad_norm = figure.subplots(2, 2, sharex=True).flat
+    accuracy, information, rho, length = figure.subplots(2, 2, sharex=True).flat
     _draw_accuracy(accuracy, runs)
     caps = {run.config["rho_max"] for run in runs if _is_capped(run)}
     # A cap far above every multiplier would flatten them; it is told in the title instead.
     near = {cap: rf"$\rho_{{max}}$ = {cap:g}" for cap in caps if _largest(runs, runlog.RHO) >= (1 + cap) / 2}
     far = ", ".join(f"{cap:g}" for cap in sorted(caps - near.keys()))
-    _draw_metric(information, runs, runlog.INFORMATION, "Information $I_k$ (nats)", levels={0.0: ""})
+    _draw_metric(information, runs, _read(runlog.INFORMATION), "Information $I_k$ (nats)", levels={0.0: ""})
     rho_title = r"Step multiplier $\rho_k$" + (f" (cap {far})" if far else "")
-    _draw_metric(rho, runs, runlog.RHO, rho_title, levels={1.0: ""} | near)
-    _draw_metric(grad_norm, runs, runlog.GRAD_NORM, "Gradient norm before clipping (log scale)", log=True)
-    for axes in (rho, grad_norm):
+    if any(run.series(runlog.TRUST_RHO)[0] for run in runs):
+        rho_title = r"Step multiplier: $\rho_k$, times the part that trust kept"
+    _draw_metric(rho, runs, _multipliers, rho_title, levels={1.0: ""} | near)
+    if any(_step_lengths(run)[0] for run in runs):
+        length_title = "KL moved / divergence to the teacher (log scale)"
+        _draw_metric(length, runs, _step_lengths, length_title, levels={1.0: ""}, log=True)
+    else:
+        _draw_metric(length, runs, _read(runlog.GRAD_NORM), "Gradient norm before clipping (log scale)", log=True)
+    for axes in (rho, length):
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _draw_legend(figure, runs)
@@ -138,17 +148,40 @@ def _draw_accuracy(axes: Axes, runs: Sequence[Run]) -> None:
         _note_absence(axes)
 
 
+def _read(name: str) -> Callable[[Run], Series]:
+    return lambda run: run.series(name)
+
+
+def _multipliers(run: Run) -> Series:
+    """rho, times the part of a step that trust kept."""
+    kept = dict(zip(*run.series(runlog.TRUST_RHO)))
+    steps, rho = run.series(runlog.RHO)
+    return steps, [value * kept.get(step, 1.0) for step, value in zip(steps, rho)]
+
+
+def _step_lengths(run: Run) -> Series:
+    """K / D of the steps that were measured, after trust has shortened them."""
+    divergence = dict(zip(*run.series(runlog.DIVERGENCE)))
+    pairs = [(step, moved) for step, moved in zip(*run.series(runlog.TRUST_MOVED)) if divergence.get(step)]
+    return [step for step, _ in pairs], [moved / divergence[step] for step, moved in pairs]
+
+
 def _draw_metric(
-    axes: Axes, runs: Sequence[Run], name: str, title: str, levels: Mapping[float, str] | None = None, log: bool = False
+    axes: Axes,
+    runs: Sequence[Run],
+    series: Callable[[Run], Series],
+    title: str,
+    levels: Mapping[float, str] | None = None,
+    log: bool = False,
 ) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_title(title, loc="left")
-    if not any(run.series(name)[0] for run in runs):
+    if not any(series(run)[0] for run in runs):
         _note_absence(axes)
         return
     for run, color in zip(runs, COLORS):
-        steps, raw = run.series(name)
+        steps, raw = series(run)
         if not steps:
             continue
         values = np.array(raw, dtype=np.float64)

@@ -189,7 +189,8 @@ def _shaping(config: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:
 
 def objective_label(config: Mapping[str, Any]) -> str:
     objective, alpha = str(config.get("objective") or "").upper(), number(config.get("alpha"))
-    return f"{objective} α = {alpha:g}" if objective == "PGPO" and math.isfinite(alpha) else objective
+    label = f"{objective} α = {alpha:g}" if objective == "PGPO" and math.isfinite(alpha) else objective
+    return f"{label}, measured trust" if config.get("trust") == "measured" else label
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
