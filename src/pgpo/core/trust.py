@@ -283,7 +283,7 @@ class MeasuredTrust:
 class LaggedRate:
     """The form without undo: the next step's learning rate is lr * factor.
 
-        factor <- clip(factor (B / K)^gain, low, high)
+        factor <- clip(factor min((B / K)^gain, 10), low, high)
 
     Args:
         gain: ours, measured: .15.
@@ -305,19 +305,20 @@ class LaggedRate:
             most: the factor may not rise above it; 1 while the schedule itself raises the rate, whose short steps
                 say nothing about the rate to come.
 
-        A step that moved nothing tells nothing about the rate. Raises ValueError for a nan, and for a budget that is
-        not a finite number >= 0.
+        A step that moved nothing measurable, as a tiny one in bf16, was too short; where nothing was asked for, it
+        tells nothing. Raises ValueError for a nan, and for a budget that is not a finite number >= 0.
         """
         check_finite("the budget", budget, at_least=0)
         check(not math.isnan(moved), "K is nan: the probe's log-probabilities are not finite after the step.")
-        if moved > 0:
+        if moved > 0 or budget > 0:
+            ratio = budget / moved if moved > 0 else math.inf
             high = max(min(self.high, most), self.low)
-            self.factor = min(max(self.factor * self._change(budget / moved), self.low), high)
+            self.factor = min(max(self.factor * self._change(ratio), self.low), high)
         return self.factor
 
     def _change(self, ratio: float) -> float:
-        """What the factor is multiplied by at B / K."""
-        return ratio**self.gain
+        """What the factor is multiplied by at B / K; by 10 at most."""
+        return min(ratio**self.gain, 10.0)
 
     def state_dict(self) -> dict[str, float]:
         return {"factor": self.factor}
@@ -338,4 +339,4 @@ class KLAdaptiveRate(LaggedRate):
         super().__init__(low=0.01, high=10.0)
 
     def _change(self, ratio: float) -> float:
-        return 1 / 1.5 if ratio < 0.5 else 1.5 if ratio > 2 else 1.0
+        return 1 / 1.5 if ratio < 0.5 else 1.5 if 2 < ratio < math.inf else 1.0

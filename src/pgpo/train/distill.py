@@ -23,6 +23,7 @@ from pgpo.core import (
     fused_distillation_head,
 )
 from pgpo.forward import routers
+from pgpo.forward.open_model import Head
 from pgpo.forward.passes import States
 from pgpo.forward.routers import Load
 from pgpo.settings.config import PGPOConfig
@@ -83,6 +84,8 @@ class Distillation:
         self.args, self.engine, self.forwards, self.meters, self.host = args, engine, forwards, meters, host
         self.router_coefficient = router_coefficient
         self.details: dict[int, list[TokenDetail]] = {}  # of the rows in host.watched
+        # Sees the student's states of each micro-batch's own tokens, with gradient, inside the forward.
+        self.observer: Callable[[Sequence[Sample], States], object] | None = None
 
     def backward(self, model: nn.Module, batch: Batch, samples: list[Sample]) -> Distilled:
         """The gradient of distillation_weight times the loss, summed over ranks.
@@ -168,11 +171,18 @@ class Distillation:
         weights = self._token_weights(samples, 0.0 if idle else 1 / tokens)
         places = own_places(samples)
         loads: list[Load] | None = None if self.router_coefficient is None else []
+
+        def end(hidden: Tensor, head: Head | None) -> HeadOutput:
+            states = States(hidden, head).at(places)
+            if self.observer is not None and not idle:
+                self.observer(samples, states)
+            return self._compare(states, teacher, labels, weights)
+
         output: HeadOutput = self.forwards.passes.forward(
             model,
             [s.prompt for s in samples],
             [s.completion for s in samples],
-            lambda hidden, head: self._compare(States(hidden, head).at(places), teacher, labels, weights),
+            end,
             part.counts,
             loads,
         )

@@ -6,11 +6,12 @@ step alone: not on the number of ranks or micro-batches, and no other random num
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,6 @@ from pgpo.train.seam import Batch
 # larger, every one. K is then too small by what moved among the others (top-20: a thousandth, docs/LOG.md).
 KEPT_TOKENS = 256
 _CHUNK_LOGITS = 2**24  # ours: logits in fp32 at a time, 64 MiB
-
-T = TypeVar("T")
 
 
 class Candidate(NamedTuple):
@@ -64,38 +63,58 @@ class _Before(NamedTuple):
 class Probe:
     """The policy before a step, on this rank's rows to probe. Every rank makes one and asks as often.
 
+    Of a row that the loss has a forward for, the policy before comes from there (`see`); of the others from a forward
+    of their own. In half precision all have one: what two layouts of a batch round apart is no motion.
+
     Args:
         rows: {place in the batch: tokens of it}; empty on a rank that only takes part.
     """
 
     def __init__(self, forwards: Forwards, batch: Batch, rows: dict[int, int]) -> None:
-        self.forwards, engine = forwards, forwards.engine
-        samples = [_cut(s, tokens) for s, tokens in zip(student_samples(batch, list(rows)), rows.values())]
-        parts = batching.split([s.student_size for s in samples], forwards.limits())
-        self._parts = [[samples[i] for i in part] for part in parts]
-        rounds = int(engine.max(len(parts))) if engine.gathers_layers else 0
-        self._idle = [[idle_sample(batch)]] * (rounds - len(parts))  # ranks gather layers together
-        self._before = self._each([self._keep] * len(parts))
+        self.forwards, self.batch = forwards, batch
+        self._tokens = {int(batch["row"][place]): tokens for place, tokens in rows.items()}
+        self._places = {int(batch["row"][place]): place for place in rows}
+        self._before: dict[int, _Before] = {}
+
+    @torch.no_grad()
+    def see(self, samples: Sequence[Sample], states: States) -> None:
+        """The student's states of the samples' own tokens, sample after sample, before the step."""
+        start = 0
+        for sample in samples:
+            end = start + len(sample.labels)
+            if (tokens := self._tokens.get(sample.index)) is not None and self.forwards.repeats_itself:
+                self._before[sample.index] = self._keep(states[torch.arange(start, min(end, start + tokens))])
+            start = end
+
+    def begin(self) -> None:
+        """Before the step, after the loss."""
+        self._each([row for row in self._tokens if row not in self._before], self._remember)
 
     def moved(self) -> float:
         """K of the weights as they are now, nats; inf where they give nothing finite."""
-        found = self._each([partial(self._moved, before) for before in self._before])
+        found: list[Tensor] = []
+        self._each(list(self._tokens), lambda rows, states: found.append(self._moved(rows, states)))
         values = torch.cat(found) if found else torch.zeros(0, device=self.forwards.engine.device)
         return token_mean(values, reduce=self.forwards.engine.reduce)
 
-    def _each(self, finishes: Sequence[Callable[[States], T]]) -> list[T]:
-        """What each makes of the states of its part's own tokens."""
-        found = [self._run(part, finish) for part, finish in zip(self._parts, finishes, strict=True)]
-        for part in self._idle:
-            self._run(part, lambda states: None)
+    def _each(self, rows: Sequence[int], finish: Callable[[list[int], States], object]) -> None:
+        """The states of the rows' own tokens, a few rows at a time; as many forwards on every rank."""
+        engine = self.forwards.engine
+        samples = student_samples(self.batch, [self._places[row] for row in rows])
+        samples = [_cut(sample, self._tokens[row]) for sample, row in zip(samples, rows, strict=True)]
+        parts = batching.split([s.student_size for s in samples], self.forwards.limits())
+        for part in parts:
+            self._run([samples[i] for i in part], partial(finish, [rows[i] for i in part]))
+        rounds = int(engine.max(len(parts))) if engine.gathers_layers else 0
+        for _ in range(rounds - len(parts)):  # ranks gather layers together
+            self._run([idle_sample(self.batch)], lambda states: None)
         reshard(self.forwards.model)
-        return found
 
-    def _run(self, samples: Sequence[Sample], finish: Callable[[States], T]) -> T:
-        forwards, places, found = self.forwards, own_places(samples), list[T]()
+    def _run(self, samples: Sequence[Sample], finish: Callable[[States], object]) -> None:
+        forwards, places = self.forwards, own_places(samples)
 
         def end(hidden: Tensor, head: Head | None) -> Tensor:
-            found.append(finish(States(hidden, head).at(places)))
+            finish(States(hidden, head).at(places))
             return hidden[:1]
 
         def forward(model: nn.Module) -> Tensor:
@@ -103,22 +122,31 @@ class Probe:
 
         with forwards.engine.autocast():
             frozen(forwards.model, forward)
-        return found[0]
+
+    def _remember(self, rows: list[int], states: States) -> None:
+        ends = list(itertools.accumulate(self._tokens[row] for row in rows))
+        for row, end in zip(rows, ends, strict=True):
+            self._before[row] = self._keep(states[torch.arange(end - self._tokens[row], end)])
 
     def _keep(self, states: States) -> _Before:
         parts = [_kept(log_probs) for log_probs in self._log_probs(states)]
         tokens = [part.tokens for part in parts if part.tokens is not None]
         return _Before(torch.cat([part.log_probs for part in parts]), torch.cat(tokens) if tokens else None)
 
-    def _moved(self, before: _Before, states: States) -> Tensor:
+    def _moved(self, rows: list[int], states: States) -> Tensor:
         """[N] nats."""
+        known = [self._before[row] for row in rows]
+        before = _Before(
+            torch.cat([part.log_probs for part in known]),
+            None if known[0].tokens is None else torch.cat([part.tokens for part in known if part.tokens is not None]),
+        )
         start, found = 0, []
         for log_probs in self._log_probs(states):
-            rows = slice(start, start := start + len(log_probs))
+            chunk = slice(start, start := start + len(log_probs))
             if before.tokens is not None:
-                log_probs = log_probs.gather(-1, before.tokens[rows])
+                log_probs = log_probs.gather(-1, before.tokens[chunk])
             kept = "all" if before.tokens is None else "top"
-            found.append(kl_moved(before.log_probs[rows], log_probs, kept).nan_to_num(nan=torch.inf, posinf=torch.inf))
+            found.append(kl_moved(before.log_probs[chunk], log_probs, kept).nan_to_num(nan=torch.inf, posinf=torch.inf))
         return torch.cat(found)
 
     def _log_probs(self, states: States) -> Iterator[Tensor]:

@@ -276,6 +276,8 @@ class PGPOTrainer(SeamTrainer):
             if self.step_factor != 1:
                 self.gate.scale(self.step_factor)
             return torch.tensor(loss, device=self.accelerator.device)
+        if self.trust is not None:
+            self.trust.prepare(batch)
         distilled = self.distillation.backward(model, batch, self.active_samples(batch))
         share, policy_loss = self.args.distillation_weight, 0.0
         if self.follows_rewards:
@@ -296,7 +298,7 @@ class PGPOTrainer(SeamTrainer):
             self._log_step(information, rho, totals, distilled.tokens, policy_loss)
             if self.trust is not None and self._moves:
                 divergence = totals.divergence / distilled.tokens if distilled.tokens else None
-                self.trust.watch(batch, divergence, information.information)
+                self.trust.watch(divergence, information.information)
         return torch.tensor(share * totals.loss + (1 - share) * policy_loss, device=self.accelerator.device)
 
     def forget_step(self) -> None:

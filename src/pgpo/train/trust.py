@@ -1,6 +1,7 @@
 """Measured trust in the trainer: what of an optimizer step is kept, and at what rate the next one goes.
 
-    watch     before the step: the policy on the rows to probe, the weights, the gradient's cosine
+    prepare   before the loss: which rows are probed; the loss's own forwards show the policy on them
+    watch     before the step: the policy on the other rows, the weights, the gradient's cosine
     settle    right after it, inside the gate: K is measured, and the form acts (core/trust.py)
 
 The step that is measured is the one that the optimizer made: scaled by rho_k and the guard, clipped, weight decay
@@ -214,18 +215,25 @@ class Trust:
     def __init__(self, trainer: Any, forwards: Forwards) -> None:
         self.trainer, self.args, self.engine, self.forwards = trainer, trainer.args, trainer.engine, forwards
         self.off = self.args.trust == "off"
+        self._probe: Probe | None = None  # of the step at work
         self.form = Watch(self.args) if self.off else FORMS[self.args.trust_form](self.args)
 
-    def watch(self, batch: Batch, divergence: float | None, information: float) -> None:
-        """When the gradient is complete: have the optimizer's next step settled, unless it is left out. With trust off
-        every `diagnostics_step_interval`-th step, from the first one.
+    def prepare(self, batch: Batch) -> None:
+        """Before the loss of a step. With trust off every `diagnostics_step_interval`-th step is measured, from the
+        first one on."""
+        due = not self.off or self.trainer.state.global_step % self.args.diagnostics_step_interval == 0
+        self._probe = Probe(self.forwards, batch, self._rows(batch)) if due else None
+        self.trainer.distillation.observer = None if self._probe is None else self._probe.see
+
+    def watch(self, divergence: float | None, information: float) -> None:
+        """When the gradient is complete: have the optimizer's next step settled, unless it is left out.
 
         divergence: mean over the batch's active tokens, nats; None if there are none.
         """
-        state = self.trainer.state
-        if self.off and state.global_step % self.args.diagnostics_step_interval:
+        state, probe = self.trainer.state, self._probe
+        if probe is None:
             return
-        probe = Probe(self.forwards, batch, self._rows(batch))
+        probe.begin()
         agreement = self.form.correction is not None and self.form.correction.agreement is not None
         step = Step(torch_optimizer(self.trainer.optimizer), self.engine, probe, self.form.undo, agreement)
         step.divergence, step.information = None if divergence is None else max(divergence, 0.0), information
