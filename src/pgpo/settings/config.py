@@ -175,8 +175,8 @@ class PGPOConfig(GRPOConfig):
     )
     diagnostics_step_interval: int = _option(
         10,
-        "With trust='off', measure every so many steps how far one moves the policy, and warn where it goes more than "
-        "twice as far as the teacher asks. 0: never.",
+        "With trust='off', measure every so many steps how far one moves the policy, and warn where it goes further "
+        "than the teacher asks. 0: never.",
     )
     diagnostics_flat_tolerance: float = _option(1e-8, "Rewards count as equal up to this standard deviation.")
 
