@@ -147,7 +147,7 @@ def finished(tiny, tmp_path_factory) -> Path:
         ("--beta 0.1 --objective sdpo", "beta is 0.1, which self-distillation does not have; leave it at 0.0"),
         (
             "--per_device_train_batch_size 9 --num_generations 4",
-            "9 completions per step are no multiple of num_generations = 4",
+            "9 completions per step are not a multiple of num_generations = 4",
         ),
         ("--learning_rat 1", "unrecognized arguments: --learning_rat 1; see `pgpo train --help`"),
         ("physics", "unrecognized arguments: physics; see `pgpo train --help`"),
@@ -632,7 +632,7 @@ def test_overwrite_replaces_runs_only(refused, folder, tiny):
 def test_a_run_directory_that_cannot_be_made(refused, folder, name):
     (folder / "file").write_text("a regular file")
     _, sentence = refused("train", "--output_dir", name)
-    assert_matches(sentence, f"run directory {name} cannot be made: file is a file; choose another --output_dir")
+    assert_matches(sentence, f"run directory {name} cannot be created: file is a file; choose another --output_dir")
 
 
 @pytest.mark.parametrize("place", ["new", "empty", "replaced"])

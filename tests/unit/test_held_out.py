@@ -426,7 +426,7 @@ CHAT = [{"role": "user", "content": "w1"}]
         ),
         ({"hard": [{"prompt": CHAT}], "easy": []}, r"eval_dataset\['easy'\] is empty"),
         ({"hard": [{"prompt": CHAT}, {"prompt": None}]}, r"row 1 of eval_dataset\['hard'\] has the prompt None"),
-        (iter([{"prompt": CHAT}]), "can be read once only"),
+        (iter([{"prompt": CHAT}]), "can be read only once"),
         ("some/name", "eval_dataset is 'some/name'; give a dataset"),
     ],
 )

@@ -79,7 +79,7 @@ def test_the_silent_rank_is_named_by_all_others(clock):
     assert b.signs[0].startswith("2|")
     for other in (a, c):
         found = problem(other)
-        assert found.startswith(f"rank 1 ({b.me}) has not been heard of for 5")
+        assert found.startswith(f"rank 1 ({b.me}) has sent no heartbeat for 5")
         assert other.sentence(found) == f"{found}; rank {other.rank} of 3 ends after step 7."
         assert problem(other, 1000.0) is None
 
@@ -89,7 +89,7 @@ def test_a_rank_that_never_came_is_named_too(clock):
     for count in range(30):
         beat(a, c, count=count)
         clock.forward(2)
-    assert problem(a) == "rank 1 (never seen) has not been heard of for 60 s"
+    assert problem(a) == "rank 1 (never seen) has sent no heartbeat for 60 s"
 
 
 def test_a_rank_that_is_done_may_be_silent_and_take_the_store_with_it(clock):
@@ -164,7 +164,7 @@ def test_the_process_ends_whatever_becomes_of_the_advice(advice, capsys, monkeyp
         a.exchange(str(count))
     assert a.look(time.monotonic()) and statuses == [1]
     assert capsys.readouterr().err.endswith(
-        "rank 1 (never seen) has not been heard of for 60 s; rank 0 of 2 ends here.\n"
+        "rank 1 (never seen) has sent no heartbeat for 60 s; rank 0 of 2 ends here.\n"
     )
     released.set()
 
@@ -255,7 +255,7 @@ def test_the_process_is_ended_once_another_rank_is_silent(served, capsys):
     b._last = "still here"
     b.stop(None)  # does not say that it is done
     assert until(lambda: ended) and ended == [1]
-    assert capsys.readouterr().err.startswith(f"pgpo: rank 1 ({b.me}) has not been heard of for ")
+    assert capsys.readouterr().err.startswith(f"pgpo: rank 1 ({b.me}) has sent no heartbeat for ")
     a.stop(None)
 
 
@@ -306,7 +306,7 @@ def test_the_error_of_a_collective_is_explained(monkeypatch, clock):
     monkeypatch.setattr(ranks.time, "sleep", lambda s: (clock.forward(2), a.exchange(str(clock.now))))
     beat(a, b, count=0)
     beat(a, b, count=1)
-    says = r"^rank 1 \(.*\) has not been heard of for 12 s; rank 0 of 2 ends after step 7.$"
+    says = r"^rank 1 \(.*\) has sent no heartbeat for 12 s; rank 0 of 2 ends after step 7.$"
     with pytest.raises(LostRankError, match=says), watch_ranks(45.0):
         raise RuntimeError("[c10d] Gloo connectFullMesh failed with Connection closed by peer")
     assert clock.now < 1016

@@ -127,8 +127,8 @@ def test_killed_before_the_first_checkpoint(whole, tmp_path):
     status, err = pgpo("train", "--resume", directory)
     assert status == 2
     assert err == [
-        f"pgpo: {directory} has no readable checkpoint, for it was stopped before its first one was written: there is "
-        'nothing to continue, so start it again with the "command" in its config.json, --overwrite and a smaller '
+        f"pgpo: {directory} was stopped before its first checkpoint was written, so there is nothing "
+        'to continue; start it again with the "command" in its config.json, --overwrite and a smaller '
         "--save_steps."
     ]
 
@@ -190,7 +190,7 @@ def test_killed_in_the_last_evaluation(new, whole, tmp_path, monkeypatch, when):
         patch.setattr(owner, name, what)
         assert pgpo(*new)[0] == 130
     err = assert_resumes_to(whole, tmp_path / "run")
-    assert "all 4 steps are done; raise --max_steps to go on." in err
+    assert "all 4 steps are done; raise --max_steps to continue." in err
 
 
 def test_the_records_are_those_of_the_last_step(whole, tmp_path, monkeypatch):
@@ -442,8 +442,8 @@ def test_a_full_disk_in_between_is_told_and_forgotten(new, whole, tmp_path, full
     assert status == 0
     folder = tmp_path / "run/checkpoints"
     assert [line for line in err if "could not" in line] == [
-        f"checkpoint-3 could not be written in {folder} (No space left on device); training goes on and the next save "
-        "tries again: free some space there."
+        f"checkpoint-3 could not be written in {folder} (No space left on device); training continues and the next "
+        "save tries again: free some space there."
     ]
     told, expected = story(tmp_path / "run"), story(whole)
     assert (told.pop("checkpoints"), expected.pop("checkpoints")) == ([4], [3, 4])

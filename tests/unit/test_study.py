@@ -472,11 +472,11 @@ def test_groups_are_done_one_after_the_other_each_run_once(tmp_path: Path) -> No
         ({"methods": {"a": {"lr_times_mean_rho_of": "b"}}, "compare": {}}, "needs plain/b/seed-1, which no group runs"),
         (
             {"methods": {"s": {"objective": "sdpo"}, "a": {"lr_times_mean_rho_of": "s"}}, "compare": {}},
-            "needs the multipliers of plain/s/seed-1, which is no PGPO",
+            "needs the multipliers of plain/s/seed-1, which is not PGPO",
         ),
         (
             {"methods": {"b": {"train": False}, "a": {"lr_times_mean_rho_of": "b"}}, "compare": {}},
-            "needs the multipliers of plain/b/seed-1, which is no PGPO",
+            "needs the multipliers of plain/b/seed-1, which is not PGPO",
         ),
         ({"methods": {"p": {}, "a": {"rho_shuffled_from": "p", "max_steps": 10}}, "compare": {}}, "has 10 steps"),
         (

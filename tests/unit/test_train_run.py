@@ -231,7 +231,7 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(whole, recipe, 
     interrupt(None)
     status, err = pgpo("train", f"--resume={run}")
     assert status == 0
-    assert "all 4 steps are done; raise --max_steps to go on." in err
+    assert "all 4 steps are done; raise --max_steps to continue." in err
     assert_same_run(run, whole)
 
 

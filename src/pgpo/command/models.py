@@ -31,7 +31,7 @@ def model_source(parsed: Parsed, task: Task, scratch: Path, resumed: Path | None
         return resumed / BASE_FOLDER
     from pgpo.train.warm_start import warm_start
 
-    say("no model given: a small one is made on the spot and shown the answer format (one to three minutes).")
+    say("no model given: a small one is made now and taught the answer format (one to three minutes).")
     with progress("warm start") as (bar, line):
         return warm_start(
             task.train,

@@ -148,7 +148,7 @@ def _queue(
     for number, group in enumerate(groups, 1):
         place = f"group {number}"
         if not isinstance(group, dict):
-            raise UserError(f"{place} is no mapping of settings, methods and seeds.")
+            raise UserError(f"{place} is not a mapping of settings, methods and seeds.")
         _known(group, _GROUP_KEYS, place)
         chosen_settings = _chosen(group.get("settings", "all"), settings, f"{place}: settings")
         chosen_methods = _chosen(group.get("methods", "all"), methods, f"{place}: methods")
@@ -229,9 +229,7 @@ def _check_special(place: str, flags: Mapping[str, Any], special: Mapping[str, A
         if type(special["base_seed"]) is not int or special["base_seed"] < 0:
             raise UserError(f"{place}: base_seed is {special['base_seed']!r}; it must be a whole number, 0 or more.")
         if "model_name_or_path" in flags or flags.get("task", "lab_world") != "lab_world":
-            raise UserError(
-                f"{place}: base_seed rebuilds the lab's own base model; it goes with no other task or model."
-            )
+            raise UserError(f"{place}: base_seed rebuilds the lab's own base model; leave other tasks and models out.")
     if len({"lr_times_mean_rho_of", "rho_shuffled_from"} & special.keys()) == 2:
         raise UserError(f"{place} has both lr_times_mean_rho_of and rho_shuffled_from; make two methods of it.")
 
@@ -255,7 +253,7 @@ def _check_needs(run: StudyRun, queue: Mapping[str, StudyRun]) -> None:
         raise UserError(f"{run.name} needs {run.needs}, which no group runs; add it to a group.")
     needed = queue[run.needs].arm
     if needed.objective != "pgpo" or needed.rho_shuffled_from:
-        raise UserError(f"{run.name} needs the multipliers of {run.needs}, which is no PGPO with its own.")
+        raise UserError(f"{run.name} needs the multipliers of {run.needs}, which is not PGPO with its own.")
     if run.arm.rho_shuffled_from and run.arm.max_steps != needed.max_steps:
         raise UserError(
             f"{run.name} has {run.arm.max_steps} steps, {run.needs} has {needed.max_steps}; make them equal."

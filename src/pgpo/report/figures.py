@@ -90,7 +90,7 @@ def draw_runs(runs: Sequence[Run], title: str | None = None) -> Figure:
         raise UserError(f"A figure shows 1 to {len(COLORS)} runs, not {len(runs)}; give that many run directories.")
     for run in runs:
         if not run.metrics and not run.evaluations:
-            raise UserError(f"The run {run.directory} has no metrics and no evaluations; let it do a step first.")
+            raise UserError(f"The run {run.directory} has no metrics and no evaluations; let it finish a step first.")
     figure = Figure(figsize=(10.5, 6.8), layout="constrained")
     accuracy, information, rho, grad_norm = figure.subplots(2, 2, sharex=True).flat
     _draw_accuracy(accuracy, runs)
@@ -259,7 +259,9 @@ def plot_comparisons(comparisons: Sequence[Comparison], folder: Path) -> list[Pa
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The folder {folder} cannot be made ({error.strerror}); choose another --figures.") from error
+        raise UserError(
+            f"The folder {folder} cannot be created ({error.strerror}); choose another --figures."
+        ) from error
     styles = styles_of([method for comparison in comparisons for method in comparison.methods])
     written: list[Path] = []
     for comparison in comparisons:

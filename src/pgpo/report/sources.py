@@ -117,7 +117,7 @@ def read_sources(paths: Sequence[Path]) -> tuple[list[Run], list[StudySource]]:
                 if runs and _task(run) != _task(runs[0]):
                     raise UserError(
                         f"its task is {' '.join(_task(run))}, that of {runs[0].directory} is"
-                        f" {' '.join(_task(runs[0]))}; report them apart."
+                        f" {' '.join(_task(runs[0]))}; report them separately."
                     )
                 runs.append(run)
         except UserError as error:
@@ -160,7 +160,7 @@ def _read_run(path: Path) -> Run:
     for name in runlog.LOG_FILES:
         file = path / name
         if file.exists() and (end := file.read_bytes().rpartition(b"\n")[2]) and not _is_json(end):
-            _warn(f"the last line of {file} is cut and is left out.")
+            _warn(f"the last line of {file} is truncated and is ignored.")
     return run
 
 

@@ -213,7 +213,7 @@ class Teacher:
                 raise ValueError(f"The saved teacher has no {key!r}; pass what Teacher.state_dict() returned.")
             if state[key] != own:
                 raise ValueError(
-                    f"The saved teacher has {key} {state[key]!r}, this one {own!r}; go on with the saved setting."
+                    f"The saved teacher has {key} {state[key]!r}, this one {own!r}; keep the saved setting."
                 )
         masters, buffers = self._masters(), self._own_buffers()
         for part, targets in (("parameters", masters), ("buffers", buffers)):

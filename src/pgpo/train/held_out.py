@@ -117,7 +117,7 @@ class HeldOut:
         for prefix, part in parts_of(data).items():
             what = f"eval_dataset[{prefix[:-1]!r}]" if prefix else "eval_dataset"
             if isinstance(part, Iterator):
-                raise UserError(f"{what} is {shown(part)}, which can be read once only; give a list or a dataset.")
+                raise UserError(f"{what} is {shown(part)}, which can be read only once; give a list or a dataset.")
             rows_of(part.take(1) if isinstance(part, IterableDataset) else part, self._prompts(), what)
 
     def _check_kind(self) -> None:

@@ -151,7 +151,7 @@ class Watch:
             )
         for rank, (state, who, _) in signs.items():
             if rank != self.rank and state not in ("done", "failed") and self.misses[rank] * self.beat > limit:
-                return f"rank {rank} ({who}) has not been heard of for {self.misses[rank] * self.beat:.0f} s"
+                return f"rank {rank} ({who}) has sent no heartbeat for {self.misses[rank] * self.beat:.0f} s"
         return None
 
     def sentence(self, problem: str) -> str:

@@ -101,8 +101,8 @@ class SeamTrainer(StepSeam):
                 checkpoints.remove_leftovers(folder)
             if self.accelerator.is_main_process:
                 self.host.say(
-                    f"{name} could not be written in {folder} ({self.failed_save}); training goes on and the next save "
-                    "tries again: free some space there."
+                    f"{name} could not be written in {folder} ({self.failed_save}); training continues and the next "
+                    "save tries again: free some space there."
                 )
             return
         if self.args.should_save:
@@ -170,7 +170,7 @@ class SeamTrainer(StepSeam):
         progress: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if progress.get("ranks") != self.accelerator.num_processes:
             self.host.say(
-                f"{directory.name} was written by another number of processes: the run goes on, but not bit for bit "
+                f"{directory.name} was written by another number of processes: the run continues, but not bit for bit "
                 "as one that was never stopped."
             )
             self._step = self.state.global_step
