@@ -1,4 +1,4 @@
-"""What a rank concludes from the signs of the others, with a store in memory and a clock that the test turns."""
+"""What a rank concludes from the heartbeats of the others, with a store in memory and a clock that the test turns."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_silent_rank_is_named_by_all_others(clock):
     for count in range(3, 30):
         beat(a, c, count=count)
         clock.forward(2)
-    assert b.signs[0].startswith("2|")
+    assert b.heartbeats[0].startswith("2|")
     for other in (a, c):
         found = problem(other)
         assert found.startswith(f"rank 1 ({b.me}) has sent no heartbeat for 5")
@@ -170,7 +170,7 @@ def test_the_process_ends_whatever_becomes_of_the_advice(advice, capsys, monkeyp
 
 
 def test_a_pause_of_this_process_accuses_nobody(clock):
-    """Suspended together: who wakes first finds all signs old."""
+    """Suspended together: who wakes first finds all heartbeats old."""
     ended = []
     _, (a, b) = watches(2, end=ended.append)
     beat(a, b, count=0)
@@ -249,7 +249,9 @@ def test_the_process_is_ended_once_another_rank_is_silent(served, capsys):
     a = Watch(connect, 0, 2, 1.0, lambda: "after step 7.", end=ended.append, beat=0.05)
     b = Watch(connect, 1, 2, 1.0, end=others.append, beat=0.05)
     a.start(), b.start()
-    assert until(lambda: a.signs and b.signs and int(a.signs[1].split("|")[0]) > 30)  # longer than the limit
+    assert until(
+        lambda: a.heartbeats and b.heartbeats and int(a.heartbeats[1].split("|")[0]) > 30
+    )  # longer than the limit
     assert ended == others == []
     b.exchange = lambda state: None  # it stops beating, and
     b._last = "still here"
@@ -264,7 +266,7 @@ def test_the_end_is_told(served, capsys):
     ended = []
     a, b = (Watch(connect, rank, 2, 1.0, end=ended.append, beat=0.05) for rank in range(2))
     a.start(), b.start()
-    assert until(lambda: b.signs)
+    assert until(lambda: b.heartbeats)
     a.stop(None)
     assert server.get(a.keys[0]).decode() == f"done|{a.me}"
     assert until(lambda: b.misses[0] > 40)  # twice the limit: b knows that a is done
@@ -282,11 +284,11 @@ def test_a_connection_that_breaks_once_is_made_anew(served):
     a = Watch(lambda: connect(port), 0, 2, 5.0, end=ended.append, beat=0.05)
     b = Watch(connect, 1, 2, 5.0, end=ended.append, beat=0.05)
     a.start(), b.start()
-    assert until(lambda: a.signs and b.signs)
+    assert until(lambda: a.heartbeats and b.heartbeats)
     cable.cut()
     assert until(lambda: cable.pairs)
-    before = b.signs[0]
-    assert until(lambda: b.signs[0] != before)
+    before = b.heartbeats[0]
+    assert until(lambda: b.heartbeats[0] != before)
     assert ended == [] and cable.cuts == 1
     a.stop(None), b.stop(None)
 

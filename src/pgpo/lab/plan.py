@@ -34,8 +34,8 @@ class Arm:
     Attributes:
         flags: of `pgpo train`.
         train: false evaluates the initial model and does nothing else.
-        lr_times_mean_rho_of: method of the same setting; the mean multiplier of its run with the same seed is the
-            factor on the learning rate.
+        lr_times_mean_rho_of: method of the same setting; the mean multiplier of its run with the same seed multiplies
+            the learning rate.
         rho_shuffled_from: method of the same setting; the multipliers of its run with the same seed are applied in
             another order.
         base_seed: train the lab's base model that is rebuilt from this seed.

@@ -25,7 +25,7 @@ from pgpo.report.methods import (
     objective_label,
     smooth,
 )
-from pgpo.runlog import Run
+from pgpo.runlog import LoggedRun
 from pgpo.study_files import FINAL
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ STYLE = {
 }
 
 
-def plot_runs(runs: Sequence[Run], path: str | os.PathLike[str], title: str | None = None) -> None:
+def plot_runs(runs: Sequence[LoggedRun], path: str | os.PathLike[str], title: str | None = None) -> None:
     """Writes a PNG or SVG (by suffix): held-out accuracy, I_k, rho_k and gradient norm over the optimizer steps.
 
     Raises UserError without matplotlib, for another suffix, for no runs or more than the colours can tell apart,
@@ -81,7 +81,7 @@ def save(figure: Figure, path: Path) -> None:
         raise UserError(f"The figure {path} cannot be written ({error.strerror}); choose another path.") from error
 
 
-def draw_runs(runs: Sequence[Run], title: str | None = None) -> Figure:
+def draw_runs(runs: Sequence[LoggedRun], title: str | None = None) -> Figure:
     """The figure of `plot_runs`; its axes are accuracy, information, rho, gradient norm."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -111,7 +111,7 @@ def draw_runs(runs: Sequence[Run], title: str | None = None) -> Figure:
     return figure
 
 
-def _draw_accuracy(axes: Axes, runs: Sequence[Run]) -> None:
+def _draw_accuracy(axes: Axes, runs: Sequence[LoggedRun]) -> None:
     evaluations = [_evaluations(run) for run in runs]
     splits = _splits(runs)
     opacity = min(0.18, 0.4 / max(1, len(runs) * len(splits)))  # many bands over each other must not hide the lines
@@ -139,7 +139,12 @@ def _draw_accuracy(axes: Axes, runs: Sequence[Run]) -> None:
 
 
 def _draw_metric(
-    axes: Axes, runs: Sequence[Run], name: str, title: str, levels: Mapping[float, str] | None = None, log: bool = False
+    axes: Axes,
+    runs: Sequence[LoggedRun],
+    name: str,
+    title: str,
+    levels: Mapping[float, str] | None = None,
+    log: bool = False,
 ) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -180,7 +185,7 @@ def _draw_level(axes: Axes, level: float, label: str) -> None:
         )
 
 
-def _draw_legend(figure: Figure, runs: Sequence[Run]) -> None:
+def _draw_legend(figure: Figure, runs: Sequence[LoggedRun]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=color, linewidth=2, label=label) for color, label in zip(COLORS, _labels(runs))]
@@ -203,32 +208,32 @@ def _draw_legend(figure: Figure, runs: Sequence[Run]) -> None:
     )
 
 
-def _labels(runs: Sequence[Run]) -> list[str]:
+def _labels(runs: Sequence[LoggedRun]) -> list[str]:
     """Objective and alpha from the configuration, the directory name where that is missing or not unique."""
     names = [run.name for run in runs]
     labels = [objective_label(run.config) or run.name for run in runs]
     return [label if labels.count(label) == 1 else f"{label} ({name})" for label, name in zip(labels, names)]
 
 
-def _is_capped(run: Run) -> bool:
+def _is_capped(run: LoggedRun) -> bool:
     return run.config.get("rho_max") is not None and run.config.get("objective", "pgpo") == "pgpo"
 
 
-def _is_sparse(runs: Sequence[Run], split: str | None) -> bool:
+def _is_sparse(runs: Sequence[LoggedRun], split: str | None) -> bool:
     """Is a split evaluated at two steps at most (before and after), in every run?"""
     return all(sum(line.get(runlog.SPLIT) == split for line in _evaluations(run)) <= 2 for run in runs)
 
 
-def _largest(runs: Sequence[Run], name: str) -> float:
+def _largest(runs: Sequence[LoggedRun], name: str) -> float:
     values = [value for run in runs for value in run.series(name)[1] if np.isfinite(value)]
     return max(values, default=-np.inf)
 
 
-def _evaluations(run: Run) -> list[dict[str, Any]]:
+def _evaluations(run: LoggedRun) -> list[dict[str, Any]]:
     return [line for line in run.evaluations if line.get(runlog.AVG_AT_K) is not None]
 
 
-def _splits(runs: Sequence[Run]) -> list[str | None]:
+def _splits(runs: Sequence[LoggedRun]) -> list[str | None]:
     """The splits in order of appearance. Raises UserError for more than the line styles can tell apart."""
     splits = list(dict.fromkeys(line.get(runlog.SPLIT) for run in runs for line in _evaluations(run)))
     if len(splits) > len(SPLIT_STYLES):

@@ -30,7 +30,6 @@ from pgpo.train.seam import SeamTrainer
 from pgpo.train.success import weighted_sum
 from pgpo.train.user_functions import call_grader
 
-Row = Mapping[str, Any]
 Grader = Callable[[str, Any], Any]
 _INTERVAL = ("", runlog.LOW, runlog.HIGH)
 _LENGTHS = ("mean_length", "min_length", "max_length", "clipped_ratio")
@@ -284,7 +283,7 @@ class HeldOut:
         return values | {f"completions/{name}": float(v) for name, v in zip(_LENGTHS, shape)} | outcome.logged
 
 
-def identified(row: Row, place: int) -> dict[str, Any]:
+def identified(row: Mapping[str, Any], place: int) -> dict[str, Any]:
     """A row as graders get it: with an id (its place, where it has none) and a domain."""
     own = "" if row.get("id") is None else str(row["id"])
     return {**row, "id": own or str(place), "domain": row.get("domain") or ""}
