@@ -801,7 +801,7 @@ def test_a_study_without_usable_records_keeps_its_tables(tmp_path: Path, capsys:
             '[1]\n{"setting": "plain", "method": "pgpo", "status": "ok", "steps": [2, 1], "metrics": {"rho": [1]}}\n'
         )
     report(study, out=tmp_path / "c.html")
-    assert "has 1 lines that are no records" in capsys.readouterr().err
+    assert "has 1 lines that are not records" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
