@@ -18,10 +18,10 @@ from test_science_qa import record
 
 from pgpo import PGPOTrainer, UserError, runlog
 from pgpo.cli import main
+from pgpo.command import warm_start
 from pgpo.runlog import read_run
 from pgpo.settings.arguments import PRESETS, parse
 from pgpo.tasks import lab_world
-from pgpo.train import warm_start
 
 RECIPE = """
 task: lab_world

@@ -29,7 +29,7 @@ def model_source(parsed: Parsed, task: Task, scratch: Path, resumed: Path | None
         return lab_world.checkpoint_path(parsed.run.variant)
     if resumed is not None:
         return resumed / BASE_FOLDER
-    from pgpo.train.warm_start import warm_start
+    from pgpo.command.warm_start import warm_start
 
     say("no model given: a small one is made now and taught the answer format (one to three minutes).")
     with progress("warm start") as (bar, line):
