@@ -325,7 +325,7 @@ def read_run(directory: str | os.PathLike[str]) -> LoggedRun:
 
 
 def update_config(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Replace the configuration of a run that goes on with other settings; the rest of config.json stays.
+    """Replace the configuration of a run that continues with other settings; the rest of config.json stays.
 
     Raises UserError when the directory is not a run, or cannot be written.
     """

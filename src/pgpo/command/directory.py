@@ -76,7 +76,7 @@ def locked(directory: Path, existing: Path) -> Iterator[None]:
 
 
 def open_log(parsed: Parsed, directory: Path, base: Path, run_id: str, resumed: int | None) -> RunLog:
-    """The log of a run that goes on after step `resumed`, or of a new one (None).
+    """The log of a run that continues after step `resumed`, or of a new one (None).
 
     A new one gets a copy of `base`, the initial model, where `pgpo train` made it.
     """

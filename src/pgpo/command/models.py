@@ -21,7 +21,7 @@ from pgpo.train.seam import nonfinite_parameter
 def model_source(parsed: Parsed, task: Task, scratch: Path, resumed: Path | None) -> Path | str:
     """Folder or hub id of the model: the one named, the lab's base model, or a small one that is trained here first.
 
-    `resumed`: the run directory of a run that goes on, which has that small model already.
+    `resumed`: the run directory of a run that continues, which has that small model already.
     """
     if parsed.model.model_name_or_path:
         return parsed.model.model_name_or_path

@@ -51,7 +51,7 @@ class Session(TrainerCallback):
             say(f"all {args.max_steps} steps are done; raise --max_steps to continue.")
             args.max_steps, args.num_train_epochs = -1, 0
         elif self.main:
-            records.unlink(missing_ok=True)  # of a run that ended earlier, and now goes on
+            records.unlink(missing_ok=True)  # of a run that ended earlier and now continues
         self.trainer.host.trusted = None if checkpoint is None else checkpoint[1].resolve()
         try:
             with self.interruption.handled(), progress(args.objective) as (self.bar, self.line):

@@ -186,7 +186,7 @@ class Teacher:
             buffer.copy_(sources[name])
 
     def state_dict(self, keep: bool = True) -> dict[str, Any]:
-        """Everything needed to go on: kind, rate, and CPU copies of what trains and of the buffers.
+        """Everything needed to continue: kind, rate, and CPU copies of what trains and of the buffers.
 
         {"kind": str, "rate": float, "parameters": {student's name: fp32, or wider if the model is}, "buffers": {...}}
         "live" has no tensors. Sharded tensors (FSDP2) are gathered, one after the other, so call it on every rank;
@@ -364,7 +364,7 @@ def _require_same_tensors(what: str, ours: Mapping[str, Tensor], expected: Mappi
 
 
 def _is_peft(student: nn.Module) -> bool:
-    peft = sys.modules.get("peft")  # whoever made a PeftModel has imported it
+    peft = sys.modules.get("peft")  # code that made a PeftModel has imported it
     return peft is not None and isinstance(student, peft.PeftModel)
 
 

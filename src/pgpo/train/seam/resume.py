@@ -33,7 +33,7 @@ class SeamTrainer(StepSeam):
         self.failed_save: str | None = None  # why the newest checkpoint could not be written
         self._scratch: str | None = None  # where a checkpoint is being written
         self._sampler: Any = None
-        self._unlogged: dict[str, Any] | None = None  # of a checkpoint between two logs, until training goes on
+        self._unlogged: dict[str, Any] | None = None  # of a checkpoint between two logs, until training continues
         super().__init__(*args, **kwargs)
 
     # Hooks ----------------------------------------------------------------------------------------------------------
@@ -280,8 +280,8 @@ class SeamTrainer(StepSeam):
 
 @contextlib.contextmanager
 def _dtypes_kept(model: nn.Module) -> Iterator[None]:
-    """PEFT makes adapters fp32 when it loads them, also those that TRL made bf16 (QLoRA): the run would go on otherwise
-    than it began."""
+    """PEFT makes adapters fp32 when it loads them, also those that TRL made bf16 (QLoRA); keep the dtypes that the run
+    began with."""
     before = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     yield
     for name, parameter in model.named_parameters():
