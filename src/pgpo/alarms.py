@@ -1,8 +1,8 @@
 """Alarms of a training run: a metric has become worse than in healthy runs. Pure: numbers in, alarms out.
 
-    Signal, SIGNALS   a metric, the direction in which it goes when training collapses, and a limit
-    CollapseGuard     smoothed value against its own running best -> alarms
-    calibrate         limits from healthy runs
+    WatchedMetric, SIGNALS    a metric, the direction in which it goes when training collapses, and a limit
+    CollapseGuard             smoothed value against its own running best -> alarms
+    calibrate                 limits from healthy runs
 
 A signal is smoothed, s_k = .8 s_{k-1} + .2 x_k, and compared with its best value so far: an alarm means that it has
 been worse by more than its limit for `patience` steps. Smoothing, warm-up and the default limits come from a prototype
@@ -41,7 +41,7 @@ MARGIN = 1.05  # its limits: the worst of the healthy runs times 1.05
 
 
 @dataclass(frozen=True)
-class Signal:
+class WatchedMetric:
     """A metric to watch.
 
     Attributes:
@@ -78,23 +78,25 @@ class Signal:
         return None if self.distills and metrics.get("active_share") == 0 else float(x)
 
 
-SIGNALS: dict[str, Signal] = {
+SIGNALS: dict[str, WatchedMetric] = {
     s.name: s
     for s in (
         # Its guard on the batch reward fired at a fall of .06 (and too late).
-        Signal("reward", "reward", falls=True, limit=0.06),
-        Signal("length_tail", "length_tail", unit="tokens", relative=True),
-        Signal("clipped_share", "clipped_share"),
-        Signal("student_entropy_low", "student_entropy", falls=True, unit="nats", relative=True, distills=True),
-        Signal("student_entropy_high", "student_entropy", unit="nats", relative=True, distills=True),
+        WatchedMetric("reward", "reward", falls=True, limit=0.06),
+        WatchedMetric("length_tail", "length_tail", unit="tokens", relative=True),
+        WatchedMetric("clipped_share", "clipped_share"),
+        WatchedMetric("student_entropy_low", "student_entropy", falls=True, unit="nats", relative=True, distills=True),
+        WatchedMetric("student_entropy_high", "student_entropy", unit="nats", relative=True, distills=True),
         # The norm "triples" in a collapse: three times its best is 200 % above it.
-        Signal("grad_norm", "grad_norm", relative=True, limit=2.0),
-        Signal("divergence", "divergence", unit="nats", distills=True),
+        WatchedMetric("grad_norm", "grad_norm", relative=True, limit=2.0),
+        WatchedMetric("divergence", "divergence", unit="nats", distills=True),
         # .044 was fitted to the exact KL(S||T); the sampled one has the same mean and more noise.
-        Signal("sampled_kl", "sampled_kl", unit="nats", limit=0.044, distills=True),
-        Signal("sampled_kl_wrong", "sampled_kl_wrong", unit="nats", limit=0.27, distills=True),
+        WatchedMetric("sampled_kl", "sampled_kl", unit="nats", limit=0.044, distills=True),
+        WatchedMetric("sampled_kl_wrong", "sampled_kl_wrong", unit="nats", limit=0.27, distills=True),
         # .04 to .06 kept all 6 true alarms, with 2 and 1 false ones in 8 healthy runs.
-        Signal("demonstration_logprob", "demonstration_logprob", falls=True, unit="nats", limit=0.06, distills=True),
+        WatchedMetric(
+            "demonstration_logprob", "demonstration_logprob", falls=True, unit="nats", limit=0.06, distills=True
+        ),
     )
 }
 
@@ -132,7 +134,7 @@ class SignalState:
     beyond: int = 0  # steps in a row beyond the limit
     alarms: int = 0  # since the value was last within its limit
 
-    def follow(self, signal: Signal, step: int, x: float, warmup: int) -> float | None:
+    def follow(self, signal: WatchedMetric, step: int, x: float, warmup: int) -> float | None:
         """Add a value. Returns how much worse than its best the smoothed value is; None during the warm-up."""
         self.seen += 1
         self.value = x if self.value is None else SMOOTHING * self.value + (1 - SMOOTHING) * x
@@ -216,7 +218,7 @@ class CollapseGuard:
         self.tracks = {name: SignalState(**state["tracks"][name]) for name in self.limits}
 
 
-def excesses(signal: Signal, lines: Iterable[Mapping[str, Any]], warmup: int = WARMUP) -> list[float | None]:
+def excesses(signal: WatchedMetric, lines: Iterable[Mapping[str, Any]], warmup: int = WARMUP) -> list[float | None]:
     """How much worse than its own running best the smoothed signal is at each step of a run; None in the warm-up.
 
     lines: {"step": ..., metric: ...} as in metrics.jsonl. A step that does not measure it repeats the excess before.

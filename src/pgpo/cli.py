@@ -1,6 +1,6 @@
 """The `pgpo` command. Each subcommand imports its part when called, so that `pgpo --help` imports no torch.
 
-Exit status: 0 ok; 2 a mistake of the user, told in one sentence; 130 stopped by Ctrl-C, 143 by SIGTERM; 1 all else.
+Exit status: 0 ok; 2 bad input, explained in one sentence; 130 stopped by Ctrl-C, 143 by SIGTERM; 1 any other failure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ usage: pgpo COMMAND [arguments]
 
   demo        train the tiny lab model at too large a rate with SDPO, PGPO and measured trust, and draw all three
   train       train a model: the lab by default; --task science_qa --domain physics; --config recipe.yaml
-  eval        avg@k, pass@k, maj@k of a model, as a student and reading a right solution
+  eval        avg@k, pass@k, maj@k of a model, without and with a right solution in its prompt
   study       methods x settings x seeds from one YAML, resumable, with tables: recipes/lab-study.yaml
   plan        memory per GPU of a training step, from a model's config alone: pgpo plan MODEL --memory 80
   report      one HTML page, and figures, from run directories and study folders
@@ -68,7 +68,7 @@ DEMO_METHODS = {
 def _demo(argv: list[str]) -> int:
     """Three runs in one folder, the same seed, at twice the lab's learning rate, and one picture of all."""
     if argv:
-        raise UserError(f"demo takes no arguments, got {' '.join(argv)!r}; `pgpo train` has them all.")
+        raise UserError(f"demo takes no arguments, got {' '.join(argv)!r}; `pgpo train` takes them.")
     number = 1
     while (folder := Path("runs") / f"demo-{number}").exists():
         number += 1
@@ -118,7 +118,7 @@ def _eval(argv: list[str]) -> int:
 
 
 def _study(argv: list[str]) -> int:
-    parser = _parser("study", "Run, or go on with, methods x settings x seeds; then write the tables.")
+    parser = _parser("study", "Run or resume methods x settings x seeds, then write the tables.")
     parser.add_argument("study", type=Path, help="YAML file, for example recipes/lab-study.yaml")
     parser.add_argument("--out", type=Path, default=None, help="default: runs/study-NAME")
     parser.add_argument(
@@ -126,7 +126,7 @@ def _study(argv: list[str]) -> int:
     )
     parser.add_argument("--nice", type=int, default=0, help="added to the workers' niceness")
     parser.add_argument(
-        "--only", action="append", default=[], metavar="SETTING/METHOD", help="patterns allowed; repeat"
+        "--only", action="append", default=[], metavar="SETTING/METHOD", help="run these only; patterns, repeatable"
     )
     parser.add_argument("--list", action="store_true", help="show the plan and the estimated time; run nothing")
     parser.add_argument("--tables", action="store_true", help="write the tables from what is finished; run nothing")
@@ -165,23 +165,23 @@ def _plan(argv: list[str]) -> int:
     add("max-completion-length", "tokens", type=int, metavar="L")
     add("max-prompt-length", "tokens", type=int, metavar="P")
     add("teacher-prompt-length", "tokens, the trainer's max_teacher_prompt_length", type=int, metavar="P")
-    add("max-tokens-per-microbatch", "the budget that the table is for", type=int, default=16384, metavar="N")
+    add("max-tokens-per-microbatch", "token budget of the table", type=int, default=16384, metavar="N")
     add("prompts-per-step", "questions per step, all GPUs together", type=int, metavar="N")
     add("num-generations", "completions per question", type=int, metavar="N")
     add("objective", "pgpo, sdpo or grpo", choices=("pgpo", "sdpo", "grpo"))
     add("teacher", "the teacher's weights", choices=("ema", "frozen", "live"))
-    add("trust", "measured: a copy of what trains during the step", choices=("off", "measured"))
-    add("lora", "adapters' rank; without it all parameters train", type=int, metavar="RANK")
+    add("trust", "measured: adds a copy of what trains during the step", choices=("off", "measured"))
+    add("lora", "rank of the adapters; without it all parameters train", type=int, metavar="RANK")
     add(
-        "lora-targets", "adapted matrices, with commas between, or all-linear", default="q_proj,v_proj", metavar="NAMES"
+        "lora-targets", "adapted matrices, separated by commas, or all-linear", default="q_proj,v_proj", metavar="NAMES"
     )
     add("dtype", "dtype of the parameters", choices=("float32", "bfloat16"), default="float32")
     add("autocast", "matmuls in bfloat16, the trainer's bf16", action=BooleanOptionalAction)
     add("optimizer", "optimizer of the step", choices=("adamw", "sgd"))
     add("gradient-checkpointing", "recompute activations in the backward pass", action=BooleanOptionalAction)
     add("fused-head", "logits in chunks", action=BooleanOptionalAction)
-    add("attention", "flash: packed rows", choices=("sdpa", "flash", "eager"))
-    add("vllm-share", "of the memory, kept by vLLM; without it transformers generates", type=float, metavar="F")
+    add("attention", "flash packs rows", choices=("sdpa", "flash", "eager"))
+    add("vllm-share", "share of the memory for vLLM; without it transformers generates", type=float, metavar="F")
     add("fsdp", "shard over the GPUs with FSDP2 (not measured)", action=BooleanOptionalAction)
     add("zero", "shard with DeepSpeed's ZeRO, stage 2 or 3 (peaks not measured)", type=int, choices=(2, 3))
     add("device", "device of the run", choices=("cuda", "cpu"))
@@ -196,7 +196,7 @@ def _plan(argv: list[str]) -> int:
 
 
 def _dashed(word: str) -> str:
-    """--max_prompt_length, as `pgpo train` spells it, is --max-prompt-length."""
+    """Accept --max_prompt_length, the spelling of `pgpo train`, for --max-prompt-length."""
     name, equals, value = word.partition("=")
     return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
@@ -213,7 +213,9 @@ def _report(argv: list[str]) -> int:
 
 
 def _sde(argv: list[str]) -> int:
-    parser = _parser("sde", "Measure the weak orders of the real step; exit status 1 if one is not the theorem's.")
+    parser = _parser(
+        "sde", "Measure the weak orders of the real step; exit status 1 if one differs from the theorem's."
+    )
     parser.add_argument("--json", type=Path, default=None, help="write all numbers to this file")
     parser.add_argument("--figure", type=Path, default=None, help="draw error against step size (PNG or SVG)")
     parser.add_argument("--law", default=None, help="module:Name of a multiplier law of your own")

@@ -283,7 +283,7 @@ class RunLog:
 
 
 @dataclass(frozen=True)
-class Run:
+class LoggedRun:
     """A run as read back. Lists are in file order; `metrics` and `evaluations` hold one dict per line."""
 
     directory: Path
@@ -306,7 +306,7 @@ class Run:
         return [line[STEP] for line in lines], [line[name] for line in lines]
 
 
-def read_run(directory: str | os.PathLike[str]) -> Run:
+def read_run(directory: str | os.PathLike[str]) -> LoggedRun:
     """Reads a run directory; a last line that a killed run left unfinished is dropped.
 
     Raises UserError when the directory is missing, is no run, has another schema version or a corrupt line.
@@ -314,7 +314,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     directory = Path(directory)
     document = _read_config(directory)
     logs = {name: _read_log(directory / name) if (directory / name).exists() else [] for name in LOG_FILES}
-    return Run(
+    return LoggedRun(
         directory=directory,
         config=document["config"],
         environment=_read_document(directory / ENVIRONMENT_FILE),
@@ -328,7 +328,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
 
 
 def update_config(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Replace the configuration of a run that goes on with other settings; the rest of config.json stays.
+    """Replace the configuration of a run that continues with other settings; the rest of config.json stays.
 
     Raises UserError when the directory is not a run, or cannot be written.
     """

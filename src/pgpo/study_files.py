@@ -91,7 +91,7 @@ def readable_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     except (OSError, EOFError, zlib.error):
         problems.append(f"{path} is damaged: the {len(records)} runs before the damage are drawn.")
     if odd:
-        problems.append(f"{path} has {odd} lines that are no records; they are left out.")
+        problems.append(f"{path} has {odd} lines that are not records; they are ignored.")
     return records, problems
 
 

@@ -86,14 +86,14 @@ def job(tmp_path):
 
 CASES = [
     # launcher, rank, how, where, what names the rank
-    ("apart", 1, "SIGKILL", "optimize", "pgpo: rank 1 ({host}, process {pid}) has not been heard of for 1"),
+    ("apart", 1, "SIGKILL", "optimize", "pgpo: rank 1 ({host}, process {pid}) has sent no heartbeat for 1"),
     ("apart", 0, "SIGKILL", "optimize", "pgpo: the job's store at 127.0.0.1, rank 0's machine, has not answered"),
-    ("apart", 1, "SIGSTOP", "optimize", "pgpo: rank 1 ({host}, process {pid}) has not been heard of for 1"),
+    ("apart", 1, "SIGSTOP", "optimize", "pgpo: rank 1 ({host}, process {pid}) has sent no heartbeat for 1"),
     ("apart", 0, "SIGSTOP", "optimize", "pgpo: the job's store at 127.0.0.1, rank 0's machine, has not answered"),
     ("apart", 1, "error", "optimize", "({host}, process {pid}) has failed: MemoryError: no room for 3 more tensors"),
     ("apart", 0, "error", "optimize", "({host}, process {pid}) has failed: MemoryError: no room for 3 more tensors"),
-    ("apart", 1, "exit", "save_extra", "pgpo: rank 1 ({host}, process {pid}) has not been heard of for 1"),
-    ("apart", 1, "SIGSTOP", "held_out_records", "pgpo: rank 1 ({host}, process {pid}) has not been heard of for 1"),
+    ("apart", 1, "exit", "save_extra", "pgpo: rank 1 ({host}, process {pid}) has sent no heartbeat for 1"),
+    ("apart", 1, "SIGSTOP", "held_out_records", "pgpo: rank 1 ({host}, process {pid}) has sent no heartbeat for 1"),
     ("torchrun", 1, "SIGKILL", "optimize", "rank      : 1 (local_rank: 1)\n  exitcode  : -9"),
     ("torchrun", 0, "SIGKILL", "_generate_and_score_completions", "rank      : 0 (local_rank: 0)\n  exitcode  : -9"),
     ("torchrun", 1, "SIGSTOP", "optimize", "pgpo: rank 1 ({host}, process"),

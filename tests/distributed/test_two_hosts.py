@@ -134,7 +134,7 @@ def test_a_cut_cable_ends_both_machines(launch, tmp_path):
     print(json.dumps(ended), *(h.said() for h in pair), sep="\n")
     assert max(ended.values()) < 60
     assert all(host.process.returncode not in (0, 2) for host in pair)
-    assert "pgpo: rank 1 (" in pair[0].said() and ") has not been heard of for 1" in pair[0].said()
+    assert "pgpo: rank 1 (" in pair[0].said() and ") has sent no heartbeat for 1" in pair[0].said()
     assert f"the job's store at {ADDRESSES[0]}, rank 0's machine, has not answered for 1" in pair[1].said()
     for host in pair:  # the namespaces share the disk
         assert f"continue from step 5, with the same launcher, by: pgpo train --resume {run}" in host.said()

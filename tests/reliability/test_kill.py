@@ -44,7 +44,7 @@ KILLS = {
     "half a line": 4,
     "any time": 6,
 }
-NOTHING_YET = ("has no readable checkpoint, for it was stopped", "There is no run directory", "is not a run directory")
+NOTHING_YET = ("was stopped before its first checkpoint", "There is no run directory", "is not a run directory")
 
 
 def story(directory: Path) -> dict:

@@ -200,7 +200,7 @@ def test_main_writes_json_and_figure(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (row["claimed_order"], row["true_order"], row["measured_order"]) == (1, 0, 0)
     assert row["verdict"] == "refuted: order 0" and len(row["errors"]) == len(row["etas"])
     assert picture.read_bytes()[:4] == b"\x89PNG"
-    assert "verdicts as the theorem says" in capsys.readouterr().out
+    assert "verdicts agree with the theorem" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

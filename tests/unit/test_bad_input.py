@@ -147,7 +147,7 @@ def finished(tiny, tmp_path_factory) -> Path:
         ("--beta 0.1 --objective sdpo", "beta is 0.1, which self-distillation does not have; leave it at 0.0"),
         (
             "--per_device_train_batch_size 9 --num_generations 4",
-            "9 completions per step are no multiple of num_generations = 4",
+            "9 completions per step are not a multiple of num_generations = 4",
         ),
         ("--learning_rat 1", "unrecognized arguments: --learning_rat 1; see `pgpo train --help`"),
         ("physics", "unrecognized arguments: physics; see `pgpo train --help`"),
@@ -170,12 +170,6 @@ def test_a_wrong_value_is_named_with_what_to_do(refused, words, says):
 
 def assert_matches(sentence: str, pattern: str) -> None:
     assert re.search(pattern, sentence), sentence
-
-
-@pytest.mark.parametrize("words", ["", "--help me"])
-def test_unknown_command(refused, words):
-    _, sentence = refused("trian", *words.split())
-    assert_matches(sentence, "no command 'trian'; choose one of .*train, eval")
 
 
 @pytest.mark.parametrize(
@@ -424,8 +418,6 @@ def test_fuzzed_studies(refused_early, folder, seeds):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("name: a\nname: b\n", "the study s.yaml is not valid YAML: 'name' stands twice"),
-        (BOMB, "the alias .a is not supported"),
         ("name: ../../x\n", "name is '../../x'; give one of letters, digits"),
         ("name: ok\nseeds: [1]\nsettings: {..: {}}\nmethods: {a: {}}\n", "settings has the name '..'; use letters"),
         ("name: ok\nseeds: [1]\nsettings: {a/b: {}}\nmethods: {a: {}}\n", "settings has the name 'a/b'"),
@@ -452,17 +444,10 @@ def test_flags_win_over_the_recipe_and_are_checked_last(refused, folder):
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-def without(column: str) -> dict:
-    return {name: value for name, value in record(3).items() if name != column}
-
-
 @pytest.mark.parametrize(
     "records, says",
     [
         (None, "There is no file or folder q.jsonl"),
-        ([], "q.jsonl is empty"),
-        ([record(0), without("answerKey")], 'q.jsonl, line 2: no column "answerKey" among question, choices'),
-        ([record(0, domain="Physik")], "holds no question of domain Physics"),
         ([record(0), record(1, answerKey="E")], "q.jsonl, line 2: answerKey 'E' is not among the option labels"),
         ([record(0), record(1)], "the task has 0 training questions, fewer than prompts_per_step = 8"),
     ],
@@ -499,14 +484,10 @@ DATA: list[tuple[bytes, str]] = [
     (lines(GOOD.replace("99.0 m", "\\uD83D")), "line 31: not JSON .*surrogates not allowed"),
     (lines(GOOD.replace("How far", "\\ud83d\\ude00")), "reached the model"),
     (lines("[" * 100_000), "line 31: not JSON"),
-    (lines("null"), "line 31: a JSON NoneType instead of an object"),
-    (lines(GOOD[:-1]), "line 31: not JSON"),
     (lines(GOOD + GOOD), "line 31: not JSON .Extra data"),
     (lines(json.dumps(record(99, question="x" * 50_000_000))), "line 31: 50000[0-9]+ bytes, more than the 1048576 of"),
     (lines("x" * 50_000_000), "line 31: 50000000 bytes, more than"),
-    (lines(json.dumps(record(99, choices=None))), 'line 31: column "choices" is None; make it an object'),
     (lines(json.dumps(record(99, choices={"label": [["A"], "B"], "text": ["a", "b"]}))), 'column "choices" must have'),
-    (lines(json.dumps(record(99, details=[]))), 'line 31: column "details" is'),
 ]
 
 
@@ -621,18 +602,11 @@ def test_an_existing_run_is_refused_and_untouched(refused, folder, finished):
     assert_matches(sentence, "run already exists; continue it with `pgpo train --resume run`, .* --overwrite")
 
 
-def test_overwrite_replaces_runs_only(refused, folder, tiny):
-    (folder / "thesis").mkdir()
-    (folder / "thesis/config.json").write_text('{"chapters": 5}')
-    words = ("--model_name_or_path", tiny, "--output_dir", "thesis", "--overwrite", *SMALL)
-    assert_matches(refused("train", *words)[1], "thesis/config.json was not written by a run")
-
-
 @pytest.mark.parametrize("name", ["file", "file/run", "file/a/b/run"])
 def test_a_run_directory_that_cannot_be_made(refused, folder, name):
     (folder / "file").write_text("a regular file")
     _, sentence = refused("train", "--output_dir", name)
-    assert_matches(sentence, f"run directory {name} cannot be made: file is a file; choose another --output_dir")
+    assert_matches(sentence, f"run directory {name} cannot be created: file is a file; choose another --output_dir")
 
 
 @pytest.mark.parametrize("place", ["new", "empty", "replaced"])
@@ -665,20 +639,13 @@ def break_json(file: Path) -> None:
     file.write_text('{"global_step": ')
 
 
-def test_resume_of_what_is_no_run(refused, folder):
-    assert_matches(refused("train", "--resume", "run")[1], "There is no run directory run")
-    (folder / "run").mkdir()
-    assert_matches(refused("train", "--resume", "run")[1], "run is not a run directory, it has no config.json")
-    (folder / "run/config.json").write_text('{"model_type": "qwen3"}')
-    assert_matches(refused("train", "--resume=run")[1], "run/config.json was not written by a run")
-    assert_matches(refused("train", "--resume")[1], "--resume needs the run directory")
-
-
 def test_resume_with_a_recipe(refused, folder, finished):
     shutil.copytree(finished, folder / "run")
     (folder / "r.yaml").write_text("alpha: 2.0\n")
     _, sentence = refused("train", "--resume", "run", "--config", "r.yaml")
     assert_matches(sentence, "--resume continues the run with its own arguments; leave --config out")
+    assert_matches(refused("train", "--resume")[1], "--resume needs the run directory")
+    assert_matches(refused("train", "--resume", "nowhere")[1], "There is no run directory nowhere")
 
 
 def test_resume_of_a_run_whose_every_checkpoint_is_broken(refused, folder, finished):

@@ -360,7 +360,7 @@ def test_another_number_of_processes_goes_on_and_is_told(tmp_path):
     file = tmp_path / "a/checkpoint-1/pgpo_progress-0.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"ranks": 2}))
     seal_again(file.parent)
-    with pytest.warns(UserWarning, match="written by another number of processes: the run goes on, but not bit for"):
+    with pytest.warns(UserWarning, match="written by another number of processes: the run continues, but not bit for"):
         again = trained(tmp_path / "b", tmp_path / "a/checkpoint-1", num_iterations=2, max_steps=2)
     assert again.state.global_step == 2
 
@@ -640,7 +640,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path, size, first):
     assert_same(t, whole)
     (sentence,) = said
     assert sentence.startswith(f"checkpoint-2 could not be written in {tmp_path / 'full'} (")
-    assert "training goes on and the next save tries again: free some space there." in sentence
+    assert "training continues and the next save tries again: free some space there." in sentence
     assert checkpoint.steps(tmp_path / "full") == [1, 3]
     assert not (tmp_path / "full/.writing").exists()
     assert checkpoint.problem(tmp_path / "full/checkpoint-3") is None

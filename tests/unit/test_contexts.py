@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -235,15 +234,9 @@ def test_random_choice_is_the_same_in_another_process() -> None:
 @pytest.mark.parametrize(
     "completion, shown",
     [
-        ("<think>a\nb</think>\n\nThe answer is 4.", "The answer is 4."),
-        ("x <think>a</think> y <think>b</think>z", "x y z"),
+        ("x <think>a</think> y <think>b</think>z", "x y z"),  # every form: test_visible.py
         ("opened by the template</think>\n4", "4"),
-        ("a </think> <think>b</think>4", "4"),
         ("4 <think>never closed", "4 "),
-        ("<think>a <think>b</think> c</think>4", "4"),
-        ("[THINK]a[/THINK]4", "4"),
-        ("<seed:think>a</seed:think>\n4", "4"),
-        ("<reasoning>a</reasoning> 4", "<reasoning>a</reasoning> 4"),
         (" no thinking \n", " no thinking \n"),
     ],
 )
@@ -271,15 +264,6 @@ def test_thinking_that_the_prompt_opened_and_that_is_cut_off_is_no_demonstration
     assert [r.demonstration for r in rows] == [1, 2, 1]
     with pytest.raises(ValueError, match="3 prompts but 2 opened"):
         build_contexts(["Q"] * 3, completions, [0, 1, 1], 3, opened=[True, True])
-
-
-def test_removing_thinking_takes_linear_time() -> None:
-    # A backtracking pattern needs about n^2 / 2 steps here: minutes.
-    hostile = "<think>" * 200_000
-    closed = "<think></think>" * 100_000 + "</think>" * 100_000
-    started = time.process_time()
-    build_contexts(["Q"] * 2, [hostile, closed], [1, 1], 2)
-    assert time.process_time() - started < 5.0  # of this process: others cost wall-clock time only
 
 
 # --- feedback ------------------------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ import pytest
 from pgpo.errors import UserError
 from pgpo.report.figures import COLORS, draw_runs, plot_runs
 from pgpo.report.methods import smooth
-from pgpo.runlog import Run, RunLog, read_run
+from pgpo.runlog import LoggedRun, RunLog, read_run
 
 
-def _run(directory: Path, config: dict[str, Any], steps: int = 40, splits: tuple[str, ...] = ("validation",)) -> Run:
+def _run(
+    directory: Path, config: dict[str, Any], steps: int = 40, splits: tuple[str, ...] = ("validation",)
+) -> LoggedRun:
     with RunLog.create(directory, config) as log:
         for step in range(1, steps + 1):
             log.metrics(step, {"information": 0.5 - step / 100, "rho": 1 + step / 1000, "grad_norm": 2.0**step})

@@ -279,17 +279,10 @@ OPENED = True
 @pytest.mark.parametrize(
     ("completion", "opened", "reward"),
     [
-        ("<think>Perhaps ANSWER? No.</think>The answer is C.", False, 0.0),
+        ("<think>Perhaps ANSWER? No.</think>The answer is C.", False, 0.0),  # every form: test_visible.py
         ("<think>Perhaps ANSWER", False, 0.0),
-        ("Perhaps ANSWER</think>The answer is C.", False, 0.0),
         ("Perhaps ANSWER</think>", False, 0.0),
         ("Perhaps ANSWER", OPENED, 0.0),
-        ("<think>Perhaps ANSWER", OPENED, 0.0),
-        ("<think>a <think>b</think> ANSWER</think>The answer is C.", False, 0.0),
-        ("<think>a <think>b</think> ANSWER", False, 0.0),
-        ("<think>a</think>Well. <think>ANSWER</think>", False, 0.0),
-        ("<THINK>ANSWER</THINK>", False, 0.0),
-        ("[THINK]ANSWER[/THINK]C", False, 0.0),
         ("<think>a</think>ANSWER", False, 1.0),
         ("<think>ANSWERS? C? No.</think>ANSWER", False, 1.0),
         ("a</think>ANSWER", OPENED, 1.0),

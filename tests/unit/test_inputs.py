@@ -676,7 +676,7 @@ def test_prompts_beyond_the_models_positions(tmp_path, build, objective):
     train(make(tmp_path, rows(fits, fits, count=2), model=build(), **options))
     streamed = stream(rows(long, *[USER] * 4))
     refuses(tmp_path, f"row 6 of train_dataset, .* {says}", streamed, late=True, model=build(), max_steps=2, **options)
-    says = "max_completion_length is 48, which leaves no place for a prompt in the model's 48 positions"
+    says = "max_completion_length is 48, which leaves no room for a prompt in the model's 48 positions"
     refuses(tmp_path, says, rows(), model=build(), max_completion_length=48, **options)
     with pytest.raises(UserError, match="row 0 of eval_dataset has a prompt with 41 tokens"):
         make(tmp_path, rows(), model=build(), eval_dataset=Dataset.from_list([{"prompt": long}]), **options)
@@ -865,9 +865,7 @@ def said(path, steps: int, reward, **options) -> list[str]:
 def test_steps_without_signal_are_said(tmp_path):
     texts = said(tmp_path, 5, nobody)
     assert [t.split(":")[0] for t in texts] == ["at step 3, for 3 steps in a row"] * 2
-    assert (
-        "all 16 rewards were 0, so that they tell no completion from another; look at the reward function" in texts[0]
-    )
+    assert "all 16 rewards were 0, so no completion is better than another; look at the reward function" in texts[0]
     assert (
         "no completion had a teacher, so that nothing was learned (largest reward 0, success_threshold = 1)" in texts[1]
     )
@@ -1019,7 +1017,7 @@ def test_a_tuple_of_functions_is_a_list_of_them(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("num_generations", 7, "num_generations was set to 7 on a finished configuration, .* worked out with 4"),
+        ("num_generations", 7, "num_generations was set to 7 on a finished configuration, .* computed with 4"),
         ("gradient_accumulation_steps", 2, "gradient_accumulation_steps was set to 2 on a finished configuration"),
         ("per_device_train_batch_size", 8, "per_device_train_batch_size was set to 8"),
         ("objective", "spdo", "objective is 'spdo'; choose one of"),

@@ -553,7 +553,7 @@ def test_teacher_prompts_are_as_long_as_the_trainer_lets_them_be(shapes):
         (["--memory", "80", "--max-completion-length", "0"], "max_completion_length is 0"),
         (["--memory", "80", "--max-tokens-per-microbatch", "0"], "max_tokens_per_microbatch is 0"),
         (["--memory", "80", "--lora", "0"], "the LoRA rank is 0"),
-        (["--memory", "80", "--lora-targets", "qkv"], "'qkv' is no matrix"),
+        (["--memory", "80", "--lora-targets", "qkv"], "'qkv' is not a matrix"),
         (["--memory", "80", "--vllm-share", "1.5"], "the vLLM share is 1.5"),
         (["--memory", "80", "--fsdp"], "gpus is 1"),
         (["--memory", "80", "--zero", "2"], "gpus is 1"),
@@ -586,7 +586,7 @@ def test_bad_models_are_told_in_one_sentence(tmp_path, capsys):
     T5Config().save_pretrained(tmp_path / "t5")
     assert "encoder-decoder" in refused(tmp_path / "t5")
     GPT2Config().save_pretrained(tmp_path / "gpt2")
-    assert "gpt2 model, whose blocks are not known here; known: llama" in refused(tmp_path / "gpt2")
+    assert "gpt2 model, whose blocks the planner does not know; known: llama" in refused(tmp_path / "gpt2")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{")
     assert "cannot be read" in refused(tmp_path / "broken")

@@ -365,59 +365,18 @@ def test_our_skip_and_the_scalers_go_together(tmp_path):
     assert "student" in differing(watch.before[4], watch.after[4])
 
 
-# A step that raises ---------------------------------------------------------------------------------------------------
+# Handles and wrappers of an optimizer's step --------------------------------------------------------------------------
 
 
-class Fragile(torch.optim.SGD):
-    """Raises in the middle of a step when told to."""
-
-    failure: BaseException | None = None
-
-    def step(self, closure=None):
-        super().step(closure)
-        if self.failure is not None:
-            raise self.failure
-
-
-def fragile(lr: float = 0.5, weight_decay: float = 0.1):
-    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # torch hooks a class with its first instance: both steps from here
+def plain_sgd():
     parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
     parameter.grad = torch.ones(2)
-    return Fragile([parameter], lr=lr, weight_decay=weight_decay)
-
-
-FAILURES = [RuntimeError("out of memory"), KeyboardInterrupt(), ValueError("half-way")]
-
-
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda f: type(f).__name__)
-@pytest.mark.parametrize("scheduled", ["no", "before", "after"])
-def test_a_step_that_raises_leaves_the_learning_rate_as_it_was(failure, scheduled):
-    optimizer = fragile()
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) if scheduled == "before" else None
-    handle = modulate(optimizer)
-    if scheduled == "after":
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-    handle.arm(1.5)
-    optimizer.failure = failure
-    with pytest.raises(type(failure)):
-        optimizer.step()
-    (group,) = optimizer.param_groups
-    assert (group["lr"], group["weight_decay"]) == (0.5, 0.1)
-    assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.5
-    if schedule is not None:
-        schedule.step()
-        assert group["lr"] == 0.25
-    optimizer.failure = None
-    before = group["params"][0].detach().clone()
-    handle.arm(2.0)
-    optimizer.step()
-    expected = before - 2.0 * group["lr"] * (1 + 0.1 * before)
-    assert torch.allclose(group["params"][0], expected)
+    return torch.optim.SGD([parameter], lr=0.5)
 
 
 @pytest.mark.parametrize("make_handle", [modulate, modulate_reference])
 def test_remove_gives_back_the_optimizers_own_step(make_handle):
-    optimizer = fragile()
+    optimizer = plain_sgd()
     for wrapped in (False, True):
         if wrapped:
             torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -431,7 +390,7 @@ def test_remove_gives_back_the_optimizers_own_step(make_handle):
 
 
 def test_a_handle_within_a_later_wrapper_can_be_removed():
-    optimizer = fragile()
+    optimizer = plain_sgd()
     handle = modulate(optimizer)
     torch.optim.lr_scheduler.StepLR(optimizer, 1)  # wraps ours
     handle.remove()
@@ -535,9 +494,6 @@ def test_rewards_of_any_scale_teach_by_their_threshold_alone(tmp_path, scale):
 
 
 def test_rewards_that_single_precision_cannot_hold(tmp_path):
-    t = trainer_kit.trainer(tmp_path, reward=lambda prompts, **kwargs: [1e39] * len(prompts))
-    with pytest.raises(UserError, match=r"returned 1e\+39 for sample 0 at step 1; a reward must be a finite number"):
-        trainer_kit.train(t)
     t = trainer_kit.trainer(tmp_path, reward=lambda prompts, **kwargs: [3e38] * len(prompts), reward_weights=[2.0])
     with pytest.raises(UserError, match="the weighted sum of the rewards is inf at step 1; lower reward_weights"):
         trainer_kit.train(t)

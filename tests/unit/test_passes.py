@@ -213,7 +213,7 @@ def test_a_head_with_lora_is_refused():
     untied = small("Llama", tie_word_embeddings=False)
     adapted = get_peft_model(untied, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
     assert "LoRA" in head_problem(adapted)
-    assert "no transformers model" in head_problem(nn.Linear(2, 2))
+    assert "not a transformers model" in head_problem(nn.Linear(2, 2))
 
 
 # The teacher ------------------------------------------------------------------------------------------

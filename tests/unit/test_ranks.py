@@ -1,4 +1,4 @@
-"""What a rank concludes from the signs of the others, with a store in memory and a clock that the test turns."""
+"""What a rank concludes from the heartbeats of the others, with a store in memory and a clock that the test turns."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def test_the_silent_rank_is_named_by_all_others(clock):
     for count in range(3, 30):
         beat(a, c, count=count)
         clock.forward(2)
-    assert b.signs[0].startswith("2|")
+    assert b.heartbeats[0].startswith("2|")
     for other in (a, c):
         found = problem(other)
-        assert found.startswith(f"rank 1 ({b.me}) has not been heard of for 5")
+        assert found.startswith(f"rank 1 ({b.me}) has sent no heartbeat for 5")
         assert other.sentence(found) == f"{found}; rank {other.rank} of 3 ends after step 7."
         assert problem(other, 1000.0) is None
 
@@ -89,7 +89,7 @@ def test_a_rank_that_never_came_is_named_too(clock):
     for count in range(30):
         beat(a, c, count=count)
         clock.forward(2)
-    assert problem(a) == "rank 1 (never seen) has not been heard of for 60 s"
+    assert problem(a) == "rank 1 (never seen) has sent no heartbeat for 60 s"
 
 
 def test_a_rank_that_is_done_may_be_silent_and_take_the_store_with_it(clock):
@@ -164,13 +164,13 @@ def test_the_process_ends_whatever_becomes_of_the_advice(advice, capsys, monkeyp
         a.exchange(str(count))
     assert a.look(time.monotonic()) and statuses == [1]
     assert capsys.readouterr().err.endswith(
-        "rank 1 (never seen) has not been heard of for 60 s; rank 0 of 2 ends here.\n"
+        "rank 1 (never seen) has sent no heartbeat for 60 s; rank 0 of 2 ends here.\n"
     )
     released.set()
 
 
 def test_a_pause_of_this_process_accuses_nobody(clock):
-    """Suspended together: who wakes first finds all signs old."""
+    """Suspended together: who wakes first finds all heartbeats old."""
     ended = []
     _, (a, b) = watches(2, end=ended.append)
     beat(a, b, count=0)
@@ -249,13 +249,15 @@ def test_the_process_is_ended_once_another_rank_is_silent(served, capsys):
     a = Watch(connect, 0, 2, 1.0, lambda: "after step 7.", end=ended.append, beat=0.05)
     b = Watch(connect, 1, 2, 1.0, end=others.append, beat=0.05)
     a.start(), b.start()
-    assert until(lambda: a.signs and b.signs and int(a.signs[1].split("|")[0]) > 30)  # longer than the limit
+    assert until(
+        lambda: a.heartbeats and b.heartbeats and int(a.heartbeats[1].split("|")[0]) > 30
+    )  # longer than the limit
     assert ended == others == []
     b.exchange = lambda state: None  # it stops beating, and
     b._last = "still here"
     b.stop(None)  # does not say that it is done
     assert until(lambda: ended) and ended == [1]
-    assert capsys.readouterr().err.startswith(f"pgpo: rank 1 ({b.me}) has not been heard of for ")
+    assert capsys.readouterr().err.startswith(f"pgpo: rank 1 ({b.me}) has sent no heartbeat for ")
     a.stop(None)
 
 
@@ -264,7 +266,7 @@ def test_the_end_is_told(served, capsys):
     ended = []
     a, b = (Watch(connect, rank, 2, 1.0, end=ended.append, beat=0.05) for rank in range(2))
     a.start(), b.start()
-    assert until(lambda: b.signs)
+    assert until(lambda: b.heartbeats)
     a.stop(None)
     assert server.get(a.keys[0]).decode() == f"done|{a.me}"
     assert until(lambda: b.misses[0] > 40)  # twice the limit: b knows that a is done
@@ -282,11 +284,11 @@ def test_a_connection_that_breaks_once_is_made_anew(served):
     a = Watch(lambda: connect(port), 0, 2, 5.0, end=ended.append, beat=0.05)
     b = Watch(connect, 1, 2, 5.0, end=ended.append, beat=0.05)
     a.start(), b.start()
-    assert until(lambda: a.signs and b.signs)
+    assert until(lambda: a.heartbeats and b.heartbeats)
     cable.cut()
     assert until(lambda: cable.pairs)
-    before = b.signs[0]
-    assert until(lambda: b.signs[0] != before)
+    before = b.heartbeats[0]
+    assert until(lambda: b.heartbeats[0] != before)
     assert ended == [] and cable.cuts == 1
     a.stop(None), b.stop(None)
 
@@ -306,7 +308,7 @@ def test_the_error_of_a_collective_is_explained(monkeypatch, clock):
     monkeypatch.setattr(ranks.time, "sleep", lambda s: (clock.forward(2), a.exchange(str(clock.now))))
     beat(a, b, count=0)
     beat(a, b, count=1)
-    says = r"^rank 1 \(.*\) has not been heard of for 12 s; rank 0 of 2 ends after step 7.$"
+    says = r"^rank 1 \(.*\) has sent no heartbeat for 12 s; rank 0 of 2 ends after step 7.$"
     with pytest.raises(LostRankError, match=says), watch_ranks(45.0):
         raise RuntimeError("[c10d] Gloo connectFullMesh failed with Connection closed by peer")
     assert clock.now < 1016

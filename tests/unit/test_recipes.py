@@ -313,14 +313,8 @@ def test_a_step_is_what_trls_words_make(tmp_path, monkeypatch, given, ranks, row
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"num_generations": 3}, "8 completions per step are no multiple of num_generations = 3"),
         ({"prompts_per_step": 2, "gradient_accumulation_steps": 2}, "without per_device_train_batch_size; give both"),
-        (
-            {"prompts_per_step": 2, "per_device_train_batch_size": 32},
-            "prompts_per_step is 2, but per_device_train_batch_size, .* make 4 questions on 1 ranks; give one",
-        ),
         ({"num_generations": None}, "num_generations is None; give"),
-        ({"information_source": "cross_fit"}, "two halves, but prompts_per_step is 1"),
     ],
     ids=str,
 )

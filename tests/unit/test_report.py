@@ -300,7 +300,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_reported(tmp_path: Path, caps
         f"skipped {schema}: {schema / 'config.json'} has schema version 7, this pgpo reads version 1",
         f"skipped {no_metrics}: it has no line in metrics.jsonl",
         f"skipped {corrupt}: Line 2 of {corrupt / 'metrics.jsonl'} is not a JSON object",
-        f"the last line of {cut / 'metrics.jsonl'} is cut and is left out.",
+        f"the last line of {cut / 'metrics.jsonl'} is truncated and is ignored.",
         f"skipped {science}: its task is science_qa physics, that of {good} is lab_world",
         f"skipped {domain}: its task is lab_world biology, that of {good} is lab_world",
         f"skipped {keyless}: {keyless / 'config.json'} has no 'command'",
@@ -801,7 +801,7 @@ def test_a_study_without_usable_records_keeps_its_tables(tmp_path: Path, capsys:
             '[1]\n{"setting": "plain", "method": "pgpo", "status": "ok", "steps": [2, 1], "metrics": {"rho": [1]}}\n'
         )
     report(study, out=tmp_path / "c.html")
-    assert "has 1 lines that are no records" in capsys.readouterr().err
+    assert "has 1 lines that are not records" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -951,7 +951,7 @@ def test_figures_are_written_for_every_setting(
     assert (tmp_path / "real" / "runs.svg").read_bytes().startswith(b"<?xml")
     (folder / "file").write_text("")
     assert main(["report", str(run), "--out", str(tmp_path / "r.html"), "--figures", str(folder / "file")]) == 2
-    assert "cannot be made" in capsys.readouterr().err
+    assert "cannot be created" in capsys.readouterr().err
 
 
 def test_a_figure_shows_each_run_and_the_colors_of_the_page(tmp_path: Path) -> None:

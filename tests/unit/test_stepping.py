@@ -187,7 +187,7 @@ def test_the_optimizer_state_never_sees_rho(case: Case, twin: Callable[[Optimize
     parameters, optimizer = case.build()
     handle = twin(optimizer)
     shadow_parameters, shadow = case.build()
-    for k, rho in enumerate(RHOS):
+    for k, rho in enumerate([*RHOS, 0.0]):
         for p, q in zip(parameters, shadow_parameters, strict=True):
             q.data.copy_(p.data)
         before = copies(parameters)
@@ -308,16 +308,6 @@ def test_learning_rate_and_decay_come_back(case: Case, twin: Callable[[Optimizer
             assert equal(group[key], value[key])
 
 
-@every_case
-def test_rho_zero_moves_nothing_but_the_moments(case: Case) -> None:
-    parameters, optimizer = case.build()
-    run(case, parameters, optimizer, [1.0], handle := modulate(optimizer))
-    before, state = copies(parameters), copy.deepcopy(optimizer.state_dict()["state"])
-    run(case, parameters, optimizer, [0.0], handle, start=1)
-    assert equal(copies(parameters), before)
-    assert state == {} or all(s == {} for s in state.values()) or not equal(optimizer.state_dict()["state"], state)
-
-
 SCHEDULERS: dict[str, Callable[[Optimizer], lr_scheduler.LRScheduler]] = {
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=10),
     "linear": lambda o: lr_scheduler.LinearLR(o, start_factor=0.1, total_iters=8),
@@ -354,21 +344,6 @@ def test_schedulers_never_see_rho(
         return seen
 
     assert rates(modulated=True) == rates(modulated=False)
-
-
-@pytest.mark.parametrize(("weight_decay", "expected"), [("scaled", (1 - 2e-4) ** 1000), ("fixed", (1 - 1e-4) ** 1000)])
-@pytest.mark.parametrize("variant", [{"foreach": False}, {"foreach": True}, {"fused": True}])
-def test_decay_over_a_thousand_idle_steps(weight_decay: str, expected: float, variant: dict[str, bool]) -> None:
-    """Zero gradients, lr 1e-3, decay .1, rho 2: .819 if decay scales with lr, .905 if only the data term does."""
-    parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
-    optimizer = O.AdamW([parameter], lr=1e-3, weight_decay=0.1, **variant)  # type: ignore[arg-type]
-    handle = modulate(optimizer, weight_decay=weight_decay)
-    parameter.grad = torch.zeros_like(parameter)
-    for _ in range(1000):
-        handle.arm(2.0)
-        optimizer.step()
-    assert parameter.tolist() == pytest.approx([expected] * 2, rel=1e-12)
-    assert round(expected, 3) == (0.819 if weight_decay == "scaled" else 0.905)
 
 
 @pytest.mark.parametrize("case", DECOUPLED, ids=str)
@@ -571,15 +546,15 @@ def test_a_step_that_raised_leaves_no_trace(name: str, recover: str, twin: Calla
     """Left scaled, the next step would run at lr * 2 * 1.5, and a plain one after remove() at lr * 2."""
     case = next(case for case in CASES if case.name == name)
 
-    def fail() -> float:
-        raise FloatingPointError("in the closure")
+    def fail() -> float:  # Ctrl-C: not an Exception
+        raise KeyboardInterrupt
 
     parameters, optimizer = case.build()
     rates = [group["lr"] for group in optimizer.param_groups]
     handle = twin(optimizer)
     case.set_gradients(parameters, 0)
     handle.arm(2.0)
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(KeyboardInterrupt):
         optimizer.step(fail)
     assert handle.state_dict() == {"steps": 0, "last_rho": None}
 

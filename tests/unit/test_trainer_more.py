@@ -89,35 +89,6 @@ def test_resume_with_another_teacher_is_refused(tmp_path):
         train(other, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
-def lora(**options):
-    from peft import LoraConfig
-
-    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
-
-
-@pytest.mark.parametrize("kind", ["ema", "frozen", "live", "trust_region"])
-def test_lora_student_and_teacher_adapter(tmp_path, kind):
-    t = trainer(tmp_path, peft_config=lora(), teacher=kind, teacher_rate=0.25, max_steps=3, learning_rate=5e-2)
-    ids = [[2, 10, 11, 3]], [[12, 13]]
-    states = t.passes.teacher(t.teacher, *ids)
-    own = t.passes.forward(t.model, *ids, lambda hidden, head: head.logits(hidden)).detach()
-    assert torch.allclose(own, states.head.logits(states.hidden), atol=1e-6)
-    before = weights(t.model)
-    logs = train(t)
-    after = weights(t.model)
-    moved = {n for n in after if not torch.equal(before[n], after[n])}
-    student = {n for n in after if "lora_" in n and ".default." in n}
-    teacher = {n for n in after if "lora_" in n and ".teacher." in n}
-    assert student <= moved
-    assert moved <= student | teacher  # the base stands still
-    assert bool(moved & teacher) == (kind == "ema")
-    assert bool(teacher) == (kind != "live")
-    assert all(r["active_share"] > 0 and r["rho"] != 1 for r in logs)
-    if kind == "ema":
-        gap = lambda n: (after[n] - before[n]).abs().max()  # noqa: E731
-        assert all(gap(n) < gap(n.replace(".teacher.", ".default.")) for n in teacher)
-
-
 def test_plain_text_prompts(tmp_path):
     rows = Dataset.from_list([{"prompt": f"w{i} w{(i * 7) % 36}"} for i in range(8)])
 

@@ -88,6 +88,8 @@ RETURNED: list[tuple[Callable[[], object], str]] = [
     (lambda: torch.ones(ROWS, 2), "returned tensor.* for sample 0 at step 1; a reward must be a finite number"),
     (lambda: [[1.0]] * ROWS, r"returned \[1.0\] for sample 0 at step 1"),
     (lambda: [1.0] * 15 + [1j], "returned 1j for sample 15 at step 1"),
+    (lambda: [1.0] * 15 + [np.ones(2)], r"returned array\(.* for sample 15 at step 1; a reward must be a finite"),
+    (lambda: [1.0] * 15 + [decimal.Decimal("sNaN")], r"returned Decimal\('sNaN'\) for sample 15 at step 1"),
     (lambda: [1.0] * 15 + [10**400], "returned .* for sample 15 at step 1; a reward must be a finite number"),
     (lambda: [1.0, Evil(), *[1.0] * 14], "returned <Evil instance at .*> for sample 1 at step 1"),
     (lambda: Evil(), "returned <Evil instance at .*> at step 1; return a list"),
@@ -122,7 +124,7 @@ def test_whatever_a_reward_function_returns(returned, says):
     assert calls == [ROWS]  # not called again to find the sample: it may send mail, or count
 
 
-@pytest.mark.parametrize("number", [0, 2, 7, 8, 14, 15, 23, 25])
+@pytest.mark.parametrize("number", [0, 2, 7, 8, 14, 15, 25, 27])
 def test_what_a_reward_function_returns_reaches_no_update(tmp_path, number):
     returned, says = RETURNED[number]
 
@@ -211,14 +213,6 @@ def test_an_object_with_an_async_call_is_a_reward_function(tmp_path):
 )
 def test_every_number_is_a_reward(value):
     assert check_rewards([value, None], "f", "here") == ([1.0, None], None)
-
-
-@pytest.mark.parametrize(
-    "value", ["1.0", b"1", [1.0], torch.ones(2), np.ones(2), 1j, decimal.Decimal("sNaN")], ids=repr
-)
-def test_what_is_no_number_is_no_reward(value):
-    with pytest.raises(UserError, match="for sample 0 here; a reward must be a finite number"):
-        check_rewards([value], "f", "here")
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pgpo.command import warm_start as module
 from pgpo.command.eval import hinted_prompt
+from pgpo.command.warm_start import Example, answer, build_model, build_tokenizer, warm_start
 from pgpo.errors import UserError
 from pgpo.evaluate import evaluate, summarize
 from pgpo.evaluate.runners import TransformersRunner
 from pgpo.tasks import load_task
 from pgpo.tasks.science_qa import Question
-from pgpo.train import warm_start as module
-from pgpo.train.warm_start import Example, answer, build_model, build_tokenizer, warm_start
 
 SCIENCE = Path(os.environ.get("PGPO_SCIENCE_DATA") or Path(__file__).parents[3] / "shared/data/sciknoweval")
 needs_science = pytest.mark.skipif(

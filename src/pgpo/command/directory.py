@@ -38,7 +38,8 @@ def nearest_existing(directory: Path) -> Path:
         return next(p for p in (directory, *directory.parents) if p.exists())
     except OSError as error:  # such as a name that is too long
         raise UserError(
-            f"the run directory {str(directory)[:60]!r} cannot be made ({error.strerror}); choose another --output_dir."
+            f"the run directory {str(directory)[:60]!r} cannot be created ({error.strerror}); choose another "
+            "--output_dir."
         ) from error
 
 
@@ -46,7 +47,7 @@ def require_free(directory: Path, existing: Path, overwrite: bool) -> None:
     """Raise UserError if the directory holds a run, or cannot be created, before the model is loaded."""
     if not existing.is_dir():
         raise UserError(
-            f"the run directory {directory} cannot be made: {existing} is a file; choose another --output_dir."
+            f"the run directory {directory} cannot be created: {existing} is a file; choose another --output_dir."
         )
     if runlog.occupied(directory) and not overwrite:
         raise UserError(
@@ -75,7 +76,7 @@ def locked(directory: Path, existing: Path) -> Iterator[None]:
 
 
 def open_log(parsed: Parsed, directory: Path, base: Path, run_id: str, resumed: int | None) -> RunLog:
-    """The log of a run that goes on after step `resumed`, or of a new one (None).
+    """The log of a run that continues after step `resumed`, or of a new one (None).
 
     A new one gets a copy of `base`, the initial model, where `pgpo train` made it.
     """
@@ -146,8 +147,8 @@ def last_checkpoint(directory: Path) -> tuple[int, Path]:
         return int(path.name.removeprefix("checkpoint-")), path
     if not checkpoints.steps(folder):
         raise UserError(
-            f"{directory} has no readable checkpoint, for it was stopped before its first one was written: there is "
-            'nothing to continue, so start it again with the "command" in its config.json, --overwrite and a smaller '
+            f"{directory} was stopped before its first checkpoint was written, so there is nothing "
+            'to continue; start it again with the "command" in its config.json, --overwrite and a smaller '
             "--save_steps."
         )
     raise UserError(f"{directory} has no readable checkpoint in {runlog.CHECKPOINTS_FOLDER}/; start a new run.")
@@ -161,7 +162,7 @@ def after_a_lost_rank(directory: Path, step: int, main: bool) -> str:
     elif main:
         go_on = "nothing is saved yet."
     else:
-        go_on = f"what is saved lies in {directory} on rank 0's machine."
+        go_on = f"the checkpoints are in {directory} on rank 0's machine."
     return f"after step {step}; {go_on}"
 
 

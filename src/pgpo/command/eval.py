@@ -58,7 +58,7 @@ class EvalArguments(TaskArguments):
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}; a seed must be between 0 and 4294967295.")
         if self.records and not Path(self.records).parent.is_dir():
-            raise UserError(f"the folder of {self.records} does not exist; make it, or choose another --records.")
+            raise UserError(f"the folder of {self.records} does not exist; create it, or choose another --records.")
         lab = PRESETS["lab_world"] if self.task == "lab_world" else {}  # otherwise the paper's validation settings
         if self.max_new_tokens is None:
             self.max_new_tokens = lab.get("max_completion_length", 8192)
@@ -146,7 +146,9 @@ def generation_of(stored: Mapping[str, Any], use_vllm: bool) -> dict[str, Any]:
     """A run's `generation_kwargs`; none for an evaluation with the other engine, which has other names for them."""
     options = stored.get("generation_kwargs") or {}
     if options and use_vllm != bool(stored.get("use_vllm")):
-        say(f"the run's generation_kwargs ({', '.join(options)}) are of another engine and left out; see --use_vllm.")
+        say(
+            f"the run's generation_kwargs ({', '.join(options)}) are of another engine and are ignored; see --use_vllm."
+        )
         return {}
     return dict(options)
 

@@ -21,7 +21,7 @@ from pgpo.train.seam import nonfinite_parameter
 def model_source(parsed: Parsed, task: Task, scratch: Path, resumed: Path | None) -> Path | str:
     """Folder or hub id of the model: the one named, the lab's base model, or a small one that is trained here first.
 
-    `resumed`: the run directory of a run that goes on, which has that small model already.
+    `resumed`: the run directory of a run that continues, which has that small model already.
     """
     if parsed.model.model_name_or_path:
         return parsed.model.model_name_or_path
@@ -29,9 +29,9 @@ def model_source(parsed: Parsed, task: Task, scratch: Path, resumed: Path | None
         return lab_world.checkpoint_path(parsed.run.variant)
     if resumed is not None:
         return resumed / BASE_FOLDER
-    from pgpo.train.warm_start import warm_start
+    from pgpo.command.warm_start import warm_start
 
-    say("no model given: a small one is made on the spot and shown the answer format (one to three minutes).")
+    say("no model given: a small one is made now and taught the answer format (one to three minutes).")
     with progress("warm start") as (bar, line):
         return warm_start(
             task.train,

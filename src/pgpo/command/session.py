@@ -48,10 +48,10 @@ class Session(TrainerCallback):
         args = self.trainer.args
         if checkpoint is not None and 0 < args.max_steps <= checkpoint[0]:
             # All steps are done. The Trainer would do one more; with no epochs to do it only loads the checkpoint.
-            say(f"all {args.max_steps} steps are done; raise --max_steps to go on.")
+            say(f"all {args.max_steps} steps are done; raise --max_steps to continue.")
             args.max_steps, args.num_train_epochs = -1, 0
         elif self.main:
-            records.unlink(missing_ok=True)  # of a run that ended earlier, and now goes on
+            records.unlink(missing_ok=True)  # of a run that ended earlier and now continues
         self.trainer.host.trusted = None if checkpoint is None else checkpoint[1].resolve()
         try:
             with self.interruption.handled(), progress(args.objective) as (self.bar, self.line):

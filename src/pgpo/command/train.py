@@ -159,7 +159,7 @@ def _load(parsed: Parsed, task: Task, source: Path | str) -> tuple[Any, Any]:
 
 
 def _conclude(trainer: PGPOTrainer, directory: Path, status: int) -> int:
-    """Say where the run is and how to go on; the exit status."""
+    """Say where the run is and how to continue; the exit status."""
     if trainer.failed_save is not None:
         saved = checkpoints.steps(directory / runlog.CHECKPOINTS_FOLDER)
         say(

@@ -1,8 +1,8 @@
 """The fused head's loop over chunks of rows, as two autograd functions.
 
-`GradientInForward`, for token weights that are known (masks, 1 / tokens, importance ratios), makes the parameter
-gradients during the forward: 4 matmuls of N V H, as many as the dense head. `Recompute`, for any function of the
-per-token values, makes a chunk's logits again in the backward: 6 matmuls.
+`GradientInForward`, for known token weights (masks, 1 / tokens, importance ratios), computes the parameter gradients
+in the forward: 4 matmuls of N V H, as many as the dense head. `Recompute`, for any function of the per-token values,
+recomputes a chunk's logits in the backward: 6 matmuls.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ TokenWeights = Tensor | Callable[["HeadOutput", slice], Tensor]
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """What both heads give for N tokens; [N] each, nats, fp32 (fp64 for fp64 inputs).
+    """Per-token results of both heads, [N] each, nats, fp32 (fp64 for fp64 inputs).
 
     Attributes:
         divergence: per token (`kind="sampled_token"`: the surrogate of `sampled_token_divergence`, not a divergence).
         student_entropy, teacher_entropy: entropies of softmax(logits / temperature); never differentiable.
         student_logprob, teacher_logprob: log-probabilities of the labels; None without labels.
         loss: with token weights, the scalar sum(token_weights * divergence): the ONLY differentiable field.
-            Without, None: `divergence` and `student_logprob` are differentiable then.
+            Without token weights None; then `divergence` and `student_logprob` are differentiable.
     """
 
     divergence: Tensor
@@ -73,12 +73,12 @@ class Options:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the elementwise part and of every per-token value."""
+        """dtype of the elementwise part and of every per-token value."""
         return torch.float64 if torch.float64 in (self.student_dtype, self.teacher_dtype) else torch.float32
 
 
 def weights_of(token_weights: TokenWeights, values: HeadOutput, rows: slice) -> Tensor:
-    """The token weights of a chunk, constant, in the dtype of its values."""
+    """The token weights of a chunk as constants, in the dtype of its values."""
     if isinstance(token_weights, Tensor):
         return token_weights.detach()[rows].to(values.divergence)
     weights = token_weights(values, rows).detach()
@@ -92,8 +92,8 @@ def check_vector(name: str, vector: Tensor, length: int) -> None:
 
 
 def default_chunk_size(hidden: Tensor, weight: Tensor) -> int:
-    """Rows per chunk. A lone chunk may be twice as long and peak no higher: the teacher's logits are gone before the
-    weight's gradient, [V, H], needs their room."""
+    """Rows per chunk. A single chunk may be twice as long at the same peak: the teacher's logits are freed before the
+    weight gradient [V, H] is allocated."""
     rows = max(1, _CHUNK_LOGITS.get(hidden.device.type, _CHUNK_LOGITS_ELSEWHERE) // len(weight))
     alone = weight.requires_grad and len(hidden) <= min(2 * rows, hidden.shape[1])
     return 2 * rows if alone else rows
@@ -111,7 +111,7 @@ def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class GradientInForward(torch.autograd.Function):
-    """loss = sum(weights * divergence) and the per-token values; the gradients exist before backward asks."""
+    """loss = sum(weights * divergence) and the per-token values; forward computes the gradients as well."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
@@ -144,16 +144,16 @@ class GradientInForward(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
         if ctx.gradients is None:
-            raise RuntimeError("the fused head's loss was differentiated twice; its gradients are handed over once.")
+            raise RuntimeError("the fused head's loss was differentiated twice; call backward() once per forward.")
         gradients, ctx.gradients = ctx.gradients, None
-        # Asking a GPU for the value would wait for it; on a CPU it saves a pass over [V, H].
+        # Reading the value would synchronise a GPU; on a CPU it saves a pass over [V, H].
         if upstream.device.type != "cpu" or upstream.item() != 1.0:
             gradients = tuple(None if g is None else g.mul_(upstream) for g in gradients)
         return *gradients, *(None,) * 7
 
 
 class Recompute(torch.autograd.Function):
-    """Per-token values, of which divergence and student_logprob are differentiable; backward makes the logits again."""
+    """Per-token values; divergence and student_logprob are differentiable. backward recomputes the logits."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
@@ -222,7 +222,7 @@ def _joined(options: Options, chunks: list[_Chunk], like: Tensor, labels: Tensor
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A chunk's values, and what its gradient needs besides the logits."""
+    """A chunk's values, and what its gradient needs in addition to the logits."""
 
     values: HeadOutput
     table: Tensor
@@ -231,7 +231,7 @@ class _Chunk:
 
 
 def _evaluate(options: Options, student: Tensor, teacher: Tensor, labels: Tensor | None, slope: bool) -> _Chunk:
-    """Values of a chunk from its raw logits [rows, V], which stay as they are. labels: [rows] | None."""
+    """Values of a chunk from its raw logits [rows, V], which stay unchanged. labels: [rows] | None."""
     spec, dtype = options.spec, options.dtype
     table = elementwise(statistics, options.compiled, spec, dtype, student, teacher)
 

@@ -1,7 +1,7 @@
-"""The elementwise formulas of the fused head, on a chunk's raw logits [rows, V]: what eager code runs, torch.compile
-compiles, and triton_kernels.py writes by hand.
+"""Elementwise formulas of the fused head on a chunk's raw logits [rows, V]. They run eagerly or by torch.compile;
+triton_kernels.py implements them by hand.
 
-`statistics` makes a table of numbers per row, and `logit_gradient` writes dD/dlogits of the student from it. With
+`statistics` computes a table of numbers per row, from which `logit_gradient` computes dD/dlogits of the student. With
 l = log p, u = p_S, m = log of the mixture, K = KL(p_S || mixture), the gradient with respect to the student's logits z:
 
     jsd          (1 - b) u (l_S - m - K)
@@ -26,7 +26,7 @@ from .divergence import check_divergence
 
 @dataclass(frozen=True)
 class Spec:
-    """What is computed from a row of logits. Frozen: compiled code is specialised to it."""
+    """What to compute from a row of logits. Frozen, since compiled code is specialised to it."""
 
     kind: str
     beta: float
@@ -48,7 +48,7 @@ class Spec:
 
     @property
     def direction(self) -> str:
-        """The kind, where jsd with beta 0 or 1 is the KL that it stands for."""
+        """`kind`, with jsd at beta 0 or 1 replaced by the KL that it means."""
         if self.kind == "jsd" and self.beta in (0.0, 1.0):
             return "forward_kl" if self.beta == 0.0 else "reverse_kl"
         return self.kind
@@ -89,7 +89,7 @@ def student_slope(spec: Spec, z: Tensor) -> Tensor | float:
 
 # The table ------------------------------------------------------------------------------------------------------------
 
-# Columns of the table that statistics makes: [rows, 6], or [rows, 8] for the full vocabulary.
+# Columns of the table of `statistics`: [rows, 6], or [rows, 8] for the full vocabulary.
 TOP_S, LOG_S, H_S, TOP_T, LOG_T, H_T, D, K = range(8)
 
 
@@ -98,7 +98,7 @@ def column(table: Tensor, i: int) -> Tensor:
 
 
 def statistics(spec: Spec, dtype: torch.dtype, student: Tensor, teacher: Tensor) -> Tensor:
-    """Normalisers and entropies of both sides; for the full vocabulary D, and K of the gradient (module docstring)."""
+    """Normalisers and entropies of both sides; for the full vocabulary also D and K (module docstring)."""
     zs, zt = student_logits(spec, student, dtype), teacher_logits(spec, teacher, dtype)
     columns = [*_normalizer(zs), *_normalizer(zt)]
     if spec.support == "full":
@@ -108,7 +108,7 @@ def statistics(spec: Spec, dtype: torch.dtype, student: Tensor, teacher: Tensor)
 
 
 def _normalizer(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """max, log sum exp(z - max) and entropy, [rows, 1]. Apart, the two keep the digits that max + log would round."""
+    """max, log sum exp(z - max) and entropy, [rows, 1]. max and log stay separate: their sum would lose digits."""
     top = z.amax(-1, keepdim=True)
     z = z - top
     weight = z.exp()
@@ -132,7 +132,7 @@ def _full_divergence(spec: Spec, ls: Tensor, lt: Tensor) -> list[Tensor]:
 
 
 def _log_mixture(spec: Spec, student: Tensor, teacher: Tensor) -> Tensor:
-    """log of (1 - b) p_S + b p_T from probabilities; a token below the smallest float adds nothing anywhere."""
+    """log of (1 - b) p_S + b p_T from probabilities, clamped at the smallest float, below which nothing counts."""
     mixture = (1 - spec.beta) * student + spec.beta * teacher
     return mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log()
 

@@ -1,12 +1,12 @@
-"""What runs on the device for the fused head: the elementwise formulas by the fastest way there is, and the matmuls.
+"""The fused head's device code: the elementwise formulas by the fastest available backend, and the matmuls.
 
 Elementwise: on CUDA with PGPO_TRITON=1 the kernels of triton_kernels.py, which have not run on a GPU yet; on CUDA, and
-on a CPU with a large vocabulary, torch.compile; else eager code. A way that fails is given up for the process, with
-one warning.
+on a CPU with a large vocabulary, torch.compile; else eager code. A backend that fails is not used again in the
+process; one warning says so.
 
 Precision: logits of a bf16 or fp16 head are fp32 on CUDA, where a matmul can write its accumulator at no cost.
 Elsewhere they are rounded to the head's dtype, as in every dense half-precision head: on a CPU an fp32 matmul takes 4
-times as long (docs/PERFORMANCE.md has the errors of both).
+times as long (errors of both: docs/PERFORMANCE.md).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from ._head_formulas import Spec, statistics
 
-# Without a compiler, rows go through the elementwise part a few at a time: temporaries stay in a CPU's cache (1 MiB).
+# Eager code processes a few rows at a time, so that temporaries stay in a CPU's cache (1 MiB).
 _EAGER_LOGITS = {"cpu": 2**18}
 _EAGER_LOGITS_ELSEWHERE = 2**24
-# Compiling takes tens of seconds, once; on a CPU it pays for vocabularies of language models only.
+# Compiling takes tens of seconds, once; on a CPU it pays off only for vocabularies of language models.
 _COMPILE_FROM_VOCABULARY = 2**15
 
 
@@ -36,7 +36,7 @@ _failed: set[str] = set()  # ways given up in this process
 
 
 def pays_to_compile(device: torch.device, vocabulary: int) -> bool:
-    """Whether torch.compile is worth its start where nobody asked for it."""
+    """Whether to use torch.compile by default: it must repay its compile time."""
     return device.type == "cuda" or (device.type == "cpu" and vocabulary >= _COMPILE_FROM_VOCABULARY)
 
 
@@ -46,15 +46,15 @@ def elementwise(
     """`statistics` or `logit_gradient` of a chunk.
 
     Args:
-        compiled: True: torch.compile, whose failure is raised. False: eagerly. None: the first way that works.
-        tensors: [rows, V], or [rows, ...], the first not None.
+        compiled: True: by torch.compile, whose failure is raised. False: eagerly. None: by the first that works.
+        tensors: [rows, V], or [rows, ...]; the first is not None.
     """
     for name, way in _ways(compiled, tensors[0]):  # type: ignore[arg-type]
         try:
             return way(function)(spec, dtype, *tensors)
         except Exception as error:
-            # No C compiler, a GPU that Triton does not know, too many formulas in one process: nothing is written yet.
-            # An error of the arguments is raised again by eager code.
+            # For example no C compiler, a GPU that Triton does not support, or too many recompilations. Nothing is
+            # written yet, so the next backend can start. For bad arguments eager code raises the error again.
             if compiled or isinstance(error, torch.OutOfMemoryError):
                 raise
             _failed.add(name)
@@ -66,7 +66,7 @@ def _ways(compiled: bool | None, first: Tensor) -> list[tuple[str, Callable[...,
     ways: list[tuple[str, Callable[..., Any]]] = []
     if compiled is None and _has_triton(first.device):
         ways.append(("its Triton kernels", _in_triton))
-    # A length of 1 is never dynamic to the compiler, which would compile once more for it.
+    # The compiler never treats a length of 1 as dynamic and would compile again for it.
     if compiled is not False and len(first) > 1:
         ways.append(("torch.compile", _compiled))
     return [(name, way) for name, way in ways if compiled or name not in _failed]
@@ -78,12 +78,12 @@ def _triton_installed() -> bool:
 
 
 def _has_triton(device: torch.device) -> bool:
-    """On request: no GPU has run them yet."""
+    """Opt-in: the kernels have not run on a GPU yet."""
     return device.type == "cuda" and os.environ.get("PGPO_TRITON") == "1" and _triton_installed()
 
 
 def _in_triton(function: Callable[..., Any]) -> Callable[..., Any]:
-    from . import triton_kernels  # not everyone has Triton
+    from . import triton_kernels  # Triton is optional
 
     return triton_kernels.statistics if function is statistics else triton_kernels.logit_gradient
 
@@ -93,7 +93,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         for tensor in tensors:
             if tensor is not None:
                 torch._dynamo.mark_dynamic(tensor, 0)
-        # Floats of the spec are constants: otherwise the second value of one becomes an fp64 input of the kernel.
+        # Make floats of the spec constants; otherwise a float that changes becomes an fp64 input of the kernel.
         with torch._dynamo.config.patch(specialize_float=True):
             return _compile(function)(spec, dtype, *tensors)
 
@@ -123,7 +123,7 @@ def _warn(way: str, error: Exception) -> None:
 
 
 class Head:
-    """One side's hidden states and head in the matmul's dtype, and the buffer for a chunk of its logits [step, V]."""
+    """One side's hidden states and head in the matmul's dtype, and a buffer for a chunk's logits [step, V]."""
 
     def __init__(self, tensors: list[Any], dtype: torch.dtype, step: int) -> None:
         hidden, weight, self.bias = tensors
@@ -132,7 +132,7 @@ class Head:
         self.buffer = self.hidden.new_empty((step, len(weight)), dtype=torch.float32 if self.wide else dtype)
 
     def logits(self, rows: slice) -> Tensor:
-        """hidden @ weight.T + bias of some rows, written over the rows before."""
+        """hidden @ weight.T + bias of some rows; overwrites the previous chunk's."""
         out = self.buffer[: rows.stop - rows.start]
         if self.wide:
             _mm_fp32(self.hidden[rows], self.weight.t(), out)
@@ -148,8 +148,8 @@ class Head:
 class Gradients:
     """Gradients of the student's hidden states, weight and bias, summed over chunks. None where not needed.
 
-    The weight's is summed in fp32 where a matmul can add to fp32, else in the weight's dtype (a CPU in bf16 rounds it
-    once per chunk, as accumulating micro-batches does).
+    The weight gradient is summed in fp32 where a matmul can add to fp32, else in the weight's dtype (bf16 on a CPU
+    rounds it once per chunk, as accumulating micro-batches does).
     """
 
     def __init__(
@@ -160,12 +160,12 @@ class Gradients:
         same = not student.wide and student.weight.dtype == weight.dtype
         self.sum_dtype = weight.dtype if same else wide
         self.hidden = torch.empty_like(hidden) if needs[0] else None
-        self.weight: Tensor | None = None  # made when the first chunk needs it
+        self.weight: Tensor | None = None  # allocated when the first chunk needs it
         self.bias = torch.zeros_like(bias, dtype=wide) if needs[2] else None  # type: ignore[arg-type]
         self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
 
     def add(self, rows: slice, logit_gradient: Tensor) -> None:
-        """Add what a chunk's d loss / d logits [rows, V], in the matmul's dtype, contributes."""
+        """Add a chunk's contribution, from its d loss / d logits [rows, V] in the matmul's dtype."""
         hidden = self.student.hidden[rows]
         if self.hidden is not None:
             self.hidden[rows] = logit_gradient @ self.student.weight
@@ -177,14 +177,14 @@ class Gradients:
     def _add_to_weight(self, a: Tensor, b: Tensor) -> None:
         beta = 1.0
         if self.weight is None:
-            beta = 0.0  # whatever is in this memory does not count
+            beta = 0.0  # ignores the uninitialised memory
             self.weight = torch.empty_like(self.student.weight, dtype=self.sum_dtype)
         total = self.weight
         if self.student.wide:
             _addmm_fp32(total, a, b, beta)
         elif total.dtype == b.dtype:
             total.addmm_(a, b, beta=beta)
-        else:  # product and sum differ in dtype: a block of the vocabulary at a time keeps the product small
+        else:  # product and sum differ in dtype: blocks of the vocabulary keep the product small
             for block in slices(0, len(total), 2**14):
                 total[block] = a[block] @ b + (total[block] if beta else 0.0)
 
@@ -196,7 +196,7 @@ class Gradients:
 
 
 def _writes_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Can a half-precision matmul write its fp32 accumulator? CUDA, torch >= 2.8."""
+    """Whether a half-precision matmul can write its fp32 accumulator: CUDA, torch >= 2.8."""
     half = dtype in (torch.bfloat16, torch.float16)
     return half and device.type == "cuda" and "dtype_out" in torch.ops.aten.addmm.overloads()
 

@@ -6,9 +6,9 @@ Kinds (SDPO, arXiv 2601.20802, and the settings of its public code):
     reverse_kl   KL(student || teacher)                                  the D of PGPO's Eq. 2
     jsd          (1 - b) KL(student || m) + b KL(teacher || m),  m = (1 - b) student + b teacher
 
-For jsd, b = 0 and b = 1 stand for forward and reverse KL, the limits of JSD / b and JSD / (1 - b) (the convention
-of the reference). Support: the full vocabulary; the student's top-k tokens plus one bucket with the remaining mass
-(`tail=True`) or renormalised (`tail=False`); or the sampled token alone (`sampled_token_divergence`).
+For jsd, b = 0 and b = 1 mean forward and reverse KL, the limits of JSD / b and JSD / (1 - b), as in SDPO's code.
+Support: the full vocabulary; the student's top-k tokens, either with one bucket for the remaining mass (`tail=True`)
+or renormalised (`tail=False`); or only the sampled token (`sampled_token_divergence`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .information import scaled_logits
 
 KINDS = ("jsd", "forward_kl", "reverse_kl")
 
-# log(1 - captured mass) needs captured mass < 1: the bound of the reference, about fp32's resolution at 1.
+# log(1 - captured mass) needs captured mass < 1. The bound is that of SDPO's code, about fp32's resolution at 1.
 _MAX_LOG_MASS = -1e-7
-# Stands for log 0 where -inf would poison a gradient; exp of it is exactly 0 in every floating dtype.
+# Replaces log 0 where -inf would make a gradient nan; its exp is exactly 0 in every floating dtype.
 _LOG_ZERO = -1e30
 
 
@@ -49,8 +49,8 @@ def divergence(
         temperature: divides both logits.
 
     Returns:
-        [...], nats, >= 0 up to rounding; fp32 (fp64 for fp64 logits). JSD is at most ln 2. Without a tail it is nan
-        where the teacher forbids (-inf) every token that is kept.
+        [...], nats, >= 0 up to rounding; fp32 (fp64 for fp64 logits). JSD is at most ln 2. Without a tail the result
+        is nan where the teacher's logits are -inf for all kept tokens.
 
     Raises:
         ValueError: unknown kind, shapes that differ, or a number outside its range.
@@ -77,7 +77,7 @@ def divergence_of_log_probs(student: Tensor, teacher: Tensor, kind: str, beta: f
         return _kl(teacher, student)
     if kind == "reverse_kl" or (kind == "jsd" and beta == 1.0):
         return _kl(student, teacher)
-    # A token that both rule out would make the gradient of logaddexp(-inf, -inf) nan.
+    # Where both are -inf, the gradient of logaddexp would be nan.
     mixture = torch.logaddexp(
         student.clamp_min(_LOG_ZERO) + math.log1p(-beta), teacher.clamp_min(_LOG_ZERO) + math.log(beta)
     )
@@ -87,7 +87,7 @@ def divergence_of_log_probs(student: Tensor, teacher: Tensor, kind: str, beta: f
 def sampled_token_divergence(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Score-function surrogate of the reverse KL on the sampled tokens alone (SDPO's sampled-token variant).
+    """Score-function surrogate of the reverse KL on the sampled tokens only (SDPO's sampled-token variant).
 
     Args:
         student_logits, teacher_logits: [..., V].
@@ -107,7 +107,7 @@ def sampled_token_divergence(
 
 
 def check_divergence(kind: str, beta: float, top_k: int | None) -> None:
-    """Raise ValueError unless the three describe a divergence."""
+    """Raise ValueError for an unknown kind, beta outside [0, 1] or top_k < 1."""
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}.")
     if not 0 <= beta <= 1:
@@ -117,7 +117,7 @@ def check_divergence(kind: str, beta: float, top_k: int | None) -> None:
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) from log-probabilities; a token with p = 0 (or underflowed to 0) adds nothing even where q = 0."""
+    """KL(p || q) from log-probabilities; a token with p = 0 (also by underflow) contributes 0, even where q = 0."""
     probability = p.exp()
     difference = torch.where(probability == 0, 0.0, p - q)
     return (probability * difference).sum(-1)
@@ -129,5 +129,5 @@ def _append_tail(log_probs: Tensor) -> Tensor:
 
 
 def _renormalise(log_probs: Tensor) -> Tensor:
-    # Not minus logsumexp, which is rounded at the size of log-probabilities that may all be very small.
+    # Subtracting logsumexp would lose precision where all kept log-probabilities are very negative.
     return torch.log_softmax(log_probs, dim=-1)

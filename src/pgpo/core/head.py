@@ -1,9 +1,9 @@
-"""Divergence, entropies and log-probabilities straight from hidden states: the logits [N, V] never exist.
+"""Divergence, entropies and log-probabilities directly from hidden states, without the full logits [N, V].
 
-head.py              the functions to call, and the dense twin: the same on full logits, for tests and benchmarks
-_head_formulas.py    the formulas of a chunk's logits: softmax, entropy, divergence, gradient
+head.py              the public functions, and the dense twin on full logits, for tests and benchmarks
+_head_formulas.py    formulas on a chunk's logits: softmax, entropy, divergence, gradient
 _head_chunks.py      the loop over chunks of rows, forward and backward
-_head_kernels.py     matmuls, and the formulas eagerly, compiled, or by Triton (triton_kernels.py)
+_head_kernels.py     matmuls, and the formulas run eagerly, by torch.compile or by Triton (triton_kernels.py)
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def fused_distillation_head(
     chunk_size: int | None = None,
     compiled: bool | None = None,
 ) -> HeadOutput:
-    """What the loss and I_k need of both heads, computed in chunks of rows.
+    """Compute what the loss and I_k need from both heads, in chunks of rows.
 
     The logits are softcap(scale * (hidden @ weight.T + bias)) / temperature with softcap(z) = cap tanh(z / cap).
 
@@ -72,11 +72,11 @@ def fused_distillation_head(
     Args:
         student_hidden: [N, H], the last hidden states at the positions that predict the N tokens.
         student_weight: [V, H]; may be the embedding too (tied), or frozen (then its gradient takes no memory).
-        teacher_hidden: [N, H'], constant, as are the other teacher arguments.
+        teacher_hidden: [N, H'], constant, like the other teacher arguments.
         teacher_weight: [V, H'].
-        labels: [N] sampled token ids in [0, V), at masked rows too; None = no log-probabilities.
+        labels: [N] sampled token ids in [0, V), also at masked rows; None = no log-probabilities.
         token_weights: [N], constant (0 masks a row out of the loss; its values are still returned). Or a function
-            (chunk, rows) -> [rows] that sees the chunk's values first, e.g. for importance ratios:
+            (chunk, rows) -> [rows] of the chunk's values, e.g. for importance ratios:
             lambda chunk, rows: (chunk.student_logprob - old[rows]).exp().clamp_max(2.0) / tokens
         kind, beta, top_k, tail, temperature: as in `divergence`; or kind = "sampled_token", the surrogate of
             `sampled_token_divergence`, which needs labels and ignores beta, top_k and tail.
@@ -84,16 +84,16 @@ def fused_distillation_head(
         student_scale, teacher_scale: multiply the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
         student_softcap, teacher_softcap: cap in logits (Gemma's final_logit_softcapping); None = no cap.
         chunk_size: rows per chunk; None = 20 million logits per chunk on a CPU, 160 million elsewhere.
-        compiled: how the elementwise part runs. True: torch.compile. False: eagerly. None: on CUDA, and on a
-            CPU for V >= 32768, torch.compile; on CUDA with PGPO_TRITON=1 the Triton kernels; where these fail, eagerly
-            for the rest of the process, with one warning.
+        compiled: how the elementwise part runs. True: by torch.compile. False: eagerly. None: by the Triton kernels
+            on CUDA with PGPO_TRITON=1, else by torch.compile on CUDA and, for V >= 32768, on a CPU, else eagerly. A
+            backend that fails is replaced by the next one for the rest of the process, with one warning.
 
     Under autocast the matmuls run in autocast's dtype. Call it inside the forward of the module that FSDP wraps, where
     the student's weight is whole; a sharded (DTensor) weight is gathered here if it needs no gradient.
 
-    Cost: with token weights the gradients are made in the forward, 4 matmuls of N V H, and `loss.backward()` works
-    once (the gradients are handed over, not copied). Without, and for a float16 head, whose gradients a loss scaler
-    must scale up before they are rounded, backward computes the logits again: 6 matmuls.
+    Cost: with token weights the forward computes the gradients (4 matmuls of N V H), and `loss.backward()` works once,
+    because it returns them without a copy. Without token weights backward recomputes the logits (6 matmuls), also for
+    a float16 head, where the loss scaler must act before gradients are rounded.
 
     Precision: elementwise work is fp32 (fp64 for fp64). Logits of a bf16 or fp16 head are fp32 on CUDA, and rounded to
     the head's dtype elsewhere (_head_kernels.py).
@@ -146,7 +146,7 @@ def dense_distillation_head(
     chunk_size: int | None = None,
     compiled: bool | None = None,
 ) -> HeadOutput:
-    """`fused_distillation_head` on full logits, [N, V] each: the definition. chunk_size and compiled have no effect."""
+    """`fused_distillation_head` by definition, on full logits [N, V]. chunk_size and compiled have no effect."""
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
         return capped(scaled_logits(F.linear(hidden, weight, bias), 1.0), scale, softcap)
@@ -168,7 +168,7 @@ def distillation_of_logits(
     tail: bool = True,
     temperature: float = 1.0,
 ) -> HeadOutput:
-    """The same from logits [N, V], for models whose logits are not a linear head on their last hidden state."""
+    """The same from logits [N, V], for models whose logits are not linear in the last hidden state."""
     with torch.no_grad():
         entropies = token_entropy(student, temperature), token_entropy(teacher, temperature)
 
@@ -188,7 +188,7 @@ def distillation_of_logits(
 
 
 def _weighted(output: HeadOutput, token_weights: TokenWeights) -> HeadOutput:
-    """The output with a loss, from differentiable per-token values."""
+    """Add a loss to differentiable per-token values."""
     logprob = output.student_logprob
     values = replace(
         output,
@@ -235,7 +235,7 @@ def _check_shapes(student: Side, teacher: Side, labels: Tensor | None) -> tuple[
             "vocabulary."
         )
     if len(teacher[0]) != rows:
-        raise ValueError(f"student_hidden has {rows} rows and teacher_hidden {len(teacher[0])}; pair them up.")
+        raise ValueError(f"student_hidden has {rows} rows and teacher_hidden {len(teacher[0])}; they must be equal.")
     if labels is not None:
         check_vector("labels", labels, rows)
     for name, (_, _, bias) in (("student_bias", student), ("teacher_bias", teacher)):
@@ -245,7 +245,7 @@ def _check_shapes(student: Side, teacher: Side, labels: Tensor | None) -> tuple[
 
 
 def _gathered(parameter: Any, side: str) -> Any:
-    """A sharded parameter in one piece (recognised by DTensor's method: core knows no torch.distributed)."""
+    """Gather a sharded parameter (recognised by DTensor's method: core does not import torch.distributed)."""
     if not hasattr(parameter, "full_tensor"):
         return parameter
     if side == "student" and parameter.requires_grad:

@@ -2,9 +2,9 @@
 
     I_k = (1/|B_k|) * sum_i [ H(y_i | x_i, y_<t) - H(y_i | x_i, f_i, y_<t) ]      nats
 
-H is the mean over a sample's completion tokens of the entropy of the next-token distribution. The paper leaves
-sum or mean open; a sum would sit at the cap for any real completion. The average over samples divides by ALL
-samples of the batch: one without privileged context has f = nothing, hence a gap of zero.
+H is the mean over a sample's completion tokens of the entropy of the next-token distribution. The paper does not say
+whether it is a sum or a mean; a sum would reach the cap on any real completion. The average over samples divides by
+ALL samples of the batch: a sample without privileged context has no f, so its gap is zero.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     Raises:
         ValueError: temperature is not a positive finite number.
     """
-    # log_softmax subtracts the maximum first: log Z - E[z] would lose the digits that the logits have in common.
+    # log_softmax subtracts the maximum first; log Z - E[z] would lose digits to a large common offset of the logits.
     log_probs = torch.log_softmax(scaled_logits(logits, temperature), dim=-1)
     probabilities = log_probs.exp()
-    # 0 * -inf is nan: a forbidden token adds nothing to the sum.
+    # Avoid 0 * -inf = nan: a token with probability zero contributes zero.
     finite = log_probs.masked_fill(probabilities == 0, 0.0)
     return -(probabilities * finite).sum(-1)
 
@@ -50,7 +50,7 @@ def scaled_logits(logits: Tensor, temperature: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Information:
-    """What one optimizer batch told: I_k and the numbers behind it.
+    """I_k of one optimizer batch, and the numbers it is computed from.
 
     Attributes:
         information: I_k in nats.
@@ -84,7 +84,7 @@ class InformationMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: call once per optimizer step."""
+        """Clear all sums and counts; call once per optimizer step."""
         self._sums: Tensor | None = None  # [4]: H_student, H_teacher, samples, hinted samples
         self._unhinted = 0
 
@@ -94,11 +94,11 @@ class InformationMeter:
         Args:
             student_entropy: [B, T] nats.
             teacher_entropy: [B, T] nats.
-            mask: [B, T], non-zero on completion tokens. Values elsewhere are ignored, whatever they are.
-            hinted: [B], non-zero where the teacher saw privileged context; None = everywhere. The others are
-                counted and contribute zero.
+            mask: [B, T], non-zero on completion tokens. Entropies elsewhere are ignored, even nan.
+            hinted: [B], non-zero where the teacher read a privileged context; None = everywhere. Unhinted samples
+                are counted and contribute zero.
 
-        A hinted sample without a single completion token contributes zero and is counted.
+        A hinted sample without completion tokens is counted and contributes zero.
 
         Raises:
             ValueError: shapes disagree.
@@ -115,7 +115,7 @@ class InformationMeter:
             raise ValueError(f"hinted must have shape [{rows}] like mask's rows; got {tuple(hinted.shape)}.")
         hinted = hinted.bool()
         active = mask.bool() & hinted.unsqueeze(1)
-        # fp64 sums make I_k independent of the order of micro-batches to ~1e-15; MPS has no fp64.
+        # With fp64 sums the order of micro-batches changes I_k by ~1e-15 at most; MPS has no fp64.
         dtype = torch.float32 if mask.device.type == "mps" else torch.float64
         tokens = active.sum(1).clamp_min(1).to(dtype)
 
@@ -127,20 +127,20 @@ class InformationMeter:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def add_unhinted(self, n: int) -> None:
-        """Count n samples without privileged context, which need no forward pass. Raises ValueError if n < 0."""
+        """Count n samples without privileged context; they need no forward. Raises ValueError if n < 0."""
         if n < 0:
             raise ValueError(f"n is {n}; a number of samples cannot be negative.")
         self._unhinted += n
 
     def summary(self, reduce: Callable[[Tensor], Tensor] | None = None) -> Information:
-        """The whole batch in one record.
+        """Divide the sums of the whole batch.
 
         Args:
             reduce: sums a [4] tensor over ranks (e.g. an all-reduce). Every rank must call it.
 
         Raises:
-            ValueError: no sample was added, or the signal is not finite (checked before any update, so that the
-                caller's parameters and optimizer state stay as they were).
+            ValueError: no sample was added, or the information is not finite (checked before any update, so that
+                the caller's parameters and optimizer state stay unchanged).
         """
         sums = torch.zeros(4, dtype=torch.float64) if self._sums is None else self._sums.clone()
         sums[2] += self._unhinted

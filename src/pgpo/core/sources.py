@@ -1,11 +1,11 @@
-"""Whose information scales a step. With rho from the same batch E[rho g] is not E[rho] E[g] (docs/THEOREM.md).
+"""Which batch's information scales a step. With rho from the same batch E[rho g] is not E[rho] E[g] (docs/THEOREM.md).
 
     same_batch   g_k is scaled by rho(I_k)                                     the paper's Eq. 9
     lagged       g_k is scaled by rho(I_{k-1}); the first step by 1            EarlierInformation
     cross_fit    two half-batches: rho(I_B) g_A + rho(I_A) g_B                 CrossFit
 
-In the last two the multiplier is independent of the gradient it scales (lagged: given the parameters), so that the
-mean step is E[rho] times the mean gradient. Both are ours; the paper knows the first alone.
+In the last two the multiplier is independent of the gradient it scales (lagged: given the parameters), so the mean
+step is E[rho] times the mean gradient. Both are ours; the paper has only the first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class EarlierInformation:
     """Exponential average of the information of earlier steps.
 
     Args:
-        weight: of the newest of them, in (0, 1]; 1 = the previous step alone.
+        weight: weight of the newest step, in (0, 1]; 1 = the previous step only.
 
     Raises:
         ValueError: weight outside (0, 1].
@@ -35,10 +35,10 @@ class EarlierInformation:
         self.value: float | None = None
 
     def exchange(self, information: float) -> float | None:
-        """The average over the steps before this one (nats; None at the first), then remember this one's.
+        """Return the average over the earlier steps (nats; None at the first step), then add this step's information.
 
         Raises:
-            ValueError: information is not finite; nothing is remembered then.
+            ValueError: information is not finite; the average stays unchanged.
         """
         if not math.isfinite(information):
             raise ValueError(f"information is {information!r}; an average needs a finite entropy gap in nats.")
@@ -63,17 +63,16 @@ class CrossFit:
         (loss of half B).backward();  rho = halves.combine(rho_a, rho_b)
         handle.arm(rho);  optimizer.step()
 
-    The two losses are the halves' parts of the batch's loss: their gradients g_A + g_B add up to the plain one.
-    Adam normalises its gradient, so the common size of the step goes through `modulate` and only the balance of the
-    halves into the gradient:
+    The two losses are the halves' parts of the batch's loss, so g_A + g_B is the plain gradient. Adam normalises its
+    gradient, so only the ratio of the two multipliers goes into the gradient; their mean goes through `modulate`:
 
         .grad = (rho_B g_A + rho_A g_B) / m,   m = (rho_A + rho_B) / 2,   step multiplier m
 
-    With SGD the step is lr * (rho_B g_A + rho_A g_B). With rho_A = rho_B it is the plain step, bit for bit.
-    Holds one copy of the gradient. Gradient clipping belongs between `combine` and the step.
+    With SGD the step is lr * (rho_B g_A + rho_A g_B). With rho_A = rho_B .grad is the plain gradient, bit for bit.
+    The class holds one copy of the gradient. Clip gradients between `combine` and the step.
 
     Args:
-        parameters: those that the optimizer steps.
+        parameters: the optimizer's parameters.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -81,13 +80,13 @@ class CrossFit:
         self._first: list[Tensor | None] | None = None
 
     def stash(self) -> None:
-        """Put half A's gradients aside; `.grad` is None afterwards.
+        """Move half A's gradients out of `.grad`, which is None afterwards.
 
         Raises:
             RuntimeError: half A is stashed already.
         """
         if self._first is not None:
-            raise RuntimeError("stash() twice: combine() or discard() the half that was put aside before.")
+            raise RuntimeError("stash() was called twice: call combine() or discard() on the first half before.")
         self._first = [p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None
@@ -101,7 +100,7 @@ class CrossFit:
             ValueError: a multiplier that is not a finite number >= 0; the gradients stay as they are.
         """
         if self._first is None:
-            raise RuntimeError("combine() without stash(): run half A's backward and put it aside first.")
+            raise RuntimeError("combine() without stash(): run half A's backward and call stash() first.")
         for name, rho in (("rho_a", rho_a), ("rho_b", rho_b)):
             if not (math.isfinite(rho) and rho >= 0):
                 raise ValueError(f"{name} is {rho!r}; a step multiplier must be a finite number >= 0.")
@@ -119,5 +118,5 @@ class CrossFit:
         return mean
 
     def discard(self) -> None:
-        """Forget half A, as after an exception. Idempotent."""
+        """Drop half A, for example after an exception. Idempotent."""
         self._first = None

@@ -6,13 +6,13 @@
 For every optimizer whose update is linear in its learning rate this is the same as multiplying the learning rate for
 that one step. (Scaling the loss or the gradient is NOT the method: Adam normalises it away.)
 
-    modulate            the fast twin: lr * rho inside `step()`, restored right after, so no scheduler sees it, even if
-                        the step raises
-    scaled_rates        what it does, as a context manager around a step that you call yourself
+    modulate            the fast twin: lr * rho inside `step()`, restored right after, also if the step raises, so that
+                        no scheduler sees it
+    scaled_rates        the same as a context manager, around a step that you call yourself
     modulate_reference  the slow twin: the plain step, then theta_old + rho * (theta_new - theta_old)
 
-Decoupled weight decay is part of the update that lr multiplies. "scaled" (default) lets it scale too, which makes
-PGPO exactly a learning-rate schedule; "fixed" divides it by rho, so that only the data term is modulated.
+Decoupled weight decay is part of the update that lr multiplies. "scaled" (default) scales it too, so that PGPO is
+exactly a learning-rate schedule; "fixed" divides it by rho, so that only the gradient term is scaled.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def modulate(optimizer: Optimizer, weight_decay: str = "scaled", stepper: Any = 
             unknown class is accepted with a warning.
         weight_decay: "scaled" or "fixed" (module docstring); "fixed" acts on groups with decoupled decay. Coupled
             L2 decay enters the gradient and cannot be compensated.
-        stepper: what has the `step()` that makes the whole update, where that is not the optimizer itself. DeepSpeed's
+        stepper: the object whose `step()` makes the whole update, if that is not the optimizer itself. DeepSpeed's
             ZeRO optimizer calls the torch optimizer inside it once per parameter group:
             modulate(engine.optimizer.optimizer, stepper=engine.optimizer).
 
@@ -69,8 +69,8 @@ def modulate(optimizer: Optimizer, weight_decay: str = "scaled", stepper: Any = 
 def modulate_reference(optimizer: Optimizer) -> ReferenceModulation:
     """The slow twin of `modulate`: plain step, then theta_old + rho * (theta_new - theta_old).
 
-    Holds a copy of every parameter during the step and loses small updates in half precision. It is the definition
-    that `modulate` is tested against, and the one to use where the update is not linear in lr.
+    It holds a copy of every parameter during the step and loses small updates in half precision. Tests compare
+    `modulate` with it. Use it where the update is not linear in lr.
 
     Raises:
         ValueError: the optimizer is modulated already.
@@ -97,7 +97,7 @@ def require_linear(optimizer: Optimizer) -> None:
 
 @contextlib.contextmanager
 def scaled_rates(optimizer: Optimizer, rho: float, weight_decay: str = "scaled") -> Iterator[None]:
-    """Inside the block every learning rate is rho times what it was; behind it all is restored, also after an error.
+    """Multiply every learning rate by rho inside the block; restore it afterwards, also after an error.
 
     Args:
         optimizer: a torch optimizer that `require_linear` accepts.
@@ -116,7 +116,7 @@ def scaled_rates(optimizer: Optimizer, rho: float, weight_decay: str = "scaled")
     saved = [(group, group["lr"], group.get("weight_decay")) for group in groups]
     try:
         for group, compensate in zip(groups, compensated, strict=True):
-            group["lr"] = group["lr"] * rho  # out of place: a tensor lr must come back as the same object
+            group["lr"] = group["lr"] * rho  # out of place: a tensor lr must be restored as the same object
             if compensate:
                 group["weight_decay"] = group["weight_decay"] / rho
         yield
@@ -128,7 +128,7 @@ def scaled_rates(optimizer: Optimizer, rho: float, weight_decay: str = "scaled")
 
 
 class _Handle:
-    """arm(rho) -> step() protocol shared by the twins: a step without a fresh rho is an error, before any update."""
+    """The protocol arm(rho) -> step() of both twins. A step without a fresh rho raises before any update."""
 
     def __init__(self, optimizer: Optimizer, stepper: Any = None) -> None:
         if getattr(optimizer, "_pgpo_handle", None) is not None:
@@ -140,7 +140,7 @@ class _Handle:
         self.steps = 0
         self.last_rho: float | None = None
         self._armed: float | None = None
-        self._depth = 0  # a subclass's step() that calls its parent's runs the hooks of both
+        self._depth = 0  # a step() that calls super().step() runs the hooks twice
         self._hooks: list[Any] = []
         self._removed = False
         try:
@@ -149,7 +149,7 @@ class _Handle:
                     optimizer.register_step_pre_hook(self._before_step),
                     optimizer.register_step_post_hook(self._after_step),
                 ]
-        except AttributeError:  # a wrapper that never ran torch's constructor, as accelerate's and DeepSpeed's
+        except AttributeError:  # a wrapper that never ran torch's constructor, such as accelerate's or DeepSpeed's
             raise ValueError(
                 f"this {type(optimizer).__name__} has no step hooks; modulate the torch optimizer inside the wrapper "
                 "(usually wrapper.optimizer)."
@@ -158,8 +158,8 @@ class _Handle:
         self._restore_after_errors()
 
     def _restore_after_errors(self) -> None:
-        """torch calls no post-hook after a step() that raises. Where a wrapper has kept torch's own step() (accelerate
-        with fp16), it is the next `arm` or `remove` that restores. A stepper has no hooks at all."""
+        """Wrap step(): torch calls no post-hook after a step() that raises, and a stepper has no hooks at all. Where
+        another wrapper has kept torch's own step() (accelerate with fp16), the next `arm` or `remove` restores."""
         stepper: Any = self.stepper
         hooked = stepper is self.optimizer
         plain = stepper.step  # an attribute of the instance where a scheduler has wrapped it
@@ -176,7 +176,7 @@ class _Handle:
             finally:
                 self._reset()
 
-        # A bound method, for a scheduler made later unpacks it.
+        # A bound method: a scheduler created later reads its __func__.
         self._step: Any = types.MethodType(step, stepper)
         self._plain = vars(stepper).get("step")
         stepper.step = self._step
@@ -187,7 +187,7 @@ class _Handle:
         Arming again before a step replaces the value (a gradient scaler may have skipped the step).
 
         Raises:
-            ValueError: rho is not a finite number >= 0; no rho is armed then.
+            ValueError: rho is not a finite number >= 0; then no rho is armed.
             RuntimeError: the handle was removed, so that rho would have no effect.
         """
         if self._removed:
@@ -200,12 +200,12 @@ class _Handle:
         self._armed = value
 
     def remove(self) -> None:
-        """Give back a plain optimizer: learning rates as they were, hooks gone. Idempotent."""
+        """Restore the plain optimizer: its learning rates, no hooks. Idempotent."""
         self._reset()
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._removed = [], True
-        if vars(self.stepper).get("step") is self._step:  # else it lies within another wrapper, and does nothing
+        if vars(self.stepper).get("step") is self._step:  # else another wrapper holds it
             del self.stepper.step
             if self._plain is not None:
                 self.stepper.step = self._plain
@@ -213,11 +213,11 @@ class _Handle:
             del self.optimizer._pgpo_handle
 
     def state_dict(self) -> dict[str, Any]:
-        """{"steps", "last_rho"}: kept apart from the optimizer's own state."""
+        """{"steps", "last_rho"}; the optimizer's own state is not part of it."""
         return {"steps": self.steps, "last_rho": self.last_rho}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`. An armed rho never survives. Raises ValueError if a key is missing."""
+        """Restore `state_dict()` and drop an armed rho. Raises ValueError if a key is missing."""
         missing = {"steps", "last_rho"} - state.keys()
         if missing:
             raise ValueError(f"modulation state lacks {sorted(missing)}; it was not written by state_dict().")
@@ -229,7 +229,7 @@ class _Handle:
             if self._armed is None:
                 raise RuntimeError(
                     "optimizer.step() without a fresh rho: call handle.arm(rho) before every step "
-                    "(a rho is used up by the step it was armed for), or handle.remove() to step plainly."
+                    "(each rho is for one step), or handle.remove() for plain steps."
                 )
             self._apply(self._armed)
         self._depth += 1
@@ -243,7 +243,7 @@ class _Handle:
         self.steps, self.last_rho, self._armed = self.steps + 1, self._armed, None
 
     def _reset(self) -> None:
-        """Undo what a step that raised has left."""
+        """Undo the changes of a step that raised."""
         self._undo()
         self._depth = 0
 
@@ -301,14 +301,14 @@ class ReferenceModulation(_Handle):
 
 
 def _is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    """Does weight decay act as theta * (1 - lr * decay), apart from the gradient?"""
+    """Whether weight decay acts as theta * (1 - lr * decay), not through the gradient."""
     if "decoupled_weight_decay" in group:  # Adam family: a flag per group (True for AdamW)
         return bool(group["decoupled_weight_decay"])
     return any(cls.__name__ in ("AdamW", "Adafactor", "Muon") for cls in type(optimizer).__mro__)
 
 
 def _check_adafactor(optimizer: Optimizer, group: dict[str, Any], rho: float) -> None:
-    """torch's Adafactor steps by min(lr, 1/sqrt(t)): past t = 1/lr^2 the learning rate, hence rho, has no effect."""
+    """Refuse a capped step: torch's Adafactor uses min(lr, 1/sqrt(t)), so past t = 1/lr^2 rho has no effect."""
     if not isinstance(optimizer, torch.optim.Adafactor) or rho == 1.0:
         return
     steps = [float(state["step"]) for p in group["params"] if "step" in (state := optimizer.state.get(p, {}))]

@@ -1,11 +1,11 @@
-"""The fused head's elementwise formulas as hand-written CUDA kernels: `statistics` and `logit_gradient`.
+"""Triton kernels of the fused head's elementwise formulas: `statistics` and `logit_gradient`.
 
-`_head_formulas.statistics` and `_head_formulas.logit_gradient` define them, arguments included. They read the logits
-twice for the table (once if it has no divergence in it) and once for the gradient. exp is the hardware's, in fp32 good
-to 2^-22.
+`_head_formulas.statistics` and `_head_formulas.logit_gradient` define results and arguments. The kernels read the
+logits twice for the table (once if it contains no divergence) and once for the gradient. exp is the hardware's,
+accurate to 2^-22 in fp32.
 
-Imported only where Triton is installed (`_head_kernels._in_triton`). With TRITON_INTERPRET=1 they run on CPU tensors,
-for tests.
+Imported only where Triton is installed (`_head_kernels._in_triton`). With TRITON_INTERPRET=1 the kernels run on CPU
+tensors, for tests.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from . import _head_formulas as formulas
 if TYPE_CHECKING:
     from ._head_formulas import Spec
 
-# Tokens per block, half as many in fp64, and warps per program (ours; no GPU was at hand to tune them on). Compiled for
-# sm_80 to sm_100 nothing spills; 2048 for the table, six numbers per token of which stay in registers, did on sm_80.
+# Tokens per block, half as many in fp64, and warps per program (ours; not tuned on a GPU). Compiled for sm_80 to
+# sm_100, neither kernel spills registers. A table block of 2048 did on sm_80: it keeps six numbers per token.
 _STATISTICS_BLOCK = 1024
 _GRADIENT_BLOCK = 2048
 _WARPS = 8
 
 _DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
-# A kernel sees no global that is not a constexpr.
+# A kernel can read only globals that are constexpr.
 _TOP_S, _LOG_S, _H_S = (tl.constexpr(i) for i in (formulas.TOP_S, formulas.LOG_S, formulas.H_S))
 _TOP_T, _LOG_T, _H_T = (tl.constexpr(i) for i in (formulas.TOP_T, formulas.LOG_T, formulas.H_T))
 _D, _K = (tl.constexpr(i) for i in (formulas.D, formulas.K))
@@ -43,7 +43,7 @@ def statistics(spec: Spec, dtype: torch.dtype, student: Tensor, teacher: Tensor)
     full = spec.support == "full"
     table = torch.empty((rows, 8 if full else 6), dtype=dtype, device=student.device)
     if rows:
-        with torch.cuda.device_of(student):  # a kernel starts on the current device, not on its tensors'
+        with torch.cuda.device_of(student):  # a kernel runs on the current device, not on its tensors'
             _statistics_kernel[(rows,)](
                 student,
                 teacher,
@@ -80,7 +80,7 @@ def logit_gradient(
     if not rows:
         return
     with torch.cuda.device_of(student):
-        # rows come first: the second dimension of a grid ends at 65,535
+        # rows first: the second dimension of a grid is limited to 65,535
         _gradient_kernel[(rows, triton.cdiv(vocabulary, block))](
             student,
             used,
@@ -93,7 +93,7 @@ def logit_gradient(
             student.stride(0),
             _stride(used),
             table.stride(0),
-            # of a sum's gradient they are 0: one number for all rows
+            # 0 for the gradient of a sum: one number for all rows
             _stride(per_divergence),
             _stride(per_label),
             _stride(per_mass),
@@ -125,7 +125,7 @@ def _formula(spec: Spec, dtype: torch.dtype, divergence: bool) -> dict[str, Any]
     direction = spec.direction if divergence else None
     return dict(
         DIRECTION=direction,
-        BETA=spec.beta if direction == "jsd" else None,  # no second kernel for a number without effect
+        BETA=spec.beta if direction == "jsd" else None,  # else unused: do not compile a kernel per value
         TEMPERATURE=spec.temperature,
         SCALE_S=spec.student_scale,
         SCALE_T=spec.teacher_scale,
@@ -179,8 +179,8 @@ def _logits(
 def _add(z, top, total, moment):
     """One more logit per lane: max, sum exp(z - max) and sum exp(z - max) (z - max), each relative to the newest max.
 
-    A lane that has seen nothing but -inf is relative to 0. Where an exponential is 0 its product counts as 0, whatever
-    it is multiplied with.
+    A lane that has seen only -inf is relative to 0. Where an exponential is 0, its product counts as 0, even with an
+    infinite factor.
     """
     new = tl.maximum(top, z)
     base = tl.where(new == float("-inf"), 0.0, new)
@@ -195,7 +195,7 @@ def _add(z, top, total, moment):
 
 @triton.jit
 def _normalizer(top, total, moment):
-    """All lanes in one: max, log sum exp(z - max) and entropy, apart as in `_head_formulas._normalizer`."""
+    """Combine all lanes into max, log sum exp(z - max) and entropy, as in `_head_formulas._normalizer`."""
     new = tl.max(top, 0)
     base = tl.where(new == float("-inf"), 0.0, new)
     fall = top - base
@@ -232,7 +232,7 @@ def _statistics_kernel(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row. Lanes keep their own max and sums, so that a block needs no exchange between them."""
+    """One row per program. Each lane keeps its own max and sums, so that lanes need no exchange within a block."""
     row = tl.program_id(0).to(tl.int64)  # rows * vocabulary may pass 2^31
     student += row * student_stride
     teacher += row * teacher_stride

@@ -44,7 +44,7 @@ class ExponentialLaw:
         if not math.isfinite(information):
             raise ValueError(f"information is {information!r}; rho needs a finite entropy gap in nats.")
         exponent = self.alpha * information
-        # Compared in the exponent, so that no gap overflows exp.
+        # Compare exponents, so that exp cannot overflow.
         rho = self.rho_max if exponent >= math.log(self.rho_max) else math.exp(exponent)
         return max(self.rho_min, rho)
 
@@ -53,11 +53,11 @@ class ExponentialLaw:
 class SmoothExponentialLaw:
     """rho = (exp(-alpha * I / w) + rho_max^(-1/w))^(-w): Eq. 9 with a C-infinity cap (ours).
 
-    In the exponent it is the soft minimum of alpha * I and log rho_max, which the weak-approximation theorem needs:
-    the kink of min(exp, cap) costs the SDE half an order where training dwells at the cap (docs/THEOREM.md).
-    Limits as in ExponentialLaw: exp(alpha * I) far below the cap, rho_max far above it; increasing and always below
-    both. It is lowest against them where they meet, by the factor 2^-w. At I = 0 it is (1 + rho_max^(-1/w))^-w, within
-    1e-4 of 1 at the defaults.
+    Its exponent is the soft minimum of alpha * I and log rho_max. The weak-approximation theorem needs a smooth law:
+    the kink of min(exp, cap) costs the SDE half an order where training stays at the cap (docs/THEOREM.md).
+    The limits are ExponentialLaw's: exp(alpha * I) far below the cap, rho_max far above it. The law increases and
+    stays below both; the gap is largest where they meet, a factor 2^-w. At I = 0 rho is (1 + rho_max^(-1/w))^-w,
+    within 1e-4 of 1 at the defaults.
 
     Args:
         alpha: sensitivity per nat, >= 0; 0 gives rho = 1 exactly.
@@ -87,7 +87,7 @@ class SmoothExponentialLaw:
         if self.alpha == 0:
             return 1.0
         exponent, cap = self.alpha * information, math.log(self.rho_max)
-        # Soft minimum written from the smaller one, so that no gap overflows exp.
+        # Start the soft minimum from the smaller term, so that exp cannot overflow.
         knee = self.width * math.log1p(math.exp(-abs(cap - exponent) / self.width))
         return math.exp(min(exponent, cap) - knee)
 
@@ -95,7 +95,7 @@ class SmoothExponentialLaw:
 def linear_schedule(start: float, end: float, steps: int) -> Callable[[int], float]:
     """alpha(step): `start` at step 0, `end` from `steps` on, linear between.
 
-    The paper names adaptive alpha as future work; this is the plainest schedule. Raises ValueError if steps < 1.
+    The paper leaves adaptive alpha to future work; this is the simplest schedule. Raises ValueError if steps < 1.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; a schedule needs at least one step.")

@@ -184,7 +184,7 @@ class TransformersRunner:
 
 
 def trimmed(ids: list[int], stops: Sequence[int], config: GenerationConfig) -> list[int]:
-    """A row of what `generate` returned, without what fills it up behind its end."""
+    """A row of what `generate` returned, without the padding behind its end."""
     end = next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))
     if end == len(ids) and config.stop_strings:  # a row that a string ended has no stop token
         while end > 1 and ids[end - 1] == config.pad_token_id:

@@ -89,7 +89,7 @@ def head_problem(model: nn.Module) -> str | None:
     """Why the logits of this model are no plain head on its last hidden state, as far as its parts tell; or None."""
     inner = causal_lm(model)
     if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "base_model"):
-        return f"{type(inner).__name__} is no transformers model"
+        return f"{type(inner).__name__} is not a transformers model"
     head = inner.get_output_embeddings()
     if head is None:
         return f"{type(inner).__name__} has no output embeddings"

@@ -283,5 +283,5 @@ def combined(outputs: Sequence[tuple[float, States]]) -> States:
 
 
 def _whole_cache(cache: DynamicCache, width: int) -> bool:
-    """Whether every layer's cache holds the keys and values of all tokens."""
+    """Whether every layer's KV cache holds all tokens."""
     return all(type(layer) is DynamicLayer and layer.get_seq_length() == width for layer in cache.layers)

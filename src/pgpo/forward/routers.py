@@ -89,7 +89,7 @@ def router_problem(model: Any) -> str | None:
     for name in ("num_experts", "num_experts_per_tok"):
         if getattr(config, name, None) is None:
             return (
-                f"{type(model).__name__} has routers, but its config no {name}, which their loss needs; set "
+                f"{type(model).__name__} has routers, but its config has no {name}, which their loss needs; set "
                 "router_aux_loss_coef=0."
             )
     return None

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgpo import runlog
-from pgpo.alarms import SIGNALS, WARMUP, CollapseGuard, Signal, calibrate, excesses
+from pgpo.alarms import SIGNALS, WARMUP, CollapseGuard, WatchedMetric, calibrate, excesses
 from pgpo.errors import UserError
 from pgpo.study_files import accuracy_curve, run_name
 
@@ -146,7 +146,7 @@ def alarm_study(
 
 
 def _judged(
-    signal: Signal,
+    signal: WatchedMetric,
     runs: Sequence[Course],
     references: Sequence[Course],
     limits: Mapping[int, float | None],
@@ -242,17 +242,17 @@ def _by_step(course: Course, warmup: int) -> Points:
     return [(float(step), label) for step, label in _labelled(course) if step > warmup]
 
 
-def _scores(course: Course, signal: Signal, warmup: int) -> dict[int, float]:
+def _scores(course: Course, signal: WatchedMetric, warmup: int) -> dict[int, float]:
     found = excesses(signal, course.lines, warmup)
     return {line[runlog.STEP]: e for line, e in zip(course.lines, found, strict=True) if e is not None}
 
 
-def _rise(course: Course, signal: Signal, warmup: int) -> Points:
+def _rise(course: Course, signal: WatchedMetric, warmup: int) -> Points:
     scores = _scores(course, signal, warmup)
     return [(scores[step], label) for step, label in _labelled(course) if step in scores]
 
 
-def _excess(course: Course, reference: Course, signal: Signal, warmup: int) -> Points:
+def _excess(course: Course, reference: Course, signal: WatchedMetric, warmup: int) -> Points:
     own, other = _scores(course, signal, warmup), _scores(reference, signal, warmup)
     return [(own[step] - other[step], label) for step, label in _labelled(course) if step in own and step in other]
 

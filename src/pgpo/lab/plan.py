@@ -34,8 +34,8 @@ class Arm:
     Attributes:
         flags: of `pgpo train`.
         train: false evaluates the initial model and does nothing else.
-        lr_times_mean_rho_of: method of the same setting; the mean multiplier of its run with the same seed is the
-            factor on the learning rate.
+        lr_times_mean_rho_of: method of the same setting; the mean multiplier of its run with the same seed multiplies
+            the learning rate.
         rho_shuffled_from: method of the same setting; the multipliers of its run with the same seed are applied in
             another order.
         base_seed: train the lab's base model that is rebuilt from this seed.
@@ -149,7 +149,7 @@ def _queue(
     for number, group in enumerate(groups, 1):
         place = f"group {number}"
         if not isinstance(group, dict):
-            raise UserError(f"{place} is no mapping of settings, methods and seeds.")
+            raise UserError(f"{place} is not a mapping of settings, methods and seeds.")
         _known(group, _GROUP_KEYS, place)
         chosen_settings = _chosen(group.get("settings", "all"), settings, f"{place}: settings")
         chosen_methods = _chosen(group.get("methods", "all"), methods, f"{place}: methods")
@@ -231,9 +231,7 @@ def _check_special(place: str, flags: Mapping[str, Any], special: Mapping[str, A
         if type(special["base_seed"]) is not int or special["base_seed"] < 0:
             raise UserError(f"{place}: base_seed is {special['base_seed']!r}; it must be a whole number, 0 or more.")
         if "model_name_or_path" in flags or flags.get("task", "lab_world") != "lab_world":
-            raise UserError(
-                f"{place}: base_seed rebuilds the lab's own base model; it goes with no other task or model."
-            )
+            raise UserError(f"{place}: base_seed rebuilds the lab's own base model; leave other tasks and models out.")
     if len({"lr_times_mean_rho_of", "rho_shuffled_from"} & special.keys()) == 2:
         raise UserError(f"{place} has both lr_times_mean_rho_of and rho_shuffled_from; make two methods of it.")
 

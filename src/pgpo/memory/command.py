@@ -24,7 +24,7 @@ def main(source: str, setting: TrainingSetting, memory: float, budget: int, json
         memory: GiB per GPU.
     """
     if json_out is not None and not json_out.parent.is_dir():
-        raise UserError(f"there is no folder {json_out.parent} for {json_out.name}; make it first.")
+        raise UserError(f"there is no folder {json_out.parent} for {json_out.name}; create it first.")
     result = plan(read_model(source), setting, memory * GIB, budget)
     if json_out is not None:
         write_atomically(json_out, json.dumps(asdict(result), indent=2) + "\n")

@@ -158,7 +158,7 @@ class Step:
         (trainer._with_teacher).
 
         States: w H per completion token held, twice while they are put together.
-        Shared prompts: KV cache of the prompts, each with its longest completion, of the copies (twice while they are
+        Prefix sharing: KV cache of the prompts, each with its longest completion, of the copies (twice while they are
             handed over, beside those of the forward before), and of the completions behind them.
         Other prompts: a plain forward of prompts and completions within the budget.
         """

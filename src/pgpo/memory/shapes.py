@@ -217,9 +217,11 @@ def _config(source: str) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{source} is an encoder-decoder ({kind}); the trainer needs a decoder-only language model.")
     if kind not in BLOCKS:
-        raise UserError(f"{source} is a {kind} model, whose blocks are not known here; known: {', '.join(BLOCKS)}.")
+        raise UserError(
+            f"{source} is a {kind} model, whose blocks the planner does not know; known: {', '.join(BLOCKS)}."
+        )
     if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{source} is quantized, which is not planned here; give the model it was made from.")
+        raise UserError(f"{source} is quantized, which the planner does not support; give the unquantized model.")
     return config
 
 
@@ -233,7 +235,9 @@ def _skeleton(source: str, config: Any) -> tuple[Any, Any]:
             model: Any = AutoModelForCausalLM.from_config(config)
         return model, model.base_model.layers[0]
     except Exception as error:
-        raise UserError(f"no model can be made from the config of {source!r} ({_reason(error)}); mend it.") from error
+        raise UserError(
+            f"no model can be made from the config of {source!r} ({_reason(error)}); correct it."
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -263,7 +267,7 @@ def check(model: ModelShape, setting: TrainingSetting) -> None:
     if s.lora is not None and s.lora < 1:
         raise UserError(f"the LoRA rank is {s.lora}; it must be at least 1.")
     if unknown := [name for name in s.lora_targets if name not in MATRICES]:
-        raise UserError(f"{unknown[0]!r} is no matrix of these models; choose among {', '.join(MATRICES)}.")
+        raise UserError(f"{unknown[0]!r} is not a matrix of these models; choose among {', '.join(MATRICES)}.")
     if s.vllm_share is not None and not 0 < s.vllm_share < 1:
         raise UserError(f"the vLLM share is {s.vllm_share}; it is a part of the GPU's memory, in (0, 1).")
     if (s.prompts_per_step * s.num_generations) % s.gpus:

@@ -12,7 +12,7 @@ from pgpo.report.markup import Html, el, join
 from pgpo.report.methods import Comparison
 from pgpo.report.sources import StudySource, number
 from pgpo.report.tables import scrolling, settings_table
-from pgpo.runlog import Run
+from pgpo.runlog import LoggedRun
 
 MOST_ALARMS = 200
 _TEXTS = ("signal", "action", "reason")
@@ -27,7 +27,7 @@ def mapping(value: object) -> dict[str, Any]:
 # Runs ------------------------------------------------------------------------------------------------------------
 
 
-def alarm_marks(runs: Sequence[Run]) -> list[tuple[float, str]]:
+def alarm_marks(runs: Sequence[LoggedRun]) -> list[tuple[float, str]]:
     """Step and text of the alarms that have a step."""
     return [
         (step, f"{run.name}, step {step:g}: {alarm.get('signal')}, {alarm.get('action')}")
@@ -37,7 +37,7 @@ def alarm_marks(runs: Sequence[Run]) -> list[tuple[float, str]]:
     ]
 
 
-def alarm_section(runs: Sequence[Run]) -> Html | None:
+def alarm_section(runs: Sequence[LoggedRun]) -> Html | None:
     alarms = [(run.name, alarm) for run in runs for alarm in run.alarms]
     if not alarms:
         return None
@@ -62,7 +62,7 @@ def _number_or_text(value: object) -> str:
     return significant(value) if isinstance(value, float) else m.short(value, 200)
 
 
-def configuration_section(runs: Sequence[Run], labels: Sequence[str]) -> Html:
+def configuration_section(runs: Sequence[LoggedRun], labels: Sequence[str]) -> Html:
     """Settings that differ, settings that were given, all settings, environment, commands."""
     configs = [{k: v for k, v in run.config.items() if k != "arguments"} for run in runs]
     given = [mapping(run.config.get("arguments")) for run in runs]

@@ -25,7 +25,7 @@ from pgpo.report.methods import (
     objective_label,
     smooth,
 )
-from pgpo.runlog import Run
+from pgpo.runlog import LoggedRun
 from pgpo.study_files import FINAL
 
 Series = tuple[list[int], list[float]]  # steps and values
@@ -51,7 +51,7 @@ STYLE = {
 }
 
 
-def plot_runs(runs: Sequence[Run], path: str | os.PathLike[str], title: str | None = None) -> None:
+def plot_runs(runs: Sequence[LoggedRun], path: str | os.PathLike[str], title: str | None = None) -> None:
     """Writes a PNG or SVG (by suffix): the axes of `draw_runs` over the optimizer steps.
 
     Raises UserError without matplotlib, for another suffix, for no runs or more than the colours can tell apart,
@@ -83,7 +83,7 @@ def save(figure: Figure, path: Path) -> None:
         raise UserError(f"The figure {path} cannot be written ({error.strerror}); choose another path.") from error
 
 
-def draw_runs(runs: Sequence[Run], title: str | None = None) -> Figure:
+def draw_runs(runs: Sequence[LoggedRun], title: str | None = None) -> Figure:
     """The figure of `plot_runs`; its axes are held-out accuracy, information, what multiplied the learning rate, and
     how far a step moved the policy of what the teacher asks (K / D), or the gradient norm where no run measured that.
     """
@@ -94,7 +94,7 @@ def draw_runs(runs: Sequence[Run], title: str | None = None) -> Figure:
         raise UserError(f"A figure shows 1 to {len(COLORS)} runs, not {len(runs)}; give that many run directories.")
     for run in runs:
         if not run.metrics and not run.evaluations:
-            raise UserError(f"The run {run.directory} has no metrics and no evaluations; let it do a step first.")
+            raise UserError(f"The run {run.directory} has no metrics and no evaluations; let it finish a step first.")
     figure = Figure(figsize=(10.5, 6.8), layout="constrained")
     accuracy, information, rho, length = figure.subplots(2, 2, sharex=True).flat
     _draw_accuracy(accuracy, runs)
@@ -121,7 +121,7 @@ def draw_runs(runs: Sequence[Run], title: str | None = None) -> Figure:
     return figure
 
 
-def _draw_accuracy(axes: Axes, runs: Sequence[Run]) -> None:
+def _draw_accuracy(axes: Axes, runs: Sequence[LoggedRun]) -> None:
     evaluations = [_evaluations(run) for run in runs]
     splits = _splits(runs)
     opacity = min(0.18, 0.4 / max(1, len(runs) * len(splits)))  # many bands over each other must not hide the lines
@@ -148,18 +148,18 @@ def _draw_accuracy(axes: Axes, runs: Sequence[Run]) -> None:
         _note_absence(axes)
 
 
-def _read(name: str) -> Callable[[Run], Series]:
+def _read(name: str) -> Callable[[LoggedRun], Series]:
     return lambda run: run.series(name)
 
 
-def _multipliers(run: Run) -> Series:
+def _multipliers(run: LoggedRun) -> Series:
     """rho, times the part of a step that trust kept."""
     kept = dict(zip(*run.series(runlog.TRUST_RHO)))
     steps, rho = run.series(runlog.RHO)
     return steps, [value * kept.get(step, 1.0) for step, value in zip(steps, rho)]
 
 
-def _step_lengths(run: Run) -> Series:
+def _step_lengths(run: LoggedRun) -> Series:
     """K / D of the steps that were measured, after trust has shortened them."""
     divergence = dict(zip(*run.series(runlog.DIVERGENCE)))
     pairs = [(step, moved) for step, moved in zip(*run.series(runlog.TRUST_MOVED)) if divergence.get(step)]
@@ -168,8 +168,8 @@ def _step_lengths(run: Run) -> Series:
 
 def _draw_metric(
     axes: Axes,
-    runs: Sequence[Run],
-    series: Callable[[Run], Series],
+    runs: Sequence[LoggedRun],
+    series: Callable[[LoggedRun], Series],
     title: str,
     levels: Mapping[float, str] | None = None,
     log: bool = False,
@@ -213,7 +213,7 @@ def _draw_level(axes: Axes, level: float, label: str) -> None:
         )
 
 
-def _draw_legend(figure: Figure, runs: Sequence[Run]) -> None:
+def _draw_legend(figure: Figure, runs: Sequence[LoggedRun]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=color, linewidth=2, label=label) for color, label in zip(COLORS, _labels(runs))]
@@ -236,32 +236,32 @@ def _draw_legend(figure: Figure, runs: Sequence[Run]) -> None:
     )
 
 
-def _labels(runs: Sequence[Run]) -> list[str]:
+def _labels(runs: Sequence[LoggedRun]) -> list[str]:
     """Objective and alpha from the configuration, the directory name where that is missing or not unique."""
     names = [run.name for run in runs]
     labels = [objective_label(run.config) or run.name for run in runs]
     return [label if labels.count(label) == 1 else f"{label} ({name})" for label, name in zip(labels, names)]
 
 
-def _is_capped(run: Run) -> bool:
+def _is_capped(run: LoggedRun) -> bool:
     return run.config.get("rho_max") is not None and run.config.get("objective", "pgpo") == "pgpo"
 
 
-def _is_sparse(runs: Sequence[Run], split: str | None) -> bool:
+def _is_sparse(runs: Sequence[LoggedRun], split: str | None) -> bool:
     """Is a split evaluated at two steps at most (before and after), in every run?"""
     return all(sum(line.get(runlog.SPLIT) == split for line in _evaluations(run)) <= 2 for run in runs)
 
 
-def _largest(runs: Sequence[Run], name: str) -> float:
+def _largest(runs: Sequence[LoggedRun], name: str) -> float:
     values = [value for run in runs for value in run.series(name)[1] if np.isfinite(value)]
     return max(values, default=-np.inf)
 
 
-def _evaluations(run: Run) -> list[dict[str, Any]]:
+def _evaluations(run: LoggedRun) -> list[dict[str, Any]]:
     return [line for line in run.evaluations if line.get(runlog.AVG_AT_K) is not None]
 
 
-def _splits(runs: Sequence[Run]) -> list[str | None]:
+def _splits(runs: Sequence[LoggedRun]) -> list[str | None]:
     """The splits in order of appearance. Raises UserError for more than the line styles can tell apart."""
     splits = list(dict.fromkeys(line.get(runlog.SPLIT) for run in runs for line in _evaluations(run)))
     if len(splits) > len(SPLIT_STYLES):
@@ -292,7 +292,9 @@ def plot_comparisons(comparisons: Sequence[Comparison], folder: Path) -> list[Pa
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The folder {folder} cannot be made ({error.strerror}); choose another --figures.") from error
+        raise UserError(
+            f"The folder {folder} cannot be created ({error.strerror}); choose another --figures."
+        ) from error
     styles = styles_of([method for comparison in comparisons for method in comparison.methods])
     written: list[Path] = []
     for comparison in comparisons:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pgpo import runlog
 from pgpo.intervals import student_t
 from pgpo.report.sources import Array, RunCurves, StudySource, number, numbers
-from pgpo.runlog import Run
+from pgpo.runlog import LoggedRun
 from pgpo.study_files import (
     AUC,
     FINAL,
@@ -129,7 +129,7 @@ class Comparison:
 # Runs ------------------------------------------------------------------------------------------------------------
 
 
-def comparison_of_runs(runs: Sequence[Run], name: str) -> Comparison:
+def comparison_of_runs(runs: Sequence[LoggedRun], name: str) -> Comparison:
     """The runs, grouped into methods: those whose configurations differ in nothing but the seed."""
     labels = method_labels([run.config for run in runs], [run.name for run in runs])
     curves = [RunCurves.of_run(run, label) for run, label in zip(runs, labels)]

@@ -29,7 +29,7 @@ from pgpo.report.methods import Comparison
 from pgpo.report.samples import sample_section
 from pgpo.report.sources import StudySource, number, read_sources
 from pgpo.report.tables import COLLAPSE_POINTS, overview_table, scrolling
-from pgpo.runlog import Run
+from pgpo.runlog import LoggedRun
 
 MOST_POINTS, FEWEST_POINTS = 25_000, 25  # on the page; of one curve
 LONGEST_TITLE = 80  # characters
@@ -84,13 +84,13 @@ def main(paths: Sequence[Path], out: Path, figures: Path | None = None) -> int:
 class Report:
     """What is reported. `of_runs`: the comparison of all runs, None without runs; `of_studies`: those of each study."""
 
-    runs: list[Run]
+    runs: list[LoggedRun]
     studies: list[StudySource]
     of_runs: Comparison | None
     of_studies: list[list[Comparison]]
 
     @classmethod
-    def of(cls, runs: list[Run], studies: list[StudySource]) -> Report:
+    def of(cls, runs: list[LoggedRun], studies: list[StudySource]) -> Report:
         of_runs = m.comparison_of_runs(runs, "Runs") if runs else None
         return cls(runs, studies, of_runs, [m.comparisons_of_study(study) for study in studies])
 

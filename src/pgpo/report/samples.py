@@ -11,7 +11,7 @@ from pgpo import runlog
 from pgpo.report.charts import fixed, significant
 from pgpo.report.markup import Html, el, join
 from pgpo.report.sources import number
-from pgpo.runlog import Run
+from pgpo.runlog import LoggedRun
 
 # nats; ours: below the first a token says nothing, and a Jensen-Shannon divergence cannot exceed ln 2 = .69
 LEVELS = (0.01, 0.05, 0.2, 0.5)
@@ -19,7 +19,7 @@ STEPS_SHOWN, PER_STEP = 4, 4
 MOST_CHARACTERS, MOST_TOKENS, MOST_LISTED, LONG = 4000, 600, 10, 800
 
 
-def sample_section(runs: Sequence[Run], labels: Sequence[str]) -> Html | None:
+def sample_section(runs: Sequence[LoggedRun], labels: Sequence[str]) -> Html | None:
     """A few steps, evenly spaced, of the first run of each method that has samples; the first and the last are open."""
     parts = []
     done: set[str] = set()

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pgpo import runlog
 from pgpo.errors import UserError
 from pgpo.files import NON_FINITE
-from pgpo.runlog import Run
+from pgpo.runlog import LoggedRun
 from pgpo.study_files import RECORDS_FILE, SUMMARY_FILE, read_summary, readable_records, run_name
 
 Array = npt.NDArray[np.float64]
@@ -50,7 +50,7 @@ class RunCurves:
     evaluations: list[dict[str, Any]]
 
     @classmethod
-    def of_run(cls, run: Run, method: str) -> RunCurves:
+    def of_run(cls, run: LoggedRun, method: str) -> RunCurves:
         lines = {line[runlog.STEP]: line for line in run.metrics if abs(line[runlog.STEP]) <= LARGEST_STEP}
         steps = sorted(lines)  # of a step with two lines the last one counts
         names = dict.fromkeys(name for line in lines.values() for name in line if name != runlog.STEP)
@@ -96,13 +96,13 @@ class StudySource:
         return str(self.summary.get("name") or self.directory.resolve().name)
 
 
-def read_sources(paths: Sequence[Path]) -> tuple[list[Run], list[StudySource]]:
+def read_sources(paths: Sequence[Path]) -> tuple[list[LoggedRun], list[StudySource]]:
     """The runs and studies at the paths, in order; the others are skipped, with one line on stderr each.
 
     Skipped are folders that cannot be read, runs without metrics, and runs whose task or domain differs from that of
     the first. Raises UserError when nothing is left.
     """
-    runs: list[Run] = []
+    runs: list[LoggedRun] = []
     studies: list[StudySource] = []
     seen: set[Path] = set()
     for path in paths:
@@ -117,7 +117,7 @@ def read_sources(paths: Sequence[Path]) -> tuple[list[Run], list[StudySource]]:
                 if runs and _task(run) != _task(runs[0]):
                     raise UserError(
                         f"its task is {' '.join(_task(run))}, that of {runs[0].directory} is"
-                        f" {' '.join(_task(runs[0]))}; report them apart."
+                        f" {' '.join(_task(runs[0]))}; report them separately."
                     )
                 runs.append(run)
         except UserError as error:
@@ -148,7 +148,7 @@ def numbers(values: object) -> Array:
     return np.array([number(value) for value in items], dtype=np.float64)
 
 
-def _read_run(path: Path) -> Run:
+def _read_run(path: Path) -> LoggedRun:
     try:
         run = runlog.read_run(path)
     except KeyError as error:
@@ -160,7 +160,7 @@ def _read_run(path: Path) -> Run:
     for name in runlog.LOG_FILES:
         file = path / name
         if file.exists() and (end := file.read_bytes().rpartition(b"\n")[2]) and not _is_json(end):
-            _warn(f"the last line of {file} is cut and is left out.")
+            _warn(f"the last line of {file} is truncated and is ignored.")
     return run
 
 
@@ -171,7 +171,7 @@ def _is_json(line: bytes) -> bool:
         return False
 
 
-def _task(run: Run) -> tuple[str, ...]:
+def _task(run: LoggedRun) -> tuple[str, ...]:
     """Task and domain, as words."""
     named = (run.config.get(name) for name in ("task", "domain"))
     return tuple(str(value) for value in named if value is not None) or ("not named",)

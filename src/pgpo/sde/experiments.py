@@ -1,4 +1,4 @@
-"""The rows: a chain, an equation said to approximate it, the order claimed and the order that the theorem gives.
+"""The rows: a chain, an equation claimed to approximate it, the claimed order and the theorem's order.
 
 A curve maps eta to E_x g(state after k steps) for k = 0..T/eta, every start x and every test function g,
 [T/eta + 1, X, G]. The first two test functions are theta and theta^2 (variance rows use them).
@@ -30,8 +30,8 @@ from .transfer import Grid, chain_operator, evolve
 Curve = Callable[[float], Tensor]
 
 HORIZON = 2.0
-# alpha: the paper's middle value. Cap 6.0 (ours): above exp(alpha * I) on every box, so that rho is smooth; what the
-# cap's kink does has rows of its own.
+# alpha: the paper's middle value. Cap 6.0 (ours): above exp(alpha * I) on every box, so that rho is smooth; separate
+# rows test the kink of the cap.
 DEFAULT_LAW = ExponentialLaw(alpha=1.0, rho_max=6.0)
 DECAY = 0.5
 TEACHER = 0.5  # weights of the fixed teacher, every component
@@ -41,13 +41,13 @@ BETA = 0.5  # momentum
 
 @dataclass(frozen=True)
 class Claim:
-    """That an equation approximates a chain, and to which order: a row of the table.
+    """A row of the table: an equation claimed to approximate a chain to some order.
 
     Attributes:
         section: heading of the table.
-        chain: what is run.
-        equation: what is said to approximate it.
-        claimed: order claimed by the reading (None: a wrong guess that nobody claims, part of the must-fail set).
+        chain: name of the chain.
+        equation: name of the equation.
+        claimed: claimed order; None for an equation that nobody claims and that must fail.
         true: order by the theorem.
         left: curve of the chain.
         right: curve of the equation.
@@ -82,7 +82,7 @@ def curve(grid: Grid, starts: Tensor, functions: Tensor, operator: Callable[[flo
 
 @dataclass(frozen=True)
 class Bench:
-    """A grid, starting points and test functions: makes curves of chains and of equations."""
+    """A grid, starting points and test functions, from which it makes curves of chains and equations."""
 
     grid: Grid
     starts: Tensor
@@ -325,7 +325,7 @@ def ema_teacher(law: Law, degree: int = 18, radius: float = 2.0) -> list[Claim]:
 
 
 def remedies(law: Law, degree: int = 28, radius: float = 3.0, fast_degree: int = 16) -> list[Claim]:
-    """What the theory suggests: lagged information, cross-fitting, a smooth cap; and what momentum does."""
+    """The remedies that the theory suggests (cross-fitting, lagged information), and momentum."""
     bandit = Bandit(PHI_1, FEEDBACK, DECAY)
     bench = line(degree, radius)
     theta = bench.grid.nodes
@@ -410,7 +410,7 @@ def _momentum(bandit: Bandit, law: Law, bench: Bench, f: Fields, degree: tuple[i
 
 
 def smooth_cap(degree: int = 56, radius: float = 3.0) -> list[Claim]:
-    """SmoothExponentialLaw with a cap that acts inside the box: the theorem's smoothness without giving up the cap."""
+    """SmoothExponentialLaw with a cap that acts inside the box: capped, and smooth as the theorem needs."""
     name = "remedy: smooth cap"
     law = SmoothExponentialLaw(alpha=1.0, rho_max=1.5)
     bandit = Bandit(PHI_1, FEEDBACK, DECAY)

@@ -1,6 +1,6 @@
-"""Numbers beside the slopes: the engine against closed forms, the stationary noise floor, the batch-size sweep.
+"""Further numbers: the engine against closed forms, the stationary noise floor, the batch-size sweep.
 
-Every fact is a value with, where one exists, the closed form that it must equal.
+Every fact is a value and, where one exists, the closed form that it must equal.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Fact:
     Attributes:
         table: heading.
         name: what it is.
-        value: as computed here.
+        value: computed here.
         expected: what it must equal, or None.
         tolerance: largest |value - expected| accepted.
     """
@@ -54,7 +54,7 @@ def all_facts(law: Law) -> list[Fact]:
 
 
 def engine(law: Law) -> list[Fact]:
-    """The tools on problems with a known answer."""
+    """Check the tools on problems with closed forms."""
     table = "engine"
     grid, eta = Grid((6,), (4.0,)), 0.125
     x = grid.nodes
@@ -91,7 +91,7 @@ def _stationary_moments(grid: Grid, operator: Tensor) -> tuple[float, float]:
 def noise_floor() -> list[Fact]:
     """Stationary Var/eta on the quadratic L = x^2/2, gradient noise +-1, constant rho = c, eta = 1/16.
 
-    PGPO is SGD at learning rate c eta; what the SDEs say, and what a larger batch would do, against closed forms.
+    Here PGPO is SGD at learning rate c eta. Chain, SDEs and larger batches are compared with closed forms.
     """
     eta, grid = 2.0**-4, Grid((4,), (4.0,))
     x = grid.nodes
@@ -124,7 +124,7 @@ def noise_floor() -> list[Fact]:
 
 
 def language_floor(law: Law) -> list[Fact]:
-    """Stationary law of the language problem at eta = 2^-7, and the fixed point that a same-batch rho moves."""
+    """Stationary law of the language problem at eta = 2^-7, and how a same-batch rho moves its fixed point."""
     table, eta = "stationary law, language problem, eta = 2^-7", 2.0**-7
     bandit, grid = Bandit(PHI_1, FEEDBACK, DECAY), line(40, 4.0).grid
     theta = grid.nodes
@@ -151,7 +151,7 @@ def language_floor(law: Law) -> list[Fact]:
     doubled = sgd(2.0)
     pgpo = moments(here + eta * TorchStep(bandit, law).displacement(theta, bar))
 
-    # L = theta^2/2, g = theta -+ 1 with equal chance, rho_i = exp(alpha I_i): the fixed point is a tanh for every eta.
+    # L = theta^2/2, g = theta -+ 1 with probability 1/2, rho_i = exp(alpha I_i): for every eta the mean is a tanh.
     small, rhos = Grid((4,), (4.0,)), torch.tensor([math.exp(0.5), math.exp(-0.2)], dtype=torch.float64)
     x = small.nodes.unsqueeze(1)
     signs = torch.tensor([1.0, -1.0], dtype=torch.float64)[None, :, None]

@@ -1,13 +1,13 @@
-"""Counterexample K1: a cap whose kink is where training dwells costs the SDE half an order.
+"""Counterexample K1: a cap with its kink where training stays costs the SDE half an order.
 
     L(x, y) = x + y^2 / 2, noise +-s in y only, rho = min(exp(alpha I), rho_max), I = log(rho_max)/alpha + y
 
 The cap is reached exactly at y = 0, the minimum in y. rho depends on the state only, is bounded and Lipschitz: the
-paper's hypotheses hold, and the test function g = x is linear. Yet E[x_T] - x_0 = -int E rho(y) dt feels the spread
-of y through the kink: E rho(y) = rho_max - c sd(y), sd(y) ~ sqrt(eta), so a wrong diffusion is wrong at order 1/2.
+paper's hypotheses hold, and the test function g = x is linear. Yet E[x_T] - x_0 = -int E rho(y) dt depends on the
+spread of y through the kink: E rho(y) = rho_max - c sd(y), sd(y) ~ sqrt(eta), so a wrong diffusion costs order 1/2.
 
-A Chebyshev grid cannot see a kink: the chain lives on a fine uniform grid (cubic interpolation), the SDE on two
-Chebyshev panels joined at y = 0, where its solution is twice differentiable.
+A Chebyshev grid cannot resolve a kink. The chain is computed on a fine grid, uniform in asinh(y) (cubic
+interpolation), the SDE on two Chebyshev panels joined at y = 0, where its solution is twice differentiable.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .experiments import HORIZON, Claim, Curve
 from .problem import Law, apply_law
 from .transfer import chebyshev_nodes, differentiation_matrix, evolve
 
-NOISE = 1.0  # s; |y| <= s is invariant, the chain's grid is a little wider
-FINE = 0.02  # y = FINE sinh(s), s uniform: nodes crowd at the kink
+NOISE = 1.0  # s; |y| <= s is invariant, and the chain's grid is slightly wider
+FINE = 0.02  # y = FINE sinh(s), s uniform: nodes are densest at the kink
 ALPHA, RHO_MAX = 1.0, 2.0  # the package's defaults
 
 
@@ -60,7 +60,7 @@ def equation_curve(law: Law, factor: str, degree: int = 64, half: float = 2.0) -
         rate = law(float(information(torch.tensor(0.0, dtype=torch.float64))))
         return lambda eta: rate * eta * torch.arange(round(HORIZON / eta) + 1, dtype=torch.float64).reshape(-1, 1, 1)
     right = half / 2 * (chebyshev_nodes(degree) + 1)
-    left = right.flip(0).neg()  # descending as well: both panels share y = 0
+    left = right.flip(0).neg()  # also descending; both panels share y = 0
     y = torch.cat([right[:-1], left])  # the shared node once, at index `degree`
     rho = apply_law(law, information(y))
     d_right, d_left = differentiation_matrix(right), differentiation_matrix(left)
@@ -77,7 +77,7 @@ def equation_curve(law: Law, factor: str, degree: int = 64, half: float = 2.0) -
     extend = torch.zeros(len(y), len(free), dtype=torch.float64)
     extend[free] = torch.eye(len(free), dtype=torch.float64)
     extend[degree] = -jump[free] / jump[degree]
-    # At the two ends, far in the tail, the noise is left out: a closure without boundary conditions.
+    # Without noise at the two ends, far in the tail, no boundary condition is needed.
     covariance = NOISE**2 * {"rho^2 Sigma": rho**2, "Sigma": torch.ones_like(rho)}[factor]
     covariance[0] = covariance[-1] = 0.0
 
@@ -96,7 +96,7 @@ def equation_curve(law: Law, factor: str, degree: int = 64, half: float = 2.0) -
 
 
 def kinked_law(points: int = 1200, degree: int = 64) -> list[Claim]:
-    """K1 with the cap, and the same with the smooth cap."""
+    """K1 with the sharp cap and with the smooth cap."""
     rows = []
     for section, law, orders in (
         ("counterexample K1: training dwells at the cap", ExponentialLaw(ALPHA, RHO_MAX), (0.5, 1.5, 0.5)),
@@ -116,7 +116,7 @@ def kinked_law(points: int = 1200, degree: int = 64) -> list[Claim]:
 
 
 def _unit(size: int) -> Tensor:
-    """Zero function plus the constant that the running integral multiplies, [size + 1, 1]."""
+    """The zero function and, last, the constant 1 that drives the integral, [size + 1, 1]."""
     unit = torch.zeros(size + 1, 1, dtype=torch.float64)
     unit[-1] = 1.0
     return unit

@@ -1,11 +1,11 @@
-"""The order of weak approximation, measured: two criteria, both from noise-free numbers.
+"""Measure the order of weak approximation by two criteria, both on noise-free numbers.
 
     slope     log error = order * log eta, over 2^-3..2^-8 (with a t-interval, which measures curvature, not noise),
               over 2^-5..2^-10 (within 0.2 of the order) and over the finest pair (within 0.1; 0.2 for a half order)
     expansion signed error at T = a0 + a1 eta + ...; order >= 1 iff a0 = 0, order >= 2 iff a0 = a1 = 0
 
-Guards: the same row on another grid must give the same error to 1 %; a value that blows up is reported as unresolved,
-never as a verdict.
+Guards: the same row on another grid must give the same error to 1 %; a row whose values blow up is reported as
+unresolved, without a verdict.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .transfer import Unresolved
 
 GUARD_ETAS = (2.0**-4, 2.0**-7)
 
-# Wrong equations read a0 >= 5e-2 and a1 >= 1e-2, right ones a0 <= 1e-6 and a1 <= 5e-5 (ours, from the tables).
+# Wrong equations give a0 >= 5e-2 and a1 >= 1e-2, right ones a0 <= 1e-6 and a1 <= 5e-5 (ours, from the tables).
 ZERO_A0, ZERO_A1 = 1e-5, 1e-4
 LAST_BAND, FINE_BAND = 0.1, 0.2
 GUARD_TOLERANCE = 0.01
@@ -33,10 +33,10 @@ ROUNDING = 1e-10  # errors below this are floating-point noise, where relative a
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row, measured.
+    """The measurement of a row.
 
     Attributes:
-        row: what was compared.
+        row: chain and equation compared.
         etas: learning rates, descending.
         errors: max over k, start and test function of |difference|, one per eta.
         slope: log-log slope over the coarser part of the range.
@@ -45,7 +45,7 @@ class Outcome:
         last_slope: slope of the finest pair.
         a0: largest |a0| over starts and test functions.
         a1: largest |a1|.
-        measured: the order read off, or None if the two criteria disagree.
+        measured: the measured order, or None if the two criteria disagree.
         trouble: why the row could not be resolved, or "".
     """
 
@@ -63,7 +63,7 @@ class Outcome:
 
     @property
     def agrees(self) -> bool:
-        """Does the measurement give the order of the theorem?"""
+        """Whether the measured order is the theorem's."""
         return not self.trouble and self.measured == self.row.true
 
     @property
@@ -83,7 +83,7 @@ class Outcome:
 
 
 def measure(row: Claim, etas: tuple[float, ...], check: Claim | None = None) -> Outcome:
-    """Run a row on all etas; `check` is the same row on another grid."""
+    """Measure a row on all etas; `check` is the same row on another grid."""
     try:
         differences = [difference(row, eta) for eta in etas]
         errors = tuple(float(d.abs().max()) for d in differences)
@@ -135,8 +135,8 @@ def expansion(etas: Sequence[float], signed: Tensor) -> Tensor:
 def read_order(fine_slope: float, last_slope: float, a0: float, a1: float) -> float | None:
     """The order on which slopes and expansion agree, in halves; None if they do not."""
     order = round(2 * last_slope) / 2
-    # A half order has no expansion in whole powers of eta, and its slope settles slower: the next term is only
-    # sqrt(eta) smaller.
+    # A half order has no expansion in whole powers of eta, and its slope converges more slowly: the next term is
+    # smaller by sqrt(eta) only.
     half = order != round(order)
     if abs(last_slope - order) >= (FINE_BAND if half else LAST_BAND) or abs(fine_slope - order) >= FINE_BAND:
         return None

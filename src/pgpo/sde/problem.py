@@ -1,4 +1,4 @@
-"""The smallest language model on which every object of the method exists, and the real optimizer step on it.
+"""A minimal language model with every object of the method, and the real optimizer step on it.
 
     student   pi_theta(. | x)        = softmax(phi[x] theta)
     teacher   pi_thetabar(. | x, f)  ~ pi_thetabar(. | x) * l(f | x, .)         same network, reading the feedback f
@@ -7,8 +7,8 @@
     signal    I_B = mean over the batch's prompts of H(student) - H(teacher)    nats
 
 `Bandit.sample_law` is the closed form by enumeration, from which the theorem's fields are computed. `TorchStep` is the
-package's own path (autograd, token_entropy, the law, modulate, torch.optim.SGD) run as a black box; the chain under
-test is made of it.
+package's own path (autograd, token_entropy, the law, modulate, torch.optim.SGD), used as a black box; the chain under
+test consists of its steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Law = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Bandit:
-    """Prompts with one-token answers.
+    """Prompts with one-token completions.
 
     Attributes:
         phi: features, [prompts, V, d].
@@ -85,7 +85,7 @@ class SampleLaw:
 
 
 def apply_law(law: Law, information: Tensor) -> Tensor:
-    """law at every entry (a law is a function of one float)."""
+    """Apply the law, a function of one float, to every entry."""
     flat = [law(value) for value in information.flatten().tolist()]
     return torch.tensor(flat, dtype=torch.float64).reshape(information.shape)
 
@@ -114,8 +114,8 @@ class TorchStep:
     Args:
         bandit: the problem.
         law: information -> rho; None = plain SGD without modulation.
-        scope: whose information: "batch" = the mini-batch's own (the method), "all" = over all prompts (a rho without
-            the batch), "lagged" = what `earlier` holds, "cross_fit" = each half of the batch by the other's.
+        scope: whose information: "batch" = the mini-batch's own (the method), "all" = over all prompts (rho does not
+            depend on the batch), "lagged" = that of `earlier`, "cross_fit" = each half of the batch by the other's.
         lr: eta of the step.
     """
 
@@ -141,7 +141,7 @@ class TorchStep:
         return self.student.theta.detach().clone()
 
     def _backward(self, prompts: Tensor, tokens: Tensor) -> float:
-        """Leave the gradient of the batch; its multiplier."""
+        """Add the batch's gradient to .grad and return its multiplier."""
         if self.law is None:
             self._differentiate(prompts, tokens)
             return 1.0
@@ -178,7 +178,7 @@ class TorchStep:
     def displacement(self, theta: Tensor, theta_bar: Tensor) -> Tensor:
         """H_B = (theta' - theta) / lr for every one-sample batch at every state [M, d]; returns [M, B, d].
 
-        With "cross_fit" a batch is two samples, and there are B^2 of them.
+        With "cross_fit" a batch is two samples, so there are B^2 batches.
         """
         samples = self._samples()
         batches = [(a, b) for a in samples for b in samples] if self.scope == "cross_fit" else [(a,) for a in samples]
@@ -187,7 +187,7 @@ class TorchStep:
         return (torch.stack(moved).reshape(len(theta), len(batches), -1) - theta.unsqueeze(1)) / self.lr
 
     def lagged(self, theta: Tensor, theta_bar: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """The same where the batch before had information last [M]: H_B [M, B, d], and what is remembered [M, B]."""
+        """H_B [M, B, d] after a batch with information `last` [M], and the information remembered then [M, B]."""
         moved, remembered = [], []
         for state, bar, value in zip(theta, theta_bar, last.tolist(), strict=True):
             for x, y in self._samples():
@@ -210,8 +210,8 @@ def _table(rows: Sequence[Sequence[float]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-# Arbitrary numbers of order one (ours). The feedback of prompt 0 says much, that of prompt 2 little: I differs
-# between prompts, and so does the gradient, which makes Cov(rho, g) visible.
+# Arbitrary numbers of order one (ours). The feedback of prompt 0 is informative, that of prompt 2 hardly: I and the
+# gradient differ between prompts, so that Cov(rho, g) is large enough to measure.
 FEEDBACK = _table(
     [
         [1.6, -0.7, 0.1, -0.9, 0.2],

@@ -1,4 +1,4 @@
-"""The theorem's objects by name: drifts, diffusions, and the equations made of them.
+"""The theorem's drifts and diffusions, and the equations built from them.
 
     chain    theta' = theta + eta H_B,   H_B = -rho(I_B) g_B,   b = E[H_B | theta],   S = Cov(H_B | theta)
 
@@ -41,11 +41,11 @@ class Equation:
         return sde_operator(grid, drift, eta**self.noise_power * self.diffusion, eta)
 
     def without_sqrt_eta(self) -> Equation:
-        """The literal reading: D^(1/2) dW with no sqrt(eta)."""
+        """The literal reading: D^(1/2) dW without sqrt(eta)."""
         return replace(self, noise_power=0)
 
     def without_noise(self) -> Equation:
-        """The ODE."""
+        """The ODE with the same drift."""
         return replace(self, diffusion=torch.zeros_like(self.diffusion))
 
 
@@ -75,17 +75,17 @@ class Fields:
 
     @property
     def naive_drift(self) -> Tensor:
-        """-rho(E[I]) grad L: what the paper's SDE says."""
+        """-rho(E[I]) grad L: the drift of the paper's SDE."""
         return -self.rho_of_mean.unsqueeze(-1) * self.grad_loss
 
     @property
     def product_drift(self) -> Tensor:
-        """-E[rho] E[g]: a learning-rate schedule; the same-batch covariance is missing."""
+        """-E[rho] E[g]: the drift of a learning-rate schedule, without the same-batch covariance."""
         return -self.law.mean(self.rho).unsqueeze(-1) * self.grad_loss
 
     @property
     def rho_gradient_covariance(self) -> Tensor:
-        """Cov(rho, g), [M, d]: the drift that a rho from the same batch adds."""
+        """Cov(rho, g), [M, d]: what a rho from the same batch subtracts from the drift."""
         return -self.exact_drift + self.product_drift
 
     @property
@@ -105,7 +105,7 @@ def milstein_correction(grid: Grid, b: Tensor) -> Tensor:
 
 
 def gradient_correction(grid: Grid, b: Tensor) -> Tensor:
-    """b1 = -(1/4) grad |b|^2 = -(1/2) (Db)^T b: the same only where b is curl-free."""
+    """b1 = -(1/4) grad |b|^2 = -(1/2) (Db)^T b: equals `milstein_correction` only where b is curl-free."""
     return -0.25 * grid.derivative((b * b).sum(-1, keepdim=True)).squeeze(1)
 
 
@@ -127,7 +127,7 @@ def with_ema_teacher(b: Tensor, diffusion: Tensor, theta: Tensor, theta_bar: Ten
 def ema_correction(grid: Grid, b0: Tensor, kappa: float) -> Tensor:
     """b1 = -(1/2)(DB)B + (0, kappa b), B = (b, kappa (theta - theta_bar)).
 
-    The last term is there because the average reads the NEW theta.
+    The last term is needed because the average reads the NEW theta.
     """
     new_theta = torch.stack([torch.zeros_like(b0[:, 0]), kappa * b0[:, 0]], 1)
     return milstein_correction(grid, b0) + new_theta

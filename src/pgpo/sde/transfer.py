@@ -53,7 +53,7 @@ class Grid:
 
     @cached_property
     def nodes(self) -> Tensor:
-        """All nodes, [M, d], the last dimension running fastest."""
+        """All nodes, [M, d]; the last dimension varies fastest."""
         return torch.cartesian_prod(*self.axes).reshape(-1, self.dim)
 
     @cached_property
@@ -172,7 +172,7 @@ def stationary(operator: Tensor, functions: Tensor, read: Tensor, doublings: int
     power = operator
     for _ in range(doublings):
         power = power @ power
-        power = power / power.sum(1, keepdim=True)  # a Markov operator keeps constants; rounding would compound
+        power = power / power.sum(1, keepdim=True)  # a Markov operator preserves constants; rounding would grow
     return read @ (power @ functions)
 
 

@@ -1,4 +1,4 @@
-"""`pgpo sde`: is the order of weak approximation the one that the theorem gives, for every row?"""
+"""`pgpo sde`: check the theorem's order of weak approximation for every row."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def main(
     law: str | Law | None = None,
     quick: bool = False,
 ) -> int:
-    """Print the verdicts; 0 if all are as the theorem says, else 1.
+    """Print the verdicts; return 0 if all agree with the theorem, else 1.
 
     Args:
         json_out: where to write everything as JSON.
         figure: where to write the figure (needs matplotlib).
-        law: "module:Name" or a callable information -> rho, put through the same checks; None = the default.
+        law: "module:Name" or a callable information -> rho, checked in the same way; None = the default.
         quick: one-dimensional rows on five learning rates, without the second grid.
 
     Raises:
-        UserError: the law is not usable, or an output cannot be written.
+        UserError: the law is not usable, or the folder of an output does not exist.
     """
     outputs = [Path(path) for path in (json_out, figure) if path is not None]
     for path in outputs:
@@ -53,7 +53,7 @@ def main(
     began = time.perf_counter()
     print(f"Weak order of approximation, law {chosen!r}")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it brings
+    torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it saves
     try:
         outcomes, facts = run(chosen, quick, _Printer())
     finally:
@@ -64,11 +64,11 @@ def main(
     passed = not wrong and not wrong_facts
     seconds = time.perf_counter() - began
     if passed:
-        print(f"\nAll {len(outcomes)} verdicts as the theorem says ({seconds:.0f} s).")
+        print(f"\nAll {len(outcomes)} verdicts agree with the theorem ({seconds:.0f} s).")
     else:
         print(f"\n{len(wrong)} of {len(outcomes)} verdicts and {len(wrong_facts)} numbers differ ({seconds:.0f} s).")
     if any(o.measured is None for o in outcomes):
-        print("A kink of the law inside a grid is outside the theorem: see the K1 rows and SmoothExponentialLaw.")
+        print("The theorem needs a law that is smooth on the grid: see the K1 rows and SmoothExponentialLaw.")
     if json_out is not None:
         record = to_json(outcomes, facts, chosen, passed, seconds)
         Path(json_out).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -82,7 +82,7 @@ def main(
 def run(
     law: Law, quick: bool = False, report: Callable[[Outcome], None] | None = None
 ) -> tuple[list[Outcome], list[Fact]]:
-    """Measure everything; `report` is called after every row."""
+    """Measure all rows and facts; `report` is called after every row."""
     etas = QUICK_ETAS if quick else ETAS
     outcomes: list[Outcome] = []
     for rows, checks in sections(law, quick):
@@ -95,7 +95,7 @@ def run(
 
 
 def sections(law: Law, quick: bool) -> Iterator[tuple[list[Claim], list[Claim] | None]]:
-    """All rows, each list with the same rows on another grid (None in quick mode)."""
+    """All rows, each list with the same rows on another grid (None: not checked)."""
     if quick:
         yield one_dimensional(law), None
         return
@@ -105,19 +105,19 @@ def sections(law: Law, quick: bool) -> Iterator[tuple[list[Claim], list[Claim] |
     yield remedies(law), remedies(law, 32, fast_degree=20)
     yield smooth_cap(), smooth_cap(64)
     yield kinked_law(), kinked_law(1600, 80)
-    yield trust_rows(), None  # nothing is on a grid
+    yield trust_rows(), None  # no grid
 
 
 def load_law(name: str) -> Law:
     """The law `module:Name` (a class that needs no arguments, or a function of one float).
 
     Raises:
-        UserError: it cannot be found, or is not a multiplier law.
+        UserError: it cannot be found, or is not a law.
     """
     module_name, colon, attribute = name.partition(":")
     if not (colon and module_name and attribute):
         raise UserError(f"--law is {name!r}; write it as module:Name, for example pgpo.core:SmoothExponentialLaw.")
-    sys.path.insert(0, "")  # as `python -m` does: the user's module lies in the working directory
+    sys.path.insert(0, "")  # as `python -m` does: the user's module is in the working directory
     try:
         module = importlib.import_module(module_name)
     except ImportError as problem:
@@ -141,14 +141,14 @@ def load_law(name: str) -> Law:
 
 
 def check_law(law: Law, name: str) -> Law:
-    """Raise UserError unless law gives finite rho >= 0 and more than one value on the problem's informations."""
+    """Raise UserError unless the law gives a finite rho >= 0 that varies over the information of the problem."""
     theta = torch.linspace(-4.0, 4.0, 9, dtype=torch.float64).unsqueeze(1)
     sample = Bandit(PHI_1, FEEDBACK, 0.0).sample_law(theta, theta)
     try:
         rho = apply_law(law, sample.information)
     except Exception as problem:
         raise UserError(
-            f"--law {name!r} failed on an information of a fraction of a nat ({problem}); a law maps one float to rho."
+            f"--law {name!r} failed for information of less than one nat ({problem}); a law maps one float to rho."
         ) from problem
     if not bool(torch.isfinite(rho).all()) or float(rho.min()) < 0:
         raise UserError(f"--law {name!r} gives rho in [{rho.min():g}, {rho.max():g}]; rho must be finite and >= 0.")
@@ -160,7 +160,7 @@ def check_law(law: Law, name: str) -> Law:
 def to_json(
     outcomes: Sequence[Outcome], facts: Sequence[Fact], law: Law, passed: bool, seconds: float
 ) -> dict[str, Any]:
-    """Everything measured, as plain data (not-a-number becomes null)."""
+    """All measurements as plain data (nan becomes null)."""
 
     def number(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
@@ -200,7 +200,7 @@ def to_json(
 
 
 class _Printer:
-    """Prints rows as they come, with a heading per section."""
+    """Prints each row when it is measured, with a heading per section."""
 
     def __init__(self) -> None:
         self.section = ""

@@ -41,11 +41,11 @@ _TRANSLATED: dict[str, dict[Any, Any]] = {
     "max_grad_norm": {None: 0.0},
     "top_k": {-1: 0},  # vLLM's value for all tokens
 }
-# For vLLM; transformers takes None for what the model's generation config says.
+# For vLLM; with None transformers uses the model's generation config.
 _UNFILTERED: dict[str, dict[Any, Any]] = {"top_k": {None: 0}, "top_p": {None: 1.0}, "repetition_penalty": {None: 1.0}}
 
 
-# What the batch is made of, worked out once.
+# The fields that define the batch, computed once.
 _BATCH = (
     *("prompts_per_step", "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("generation_batch_size", "steps_per_generation"),
@@ -159,7 +159,7 @@ class PGPOConfig(GRPOConfig):
     demonstration: str = _option("first", "Which right sibling is shown: 'first' (SDPO) or 'random' (seeded).")
     allow_own_success: bool = _option(False, "May a right completion be its own demonstration? SDPO: no.")
     feedback_mode: str = _option(
-        "without_demonstration", "Use feedback_funcs 'without_demonstration' (only then), 'always' or 'never'."
+        "without_demonstration", "When the teacher reads feedback: 'without_demonstration', 'always' or 'never'."
     )
     remove_thinking: bool = _option(True, "Strip <think>..</think> from demonstrations. SDPO: yes.")
     reprompt_template: str | None = _option(None, "Teacher prompt with {prompt}{solution}{feedback}; None = SDPO's.")
@@ -171,7 +171,7 @@ class PGPOConfig(GRPOConfig):
     teacher_sync_steps: int = _option(1, "The 'ema' teacher follows at every n-th optimizer step.")
     diagnostics_warning_interval: int = _option(
         10,
-        "Repeat the warning of equal rewards, or of no teacher, every so many steps; first after 3. 0: never.",
+        "Steps between warnings of equal rewards or of no teacher; the first comes after 3. 0: none.",
     )
     diagnostics_step_interval: int = _option(
         10,
@@ -191,7 +191,7 @@ class PGPOConfig(GRPOConfig):
         "Signals to watch: a list, or names with commas; the first one defines the best step. None = by the objective.",
     )
     guard_limits: str | None = _option(
-        None, "JSON file {signal: limit} from healthy runs (signals.calibrate); None = values of the lab's world."
+        None, "JSON file {signal: limit} from healthy runs (alarms.calibrate); None = values of the lab's world."
     )
     guard_warmup: int = _option(5, "Number of first steps that feed the smoothing and raise no alarm.")
     guard_patience: int = _option(1, "Consecutive steps beyond a limit that raise an alarm.")
@@ -215,7 +215,7 @@ class PGPOConfig(GRPOConfig):
 
     # Batch and lengths ----------------------------------------------------------------------------------------
     prompts_per_step: int = _option(
-        None, "Questions per optimizer step, over all ranks; None = what per_device_train_batch_size makes. Paper: 32."
+        None, "Questions per optimizer step, over all ranks; None = from per_device_train_batch_size. Paper: 32."
     )
     per_device_train_batch_size: int | None = _option(
         None, "Completions of one step on one rank; None = prompts_per_step * num_generations / ranks, else TRL's 8."
@@ -301,7 +301,7 @@ class PGPOConfig(GRPOConfig):
             if getattr(self, name) != value:
                 raise UserError(
                     f"{name} was set to {shown(getattr(self, name))} on a finished configuration, whose batch was "
-                    f"worked out with {value}; give it to PGPOConfig(...) instead."
+                    f"computed with {value}; give it to PGPOConfig(...) instead."
                 )
         check_values(self)
         check_combinations(self)
@@ -370,7 +370,7 @@ class PGPOConfig(GRPOConfig):
             raise UserError(str(error)) from error
 
     def guarded_signals(self) -> dict[str, float]:
-        """{signal: limit} that the guard watches; see signals.choose_limits."""
+        """{signal: limit} that the guard watches; see alarms.choose_limits."""
         return choose_limits(self.guard_signals, self.guard_limits, self.distills, self.watch_demonstrations)
 
     def _fold_batch(self) -> None:
@@ -396,7 +396,7 @@ class PGPOConfig(GRPOConfig):
         rows = (self.per_device_train_batch_size or 0) * ranks
         if rows % group:
             raise UserError(
-                f"{rows} completions per step are no multiple of num_generations = {self.num_generations}; every "
+                f"{rows} completions per step are not a multiple of num_generations = {self.num_generations}; every "
                 "question needs its whole group in the step."
             )
         self.prompts_per_step = rows // group
@@ -438,7 +438,7 @@ class PGPOConfig(GRPOConfig):
 
 
 class _One(int):
-    """1, but not below 2: TRL asks for groups of 2 because of its advantages, which self-distillation does not use."""
+    """1 that is not < 2: TRL requires groups of 2 for its advantages, which self-distillation does not use."""
 
     def __new__(cls) -> _One:
         return super().__new__(cls, 1)
@@ -448,6 +448,6 @@ class _One(int):
 
 
 def yielding(preset: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset beside what a user gives: its batch yields to one that is given in TRL's words."""
+    """The preset, without its batch where the user gives one by TRL's fields."""
     in_rows = given.get("per_device_train_batch_size") is not None
     return {name: value for name, value in preset.items() if not (in_rows and name == "prompts_per_step")}

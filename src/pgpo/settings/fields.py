@@ -88,7 +88,7 @@ _ROWS: tuple[tuple[str, Fate] | tuple[str, Fate, Fate], ...] = (
     ("activation_checkpointing activation_checkpointing_kwargs use_liger_kernel liger_kernel_config", _TRAINER),
     ("bf16_full_eval fp16_full_eval", _PRECISION),
     ("tf32 torch_compile torch_compile_backend torch_compile_mode", _ARGUMENTS),
-    ("use_cache", _moot("each forward says for itself whether it keeps keys and values"), _TRAINER),
+    ("use_cache", _moot("each forward sets for itself whether it keeps a KV cache"), _TRAINER),
     # Data -----------------------------------------------------------------------------------------------------------
     ("dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor", _TRAINER),
     ("dataloader_multiprocessing_context dataloader_in_order remove_unused_columns ignore_data_skip", _TRAINER),
@@ -151,7 +151,7 @@ _ROWS: tuple[tuple[str, Fate] | tuple[str, Fate, Fate], ...] = (
     (
         "enable_jit_checkpoint",
         _refused(
-            "which saves between a gradient and its update, where no run can go on bit for bit",
+            "which saves between a gradient and its update, where no run can continue bit for bit",
             "lower save_steps, or use `pgpo train`, which finishes its step and saves on SIGTERM",
         ),
     ),

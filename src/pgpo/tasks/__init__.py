@@ -15,7 +15,7 @@ __all__ = ["Grade", "Row", "Task", "load_task"]
 
 Row = dict[str, Any]
 """One question: "id" (str, stable across runs and machines), "prompt" (chat messages), "answer" (str), "domain" (str).
-Optional: "solution" (str, a reference solution text), "labels" (list of str, the option letters), "options" (list of
+Optional: "solution" (str, a right solution's text), "labels" (list of str, the option letters), "options" (list of
 str, their texts). The trainer and `evaluate` add "thinking_opened" (True) where the rendered prompt ends inside a
 thinking block, so that the completion begins there."""
 

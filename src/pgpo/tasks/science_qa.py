@@ -276,7 +276,7 @@ def _row(question: Question, write_prompt: Callable[[Question], list[dict[str, s
 
 
 def _boxed_prompt(question: Question) -> list[dict[str, str]]:
-    """The unguided prompt of the PGPO paper; its `{question}` includes the options."""
+    """The student's prompt of the PGPO paper; its `{question}` includes the options."""
     instruction = r"Please reason step by step, and put your final answer within \boxed{}."
     return [{"role": "user", "content": f"{question.with_options}\n{instruction}"}]
 

@@ -157,10 +157,10 @@ def build_contexts(
     _check(prompts, completions, rewards, group_size, feedback, opened, choice, feedback_mode, allow_own_success)
     if not use_successes and (feedback is None or feedback_mode == "never"):
         raise ValueError(
-            "use_successes is False and there is no feedback, so no sample can have a teacher; hand it in."
+            "use_successes is False and there is no feedback, so no sample can have a teacher; pass feedback."
         )
     if (max_length is None) != (length is None):
-        raise ValueError("max_length and length belong together: hand in both (a limit in tokens needs a counter).")
+        raise ValueError("max_length and length belong together: pass both (a limit in tokens needs a counter).")
 
     def fits(prompt: Prompt) -> bool:
         return max_length is None or length is None or length(prompt) <= max_length
@@ -271,7 +271,7 @@ def _check(
         ("opened", opened),
     ):
         if values is not None and len(values) != rows:
-            raise ValueError(f"There are {rows} prompts but {len(values)} {name}; hand in one per sample.")
+            raise ValueError(f"There are {rows} prompts but {len(values)} {name}; pass one per sample.")
     if choice not in ("first", "random"):
         raise ValueError(f"choice is {choice!r}; it must be 'first' or 'random'.")
     if feedback_mode not in ("without_demonstration", "always", "never"):
@@ -279,11 +279,11 @@ def _check(
             f"feedback_mode is {feedback_mode!r}; it must be 'without_demonstration', 'always' or 'never'."
         )
     if group_size < 1 or rows % group_size:
-        raise ValueError(f"{rows} samples are not whole groups of group_size {group_size}; hand in whole groups.")
+        raise ValueError(f"{rows} samples are not whole groups of group_size {group_size}; pass whole groups.")
     if group_size == 1 and not allow_own_success and (feedback is None or feedback_mode == "never"):
         raise ValueError(
             "group_size is 1, so no sample has a sibling to learn from; use at least 2 completions per prompt, "
-            "hand in feedback, or set allow_own_success."
+            "pass feedback, or set allow_own_success."
         )
     for row, prompt in enumerate(prompts):
         first = row - row % group_size

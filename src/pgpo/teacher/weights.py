@@ -186,7 +186,7 @@ class Teacher:
             buffer.copy_(sources[name])
 
     def state_dict(self, keep: bool = True) -> dict[str, Any]:
-        """Everything needed to go on: kind, rate, and CPU copies of what trains and of the buffers.
+        """Everything needed to continue: kind, rate, and CPU copies of what trains and of the buffers.
 
         {"kind": str, "rate": float, "parameters": {student's name: fp32, or wider if the model is}, "buffers": {...}}
         "live" has no tensors. Sharded tensors (FSDP2) are gathered, one after the other, so call it on every rank;
@@ -213,7 +213,7 @@ class Teacher:
                 raise ValueError(f"The saved teacher has no {key!r}; pass what Teacher.state_dict() returned.")
             if state[key] != own:
                 raise ValueError(
-                    f"The saved teacher has {key} {state[key]!r}, this one {own!r}; go on with the saved setting."
+                    f"The saved teacher has {key} {state[key]!r}, this one {own!r}; keep the saved setting."
                 )
         masters, buffers = self._masters(), self._own_buffers()
         for part, targets in (("parameters", masters), ("buffers", buffers)):
@@ -364,7 +364,7 @@ def _require_same_tensors(what: str, ours: Mapping[str, Tensor], expected: Mappi
 
 
 def _is_peft(student: nn.Module) -> bool:
-    peft = sys.modules.get("peft")  # whoever made a PeftModel has imported it
+    peft = sys.modules.get("peft")  # code that made a PeftModel has imported it
     return peft is not None and isinstance(student, peft.PeftModel)
 
 

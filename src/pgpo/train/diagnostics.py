@@ -33,7 +33,7 @@ class Diagnostics:
             "flat",
             step,
             not found or statistics.pstdev(found) <= self.config.diagnostics_flat_tolerance,
-            f"all {len(found)} rewards were {value}, so that they tell no completion from another; look at the "
+            f"all {len(found)} rewards were {value}, so no completion is better than another; look at the "
             "reward function and at how hard the questions are.",
         )
 

@@ -129,7 +129,7 @@ class Forwards:
                 _LOGGER.warning("completions of one prompt stay apart: %s", why)
         model.train(training)
         if not error < _HEAD_TOLERANCE:
-            _LOGGER.warning("the loss holds all logits: the head on the last hidden state misses them by %.2g", error)
+            _LOGGER.warning("the loss holds all logits: the head on the last hidden state differs by %.2g", error)
             self.passes.whole_logits = True
 
     # Which samples share a forward ----------------------------------------------------------------------------------

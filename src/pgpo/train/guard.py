@@ -161,10 +161,10 @@ class GuardActions:
                 tensor.copy_(snapshot.student[name])
         optimizer = self._optimizer()
         rates = [group["lr"] for group in optimizer.param_groups]
-        optimizer.load_state_dict(copy.deepcopy(snapshot.optimizer))  # it would go on writing into the snapshot
+        optimizer.load_state_dict(copy.deepcopy(snapshot.optimizer))  # it would keep writing into the snapshot
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # the schedule goes on
-        # The weights are those of that step, so its signals go on from there.
+            group["lr"] = rate  # the schedule continues
+        # The weights are those of that step, so its signals continue from there.
         self.guard.tracks = {name: SignalState(**track) for name, track in snapshot.tracks.items()}
 
     def _optimizer(self) -> Any:

@@ -30,7 +30,6 @@ from pgpo.train.seam import SeamTrainer
 from pgpo.train.success import weighted_sum
 from pgpo.train.user_functions import call_grader
 
-Row = Mapping[str, Any]
 Grader = Callable[[str, Any], Any]
 _INTERVAL = ("", runlog.LOW, runlog.HIGH)
 _LENGTHS = ("mean_length", "min_length", "max_length", "clipped_ratio")
@@ -117,7 +116,7 @@ class HeldOut:
         for prefix, part in parts_of(data).items():
             what = f"eval_dataset[{prefix[:-1]!r}]" if prefix else "eval_dataset"
             if isinstance(part, Iterator):
-                raise UserError(f"{what} is {shown(part)}, which can be read once only; give a list or a dataset.")
+                raise UserError(f"{what} is {shown(part)}, which can be read only once; give a list or a dataset.")
             rows_of(part.take(1) if isinstance(part, IterableDataset) else part, self._prompts(), what)
 
     def _check_kind(self) -> None:
@@ -284,7 +283,7 @@ class HeldOut:
         return values | {f"completions/{name}": float(v) for name, v in zip(_LENGTHS, shape)} | outcome.logged
 
 
-def identified(row: Row, place: int) -> dict[str, Any]:
+def identified(row: Mapping[str, Any], place: int) -> dict[str, Any]:
     """A row as graders get it: with an id (its place, where it has none) and a domain."""
     own = "" if row.get("id") is None else str(row["id"])
     return {**row, "id": own or str(place), "domain": row.get("domain") or ""}

@@ -199,7 +199,7 @@ def read_multipliers(path: Path, steps: int) -> list[float]:
         isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= 0 for v in values
     )
     if not good:
-        raise UserError(f"rho_file {path} holds something else than a JSON list of finite numbers >= 0; mend it.")
+        raise UserError(f"rho_file {path} is not a JSON list of finite numbers >= 0; correct it.")
     if not 0 < steps <= len(values):
         raise UserError(
             f"rho_file {path} has {len(values)} multipliers for max_steps = {steps}; give one per step, and max_steps."

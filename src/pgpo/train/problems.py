@@ -266,7 +266,7 @@ def _check_column_names(name: str, found: Sequence[str], environments: bool) -> 
     for column in (*REWARD_ARGUMENTS, *(["environments"] if environments else [])):
         if column in found:
             raise UserError(
-                f"{name} has a column {column!r}, a name under which reward functions get something else; rename it, "
+                f"{name} has a column {column!r}, a name that already means something to reward functions; rename it, "
                 f"e.g. {name}.rename_column({column!r}, 'my_{column}')."
             )
 
@@ -358,7 +358,7 @@ def _room(trainer: Any) -> int | None:
         return None
     if completion >= most:
         raise UserError(
-            f"max_completion_length is {completion}, which leaves no place for a prompt in the model's {most} "
+            f"max_completion_length is {completion}, which leaves no room for a prompt in the model's {most} "
             "positions; lower it, or take a model with more."
         )
     return most - completion

@@ -112,7 +112,7 @@ class Prompts:
         if roles[-1] == "assistant":
             raise UserError(
                 "has a prompt that ends in an assistant's message, which TRL closes instead of going on with it, and "
-                "the teacher's hint belongs into the user's last turn; end the prompt with a user's message."
+                "the teacher's hint belongs in the user's last turn; end the prompt with a user's message."
             )
         if "user" not in roles:
             raise UserError(

@@ -104,7 +104,7 @@ class Watch:
         self.me = f"{socket.gethostname()}, process {os.getpid()}"
         self.answered = time.monotonic()  # when the store last did
         self.misses = dict.fromkeys(self.keys, 0)  # rank -> our heartbeats since its own last changed
-        self.signs: dict[int, str] = {}  # rank -> "count|who", "done|who" or "failed|who|why"
+        self.heartbeats: dict[int, str] = {}  # rank -> "count|who", "done|who" or "failed|who|why"
         self._stopped = threading.Event()
         self._last = "done"
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._keep_beating, self._keep_watching)]
@@ -134,13 +134,13 @@ class Watch:
 
     def problem(self, now: float, limit: float, patience: float = 0.0) -> str | None:
         """The rank that failed at least `patience` seconds ago, or was silent for `limit` seconds, if there is one."""
-        signs: dict[int, list[str]] = {}  # rank -> [state, who, why]
+        heartbeats: dict[int, list[str]] = {}  # rank -> [state, who, why]
         for rank in self.keys:
-            signs[rank] = f"{self.signs.get(rank, '|never seen')}|".split("|", 2)
-        for rank, (state, who, why) in signs.items():
+            heartbeats[rank] = f"{self.heartbeats.get(rank, '|never seen')}|".split("|", 2)
+        for rank, (state, who, why) in heartbeats.items():
             if state == "failed" and rank != self.rank and self.misses[rank] * self.beat >= patience:
                 return f"rank {rank} ({who}) has failed: {why.rstrip('|')}"
-        first = self.signs.get(0, "")
+        first = self.heartbeats.get(0, "")
         if now - self.answered > limit and not first.startswith("done"):  # rank 0 may take the store with it
             silence = now - self.answered
             if first.startswith("failed"):
@@ -149,9 +149,9 @@ class Watch:
                 f"the job's store at {os.environ.get('MASTER_ADDR', '?')}, rank 0's machine, has not answered for "
                 f"{silence:.0f} s"
             )
-        for rank, (state, who, _) in signs.items():
+        for rank, (state, who, _) in heartbeats.items():
             if rank != self.rank and state not in ("done", "failed") and self.misses[rank] * self.beat > limit:
-                return f"rank {rank} ({who}) has not been heard of for {self.misses[rank] * self.beat:.0f} s"
+                return f"rank {rank} ({who}) has sent no heartbeat for {self.misses[rank] * self.beat:.0f} s"
         return None
 
     def sentence(self, problem: str) -> str:
@@ -163,15 +163,15 @@ class Watch:
             self.store = self.connect()
         self.store.set(self.keys[self.rank], f"{state}|{self.me}")
         others = [rank for rank in self.keys if rank != self.rank]
-        known = [r for r in others if r in self.signs or self.store.check([self.keys[r]])]
-        signs = self.store.multi_get([self.keys[r] for r in known]) if known else []
+        known = [r for r in others if r in self.heartbeats or self.store.check([self.keys[r]])]
+        heartbeats = self.store.multi_get([self.keys[r] for r in known]) if known else []
         self.answered = time.monotonic()
         for rank in others:
             self.misses[rank] += 1
-        for rank, sign in zip(known, signs, strict=True):
-            text = sign.decode(errors="replace") if isinstance(sign, bytes) else sign
-            if text != self.signs.get(rank):
-                self.signs[rank], self.misses[rank] = text, 0
+        for rank, heartbeat in zip(known, heartbeats, strict=True):
+            text = heartbeat.decode(errors="replace") if isinstance(heartbeat, bytes) else heartbeat
+            if text != self.heartbeats.get(rank):
+                self.heartbeats[rank], self.misses[rank] = text, 0
 
     def look(self, now: float) -> bool:
         """Whether another rank is lost; if so this process is told to end, whatever else fails."""

@@ -21,7 +21,7 @@ def sharding_problem(accelerator: Any) -> str | None:
     if plugin.fsdp_version != 2:
         return "FSDP1 cannot shard a teacher; set fsdp_version: 2 in accelerate's configuration."
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        return "FSDP's CPU offload was never tried with a teacher; set fsdp_offload_params: false."
+        return "FSDP's CPU offload is not tested with a teacher; set fsdp_offload_params: false."
     return None
 
 

@@ -29,25 +29,25 @@ def zero_problem(model: nn.Module, accelerator: Any, args: Any) -> str | None:
             "the teacher too (recipes/accelerate/fsdp2.yaml)."
         )
     if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
-        return "DeepSpeed has cut the model up before a teacher could be copied; set zero3_init_flag: false."
+        return "DeepSpeed has sharded the model before a teacher could be copied; set zero3_init_flag: false."
     if settings.is_offload():
-        return "DeepSpeed's offloading was never tried with a teacher; set offload_optimizer_device: none."
+        return "DeepSpeed's offloading is not tested with a teacher; set offload_optimizer_device: none."
     for section in ("optimizer", "scheduler"):
         if section in settings.config:
-            return f"DeepSpeed's configuration has its own {section}; remove it, and pgpo's arguments hold."
+            return f"DeepSpeed's configuration has its own {section}; remove it, so that pgpo's arguments apply."
     if args.fp16:
         return "DeepSpeed's own loss scaling does not know of skipped rhos; set fp16: false and bf16: true."
     if plugin.zero_stage == 3 and args.distills:
         if args.teacher == "trust_region":
-            return "teacher='trust_region' needs two whole heads at once, which ZeRO-3 cuts up; use stage 2 or FSDP2."
+            return "teacher='trust_region' needs two whole heads at once, which ZeRO-3 shards; use stage 2 or FSDP2."
         if hasattr(model, "peft_config") and args.teacher != "live":
-            return "a teacher's adapter inside a model that ZeRO-3 has cut up is not supported; use stage 2 or FSDP2."
+            return "a teacher's adapter inside a model that ZeRO-3 has sharded is not supported; use stage 2 or FSDP2."
     if args.load_best_model_at_end:
-        return "load_best_model_at_end was never tried with DeepSpeed; set it to false and load the checkpoint by name."
+        return "load_best_model_at_end is not tested with DeepSpeed; set it to false and load the checkpoint by name."
     if args.adaptive_clip is not None:
         return "adaptive_clip is set, but DeepSpeed clips by itself, at gradient_clipping; leave it out, or use FSDP2."
     if args.information_source == "cross_fit":
-        return "information_source='cross_fit' holds two gradients apart, which DeepSpeed adds up; use DDP or FSDP2."
+        return "information_source='cross_fit' keeps two gradients apart, but DeepSpeed sums them; use DDP or FSDP2."
     return None
 
 

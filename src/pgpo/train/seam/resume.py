@@ -33,7 +33,7 @@ class SeamTrainer(StepSeam):
         self.failed_save: str | None = None  # why the newest checkpoint could not be written
         self._scratch: str | None = None  # where a checkpoint is being written
         self._sampler: Any = None
-        self._unlogged: dict[str, Any] | None = None  # of a checkpoint between two logs, until training goes on
+        self._unlogged: dict[str, Any] | None = None  # of a checkpoint between two logs, until training continues
         super().__init__(*args, **kwargs)
 
     # Hooks ----------------------------------------------------------------------------------------------------------
@@ -101,8 +101,8 @@ class SeamTrainer(StepSeam):
                 checkpoints.remove_leftovers(folder)
             if self.accelerator.is_main_process:
                 self.host.say(
-                    f"{name} could not be written in {folder} ({self.failed_save}); training goes on and the next save "
-                    "tries again: free some space there."
+                    f"{name} could not be written in {folder} ({self.failed_save}); training continues and the next "
+                    "save tries again: free some space there."
                 )
             return
         if self.args.should_save:
@@ -170,7 +170,7 @@ class SeamTrainer(StepSeam):
         progress: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if progress.get("ranks") != self.accelerator.num_processes:
             self.host.say(
-                f"{directory.name} was written by another number of processes: the run goes on, but not bit for bit "
+                f"{directory.name} was written by another number of processes: the run continues, but not bit for bit "
                 "as one that was never stopped."
             )
             self._step = self.state.global_step
@@ -280,8 +280,8 @@ class SeamTrainer(StepSeam):
 
 @contextlib.contextmanager
 def _dtypes_kept(model: nn.Module) -> Iterator[None]:
-    """PEFT makes adapters fp32 when it loads them, also those that TRL made bf16 (QLoRA): the run would go on otherwise
-    than it began."""
+    """PEFT makes adapters fp32 when it loads them, also those that TRL made bf16 (QLoRA); keep the dtypes that the run
+    began with."""
     before = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     yield
     for name, parameter in model.named_parameters():

@@ -123,7 +123,7 @@ class RolloutSeam(GRPOTrainer):
         decides = deciding(self.args.success_reward, self.reward_func_names, self.args.distills)
         self.success = Success(decides, self.args.success_threshold)
         if self.args.distills:
-            # TRL cuts a completion behind these alone; what fills it up behind a stop of the user's would be trained.
+            # TRL cuts a completion only behind these; padding behind a stop of the user's would be trained on.
             self.eos_token_ids = list(dict.fromkeys(self._stops))
 
     # Hooks ----------------------------------------------------------------------------------------------------
