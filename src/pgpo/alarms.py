@@ -46,6 +46,7 @@ class WatchedMetric:
 
     Attributes:
         metric: its name in runlog.METRICS.
+        per: a metric that it is divided by, or None.
         falls: it falls in a collapse; otherwise it rises.
         unit: of the metric, "" for a share or a number without unit.
         relative: the limit is a share of the best value; otherwise it is in the metric's unit.
@@ -55,6 +56,7 @@ class WatchedMetric:
 
     name: str
     metric: str
+    per: str | None = None
     falls: bool = False
     unit: str = ""
     relative: bool = False
@@ -64,6 +66,8 @@ class WatchedMetric:
     def excess(self, value: float, best: float) -> float:
         """How much worse than its best a value is, in the metric's unit or as a share of the best; negative: better."""
         worse = best - value if self.falls else value - best
+        if self.relative and best <= 0:  # only a ratio can be: until it has been above 0, there is no scale
+            return -1.0 if worse < 0 else 0.0
         return worse / best if self.relative else worse
 
     def read(self, metrics: Mapping[str, Any]) -> float | None:
@@ -73,7 +77,10 @@ class WatchedMetric:
         tokens, or a relative signal of 0 (the gradient of a batch without a loss), beside which any value is large.
         """
         x = metrics.get(self.metric)
-        if x is None or not math.isfinite(x) or (self.relative and x <= 0):
+        if self.per is not None:
+            unit = metrics.get(self.per)
+            x = x / unit if x is not None and unit else None
+        if x is None or not math.isfinite(x) or (self.relative and self.per is None and x <= 0):
             return None
         return None if self.distills and metrics.get("active_share") == 0 else float(x)
 
@@ -93,6 +100,11 @@ SIGNALS: dict[str, WatchedMetric] = {
         # .044 was fitted to the exact KL(S||T); the sampled one has the same mean and more noise.
         WatchedMetric("sampled_kl", "sampled_kl", unit="nats", limit=0.044, distills=True),
         WatchedMetric("sampled_kl_wrong", "sampled_kl_wrong", unit="nats", limit=0.27, distills=True),
+        # No limit: at half of its best it is in time for 11 of 17 declines of lab-study, and wrong in 30 of 31 healthy
+        # runs, since it falls in these too (docs/LOG.md).
+        WatchedMetric(
+            "information_per_divergence", "information", per="divergence", falls=True, relative=True, distills=True
+        ),
         # .04 to .06 kept all 6 true alarms, with 2 and 1 false ones in 8 healthy runs.
         WatchedMetric(
             "demonstration_logprob", "demonstration_logprob", falls=True, unit="nats", limit=0.06, distills=True

@@ -25,7 +25,8 @@ from pgpo.train.gate import torch_optimizer
 def alarms(values, signal="sampled_kl", limit=0.1, warmup=0, patience=1, metric=None):
     """(step, alarm) of a guard fed with these values from step 1 on."""
     guard = CollapseGuard({signal: limit}, warmup, patience)
-    return [a for k, x in enumerate(values, 1) for a in guard.update(k, {metric or signal: x})]
+    unit = {SIGNALS[signal].per: 2.0} if SIGNALS[signal].per else {}
+    return [a for k, x in enumerate(values, 1) for a in guard.update(k, {metric or signal: x} | unit)]
 
 
 def test_it_alarms_at_the_step_where_the_smoothed_value_is_beyond_its_best():
@@ -52,8 +53,22 @@ def test_every_signal_alarms_in_its_own_direction_only(name):
 
 def test_the_directions_are_those_of_a_collapse():
     falls = {name for name, s in SIGNALS.items() if s.falls}
-    assert falls == {"reward", "student_entropy_low", "demonstration_logprob"}
+    assert falls == {"reward", "student_entropy_low", "demonstration_logprob", "information_per_divergence"}
     assert SIGNALS["student_entropy_low"].metric == SIGNALS["student_entropy_high"].metric == "student_entropy"
+
+
+def test_a_ratio_of_two_metrics():
+    """I / D. Below 0 from the start, as on a pretrained model, it has no scale and is silent until it has one."""
+    guard = CollapseGuard({"information_per_divergence": 0.5}, warmup=0)
+    lines = [{"information": i, "divergence": d} for i, d in [(-0.1, 0.1), (-0.5, 0.1), (0.4, 0.1), (4.0, 1.0)]]
+    assert not any(guard.update(k, line) for k, line in enumerate(lines, 1))
+    state = guard.tracks["information_per_divergence"]
+    assert state.value == pytest.approx(0.8 * (0.8 * (0.8 * -1 + 0.2 * -5) + 0.2 * 4) + 0.2 * 4)
+    for k in range(5, 30):
+        guard.update(k, {"information": 4.0, "divergence": 1.0})
+    found = [guard.update(k, {"information": -1.0, "divergence": 1.0}) for k in range(30, 36)]
+    assert any(found) and state.best == pytest.approx(4.0, abs=0.1)
+    assert not guard.update(36, {"information": 1.0, "divergence": 0.0}) and not guard.update(37, {"information": 1.0})
 
 
 def test_a_relative_limit_is_a_share_of_the_best():
