@@ -890,3 +890,17 @@ def test_a_stepper_that_steps_group_by_group(optimizer: type[Optimizer]) -> None
     assert "step" not in vars(stepper)
     with pytest.raises(RuntimeError, match="was removed"):
         handle.arm(1.0)
+
+
+def test_a_wrapper_that_still_holds_the_step_steps_plainly_after_removal() -> None:
+    """Red if the step that was wrapped in the meantime still asks for a rho."""
+    parameters, inner = ADAMW.build()
+    stepper = PerGroup(inner)
+    handle = modulate(inner, stepper=stepper)
+    held, calls = stepper.step, []
+    stepper.step = lambda: (calls.append(1), held())
+    handle.remove()
+    ADAMW.set_gradients(parameters, 0)
+    before = [p.detach().clone() for p in parameters]
+    stepper.step()
+    assert calls == [1] and not any(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))

@@ -167,7 +167,7 @@ class _Handle:
         @functools.wraps(plain)
         def step(stepper: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                if hooked:
+                if hooked or self._removed:  # another wrapper may still hold this step
                     return plain(*args, **kwargs)
                 self._before_step(self.optimizer, args, kwargs)
                 result = plain(*args, **kwargs)
