@@ -125,7 +125,9 @@ def differing(a: PGPOConfig, b: PGPOConfig) -> set[str]:
 
 def test_the_recipes_are_those_that_are_documented() -> None:
     assert {f"{p.parent.name}/{p.name}" for p in PAPER} == {f"{d}/{m}.yaml" for d in DOMAINS for m in METHODS}
-    assert {p.name for p in set(RECIPES) - set(PAPER)} == {"lab.yaml", "lab-style.yaml", "science-small.yaml"}
+    assert {p.name for p in set(RECIPES) - set(PAPER)} == {
+        *("lab.yaml", "lab-style.yaml", "science-small.yaml", "smollm2.yaml")
+    }
     assert all(p.exists() for p in STUDIES)
 
 
