@@ -20,7 +20,9 @@ from pgpo.lab.plan import Study, argv, read_study
 from pgpo.settings.arguments import Parsed, parse
 
 ROOT = Path(__file__).parents[2]
-STUDIES = (ROOT / "recipes/lab-study.yaml", ROOT / "recipes/trust-study.yaml", ROOT / "recipes/paper/table.yaml")
+STUDIES = [
+    ROOT / "recipes" / name for name in ("lab-study.yaml", "trust-study.yaml", "lm/study.yaml", "paper/table.yaml")
+]
 LAUNCHERS = sorted((ROOT / "recipes/accelerate").glob("*.yaml"))  # read by accelerate: test_sharding.py
 RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - {*STUDIES, *LAUNCHERS})
 PAPER = sorted((ROOT / "recipes/paper").glob("*/*.yaml"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from pgpo.cli import main
 from pgpo.errors import UserError
 from pgpo.settings.arguments import parse
-from pgpo.tasks import Task, load_task
+from pgpo.tasks import Task, lab_world, load_task
 from pgpo.tasks.open_answers import STYLES, grade
 
 MODEL = ("--model_name_or_path", "somebody/model", "--use_cpu")
@@ -129,6 +131,14 @@ def test_what_a_generator_cannot_do_is_told_in_one_sentence(name: str, options: 
         gym(name, **options)
 
 
+def test_questions_that_change_with_the_hash_seed_need_a_fixed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(UserError, match=r"ransom_note depend on Python's hash seed.* set the environment variable"):
+        gym("ransom_note")
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    assert gym("ransom_note", size=11).train
+
+
 def test_without_reasoning_gym_the_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(UserError, match=r"needs reasoning_gym; install it with: pip install 'pgpo\[tasks\]'"):
@@ -186,6 +196,50 @@ def test_bad_mathematics_is_told_with_its_line(tmp_path: Path, rows: list[dict[s
         load_task("math", path=written(tmp_path / "bad.jsonl", rows))
 
 
+# A file of the user's -------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs/TASKS.md").read_text(encoding="utf-8")
+LITTLE = shlex.split(
+    "--use_cpu --max_steps 1 --prompts_per_step 2 --num_generations 2 --max_completion_length 8 --max_prompt_length 64 "
+    "--max_teacher_prompt_length 128 --bf16 false --gradient_checkpointing false --eval_k 1 --report_to none"
+)
+
+
+def test_the_task_of_the_page_trains(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/TASKS.md, word for word: 20 lines, and the command below them with the lab's model."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    Path("squares.py").write_text(code, encoding="utf-8")
+    command = next(line for line in PAGE.splitlines() if line.startswith("pgpo train --task squares.py"))
+    words = shlex.split(command)[1:-1]  # without the model's name
+    model = str(lab_world.checkpoint_path("plain"))
+    assert main([*words, model, *LITTLE, "--output_dir", "run"]) == 0
+    assert (folder / "run/result.json").exists() or (folder / "run/test_records.jsonl").exists()
+    capsys.readouterr()
+    assert main(["eval", "run", "--k", "1"]) == 0  # the run knows its task and the options of it
+    assert "10 questions" in capsys.readouterr().out
+    task = load_task("squares.py", largest=50)
+    assert [len(rows) for rows in (task.train, task.validation, task.test)] == [31, 10, 10]
+    assert [task.grade(text, task.train[0]).reward for text in ("It is 400.", "20", "")] == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "code, says",
+    [
+        (None, "there is no task file own.py"),
+        ("1 / 0", r"own.py cannot be run \(ZeroDivisionError: division by zero\)"),
+        ("x = 1", r"own.py has no function load\(\)"),
+        ("def load():\n    return 3", r"load\(\) of own.py returned 3; it must return a pgpo.tasks.Task"),
+        ("def load(level):\n    pass", "'own.py': missing a required argument: 'level'; its options are level"),
+    ],
+)
+def test_a_file_that_is_no_task_is_told_in_one_sentence(folder: Path, code: str | None, says: str) -> None:
+    if code is not None:
+        Path("own.py").write_text(code)
+    with pytest.raises(UserError, match=says):
+        load_task("own.py")
+
+
 # Arguments ------------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +268,13 @@ def test_options_are_read_from_json_and_from_a_recipe(tmp_path: Path) -> None:
         assert parsed.run.task_options == {"max_digits": 2}
         assert parse(MODEL[-1:], stored=json.loads(json.dumps(parsed.given))).run.task_options == {"max_digits": 2}
         assert parsed.config.max_completion_length == 8192  # the paper's values, for the model is the user's
+
+
+def test_the_commands_of_the_page_are_read() -> None:
+    commands = re.findall("^pgpo train (.*)$", PAGE.replace("\\\n", " "), re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        parse([*shlex.split(command), "--use_cpu"])
 
 
 def test_an_unknown_task_exits_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
