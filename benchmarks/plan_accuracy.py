@@ -71,6 +71,7 @@ class Case:
     checkpointing: bool = False
     fused: bool = True
     attention: str = "sdpa"
+    joined: bool = False  # a CPU's default is True; CUDA's, for which most plans are made, is not
     optimizer: str = "adamw"
     lora: int | None = None
     targets: tuple[str, ...] = ("q_proj", "v_proj")
@@ -148,6 +149,15 @@ HELD_OUT = [
     Case("llama 3M, 16 layers, long prompts, rollout", kind="llama", V=3_000, H=128, I=352, layers=16, heads=8, kv=8,
          d=16, P=500, L=60, questions=2, group=8, budget=560, objective="grpo", checkpointing=True, samples=True),
 ]  # fmt: skip
+# The shape of SmolLM2-135M, as `make lm` trains it: siblings share a row, as on any CPU.
+CASES += [
+    Case("SmolLM2 135M, siblings joined", kind="llama", V=49_152, H=576, I=1536, layers=30, heads=9, kv=3, d=64, P=60,
+         L=12, questions=4, group=8, budget=16_384, joined=True),
+    Case("SmolLM2 135M, joined, LoRA 8, bf16, checkpointing", kind="llama", V=49_152, H=576, I=1536, layers=30,
+         heads=9, kv=3, d=64, P=60, L=12, questions=4, group=8, budget=16_384, joined=True, lora=8, dropout=0.05,
+         dtype="bfloat16", autocast=True, checkpointing=True),
+    Case("qwen3 21M, siblings joined", questions=2, group=4, L=48, budget=1024, joined=True),
+]  # fmt: skip
 ALL_CASES = CASES + [replace(case, held_out=True) for case in HELD_OUT]
 
 
@@ -213,7 +223,7 @@ def _trainer(case: Case, folder: str) -> Any:
     config = PGPOConfig(
         output_dir=folder, objective=case.objective, teacher=case.teacher, prompts_per_step=case.questions,
         num_generations=case.group, max_completion_length=case.L, max_prompt_length=case.P,
-        max_tokens_per_microbatch=case.budget, join_siblings=False,  # as on CUDA, for which the plan is made
+        max_tokens_per_microbatch=case.budget, join_siblings=case.joined,
         fused_head=case.fused, bf16=case.autocast,
         gradient_checkpointing=case.checkpointing, optim="sgd" if case.optimizer == "sgd" else "adamw_torch_fused",
         max_steps=2, warmup_steps=0, save_strategy="no", use_cpu=True, disable_tqdm=True, shuffle_dataset=False,
@@ -340,7 +350,8 @@ def _planned(case: Case) -> tuple[Any, Any]:
         prompts_per_step=case.questions, num_generations=case.group, objective=case.objective, teacher=case.teacher,
         lora=case.lora, lora_targets=case.targets, lora_dropout=case.dropout > 0,
         parameter_bytes=4 if case.dtype == "float32" else 2, autocast=case.autocast, optimizer=case.optimizer,
-        fused_head=case.fused, gradient_checkpointing=case.checkpointing, attention=case.attention, device="cpu",
+        fused_head=case.fused, gradient_checkpointing=case.checkpointing, attention=case.attention,
+        join_siblings=case.joined, device="cpu",
     )  # fmt: skip
     return model, setting
 
@@ -348,22 +359,27 @@ def _planned(case: Case) -> tuple[Any, Any]:
 def with_budget(case: Case) -> Case:
     """The case with its token budget, where that follows from a memory."""
     from pgpo.memory.command import largest_budget
+    from pgpo.memory.moments import PROCESS
 
     if case.memory is None:
         return case
-    budget = largest_budget(*_planned(case), case.memory * MIB)
+    budget = largest_budget(*_planned(case), case.memory * MIB + PROCESS)
     if budget is None:
         raise RuntimeError(f"{case.name}: not even one row fits")
     return replace(case, budget=budget)
 
 
 def predicted(case: Case) -> dict[str, float]:
-    """What `pgpo plan` says of the case, in bytes. Where the rollout is given, nothing is generated, and the planned
-    generation is left out."""
+    """What `pgpo plan` says of the case, in bytes, without the process itself, which no allocator sees. Where the
+    rollout is given, nothing is generated, and the planned generation is left out."""
     from pgpo.memory.moments import Step
 
     moments = Step(*_planned(case), case.budget).moments()
-    sums = {name: sum(items.values()) for name, items in moments.items() if name != "rollout" or case.samples}
+    sums = {
+        name: sum(size for item, size in items.items() if item != "process")
+        for name, items in moments.items()
+        if name != "rollout" or case.samples
+    }
     return {"peak": max(sums.values()), **sums}
 
 

@@ -127,7 +127,7 @@ def trainer(
         )
 
 
-def trl_trainer(path, model: nn.Module | None = None, rollout=fake_rollout, **options):
+def trl_trainer(path, model: nn.Module | None = None, rollout=fake_rollout, tokenizer=None, **options):
     """TRL's own trainer with the same options and completions, trained: the batch in one piece."""
     from trl import GRPOConfig, GRPOTrainer
 
@@ -146,7 +146,7 @@ def trl_trainer(path, model: nn.Module | None = None, rollout=fake_rollout, **op
             parity_reward,
             args,
             dataset(),
-            processing_class=build_tokenizer(),
+            processing_class=build_tokenizer() if tokenizer is None else tokenizer,
             rollout_func=roll,
         )
     with contextlib.redirect_stdout(io.StringIO()):

@@ -181,6 +181,11 @@ def _plan(argv: list[str]) -> int:
     add("gradient-checkpointing", "recompute activations in the backward pass", action=BooleanOptionalAction)
     add("fused-head", "logits in chunks", action=BooleanOptionalAction)
     add("attention", "flash packs rows", choices=("sdpa", "flash", "eager"))
+    add(
+        "join-siblings",
+        "completions of one prompt share a row; default: on a CPU, as in training",
+        action=BooleanOptionalAction,
+    )
     add("vllm-share", "share of the memory for vLLM; without it transformers generates", type=float, metavar="F")
     add("fsdp", "shard over the GPUs with FSDP2 (not measured)", action=BooleanOptionalAction)
     add("zero", "shard with DeepSpeed's ZeRO, stage 2 or 3 (peaks not measured)", type=int, choices=(2, 3))

@@ -38,6 +38,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "pgpo.report": frozenset({"intervals", *RECORDS}),
     "pgpo.tasks": frozenset(),
     "pgpo.tasks.graders": frozenset({"visible"}),
+    "pgpo.tasks.open_answers": frozenset({"tasks", "visible"}),
     "pgpo.teacher": frozenset(),
     "pgpo.teacher.contexts": frozenset({"visible"}),
     "pgpo.visible": frozenset(),
@@ -55,6 +56,7 @@ LEAVES = {"pgpo.core", "pgpo.teacher.contexts", "pgpo.tasks.graders", "pgpo.erro
 HEAVY = {"transformers", "trl", "accelerate", "peft", "datasets"}
 HEAVY_ANYWHERE = ("command/", "settings/", "train/", "forward/", "lab/", "evaluate/runners.py")
 HEAVY_INSIDE_FUNCTIONS = {
+    "tasks/boxed_math.py": {"trl"},
     "tasks/science_qa.py": {"datasets"},
     "teacher/weights.py": {"peft"},
     "memory/shapes.py": {"transformers"},

@@ -135,7 +135,7 @@ def finished(tiny, tmp_path_factory) -> Path:
         ("--domain astrology", "no domain 'astrology'; choose one of physics, chemistry"),
         ("--task science_qa --domain astrology --data_path .", "Unknown science domain 'astrology'; choose"),
         ("--task science_qa", "needs --domain"),
-        ("--task arithmetic", "task is 'arithmetic'; choose one of lab_world, science_qa"),
+        ("--task arithmetic", "Unknown task 'arithmetic'; choose one of lab_world, math, reasoning_gym, science_qa"),
         ("--variant baroque", "no variant 'baroque'; choose one of plain, style"),
         ("--objective ppo", "objective is 'ppo'; choose one of pgpo, sdpo, grpo"),
         ("--optim adamgrad", "--optim: invalid choice: 'adamgrad'"),

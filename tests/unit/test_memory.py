@@ -247,8 +247,12 @@ def benchmark():
              dtype="bfloat16", autocast=True, checkpointing=True, group=8),
         dict(V=20_000, H=96, I=128, layers=1, heads=2, kv=2, d=48, P=8, L=40, budget=96, kind="llama", tied=False,
              teacher="live", optimizer="sgd", questions=1),
+        dict(V=4_000, H=96, I=256, layers=12, heads=6, kv=2, d=16, P=60, L=12, budget=4_096, group=8, joined=True),
+        dict(V=4_000, H=96, I=256, layers=12, heads=6, kv=2, d=16, P=30, L=24, budget=300, group=8, joined=True,
+             autocast=True, checkpointing=True),
     ],
-    ids=["full, float32", "LoRA, bfloat16, checkpointing", "untied, one chunk of logits"],
+    ids=["full, float32", "LoRA, bfloat16, checkpointing", "untied, one chunk of logits", "joined siblings",
+         "joined siblings, several micro-batches, bfloat16, checkpointing"],
 )  # fmt: skip
 def test_the_peak_of_a_real_step_is_predicted(benchmark, changes):
     case = benchmark.Case("small", **changes)

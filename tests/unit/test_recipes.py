@@ -20,7 +20,9 @@ from pgpo.lab.plan import Study, argv, read_study
 from pgpo.settings.arguments import Parsed, parse
 
 ROOT = Path(__file__).parents[2]
-STUDIES = (ROOT / "recipes/lab-study.yaml", ROOT / "recipes/trust-study.yaml", ROOT / "recipes/paper/table.yaml")
+STUDIES = [
+    ROOT / "recipes" / name for name in ("lab-study.yaml", "trust-study.yaml", "lm/study.yaml", "paper/table.yaml")
+]
 LAUNCHERS = sorted((ROOT / "recipes/accelerate").glob("*.yaml"))  # read by accelerate: test_sharding.py
 RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - {*STUDIES, *LAUNCHERS})
 PAPER = sorted((ROOT / "recipes/paper").glob("*/*.yaml"))
@@ -125,7 +127,9 @@ def differing(a: PGPOConfig, b: PGPOConfig) -> set[str]:
 
 def test_the_recipes_are_those_that_are_documented() -> None:
     assert {f"{p.parent.name}/{p.name}" for p in PAPER} == {f"{d}/{m}.yaml" for d in DOMAINS for m in METHODS}
-    assert {p.name for p in set(RECIPES) - set(PAPER)} == {"lab.yaml", "lab-style.yaml", "science-small.yaml"}
+    assert {p.name for p in set(RECIPES) - set(PAPER)} == {
+        *("lab.yaml", "lab-style.yaml", "science-small.yaml", "smollm2.yaml")
+    }
     assert all(p.exists() for p in STUDIES)
 
 

@@ -24,7 +24,7 @@ from processes import patient
 from pgpo.cli import main as cli
 from pgpo.errors import UserError
 from pgpo.lab import study as study_module
-from pgpo.lab.plan import Arm, Study, StudyRun, read_study
+from pgpo.lab.plan import Arm, Study, StudyRun, argv, read_study
 from pgpo.lab.study import (
     arguments_of,
     check_unchanged,
@@ -37,6 +37,7 @@ from pgpo.lab.study import (
     write_tables,
 )
 from pgpo.runlog import lock
+from pgpo.settings.arguments import parse
 from pgpo.study_files import RECORDS_FILE, multipliers, read_records, write_records
 
 STEPS = 20
@@ -453,6 +454,22 @@ def test_groups_are_done_one_after_the_other_each_run_once(tmp_path: Path) -> No
     ]
 
 
+def test_another_task_and_model_with_options_as_a_mapping(tmp_path: Path, capsys) -> None:
+    common = {
+        **{"model_name_or_path": "somebody/model", "task": "reasoning_gym:chain_sum", "use_cpu": True},
+        **{"task_options": {"max_digits": 1}, "max_steps": 4, "eval_steps": 2, "eval_strategy": "steps"},
+    }
+    path = written(tmp_path, common=common, settings={"sums": {}}, methods={"sdpo": {}}, compare={}, groups=[{}])
+    (run,) = read_study(path).queue[:1]
+    words = argv(run.arm.flags)
+    assert '--task_options={"max_digits": 1}' in words and "--use_cpu=true" in words
+    assert parse(words).run.task_options == {"max_digits": 1}
+    assert study_module.main(path, out=tmp_path / "out", list_only=True) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].split()[0] == "sums/sdpo"
+    assert said[-1].endswith("how long is known when the first one is finished")  # the estimate is the lab's
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -478,6 +495,7 @@ def test_groups_are_done_one_after_the_other_each_run_once(tmp_path: Path) -> No
         ({"methods": {"a": {"objective": "ppo"}}, "compare": {}}, "plain/a: objective is 'ppo'"),
         ({"methods": {"a": {"seed": 1}}, "compare": {}}, "plain/a sets seed, which the study sets itself"),
         ({"common": {"save_steps": 5}, "compare": {}}, "plain/base sets save_steps"),
+        ({"common": {"greater_is_better": False}, "compare": {}}, "plain/base sets greater_is_better"),
         ({"methods": {"a": {"train": "no"}}, "compare": {}}, "train is 'no'"),
         ({"methods": {"a": {"lr_times_mean_rho_of": "b"}}, "compare": {}}, "needs plain/b/seed-1, which no group runs"),
         (

@@ -21,7 +21,7 @@ from pgpo.settings.arguments import PRESETS, Parser, TaskArguments, make
 from pgpo.tasks import Row
 from pgpo.teacher import build_contexts
 
-_OF_THE_RUN = ("task", "domain", "variant", "data_path", "data_revision", "prompt_style", "data_check")
+_OF_THE_RUN = ("domain", "variant", "data_path", "data_revision", "prompt_style", "data_check", "task_options")
 
 
 @dataclass
@@ -76,7 +76,9 @@ def main(argv: Sequence[str]) -> int:
     name, stored, generation = values["model"], {}, {}
     if _is_run(name):  # what the run trained on, unless a flag says otherwise
         stored = runlog.read_run(name).config
-        parser.set_defaults(**{k: stored[k] for k in _OF_THE_RUN if k in stored})
+        parser.set_defaults(task=stored.get("task", TaskArguments.task))
+        if vars(parser.parse_args(list(argv)))["task"] == stored.get("task"):
+            parser.set_defaults(**{k: stored[k] for k in _OF_THE_RUN if k in stored})
         generation = generation_of(stored, values["use_vllm"])
         limit = generation.get("max_tokens" if values["use_vllm"] else "max_new_tokens")
         parser.set_defaults(max_new_tokens=limit or stored.get("max_completion_length"))

@@ -53,11 +53,16 @@ def costs(model: Any, device: str) -> tuple[float, float]:
     config = model.config.get_text_config()
     embeddings = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
     count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in embeddings)
-    per_layer = max(count, 1) / getattr(config, "num_hidden_layers", 1)
     heads = getattr(config, "num_attention_heads", 0)  # none: a model without attention
     head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return costs_of(count, getattr(config, "num_hidden_layers", 1), heads * head_dim, device)
+
+
+def costs_of(parameters: int, layers: int, queries: int, device: str) -> tuple[float, float]:
+    """`costs` from sizes alone: parameters without embeddings, and heads * head_dim."""
+    per_layer = max(parameters, 1) / layers
     first, second = _FORWARD_COST.get(device, _FORWARD_COST_ELSEWHERE)
-    return 1 / (first + second * per_layer), 2 * heads * head_dim / per_layer
+    return 1 / (first + second * per_layer), 2 * queries / per_layer
 
 
 def positions(config: Any) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,9 +20,11 @@ _METHOD_KEYS = {"train", "lr_times_mean_rho_of", "rho_shuffled_from"}  # of a me
 _SETTING_KEYS = {"base_seed"}
 # Flags of `pgpo train` that the study sets itself.
 _OWN_FLAGS = {"output_dir", "overwrite", "seed", "save_strategy", "save_steps", "save_total_limit", "rho_file"}
+_OWN_FLAGS |= {"metric_for_best_model", "greater_is_better"}
 _NAME = re.compile(r"\w[\w.-]*")  # settings and methods are names of folders
 
 # A first guess at the time left, measured on one core of the lab (64 completions a step: .14 s; 1024 evaluated: .55 s).
+# Of another model they say nothing but how its runs compare; the first finished run gives the scale.
 SECONDS_PER_COMPLETION = 0.0022
 SECONDS_PER_EVALUATED = 0.00054
 SECONDS_PER_RUN = 1.5
@@ -39,7 +42,8 @@ class Arm:
         rho_shuffled_from: method of the same setting; the multipliers of its run with the same seed are applied in
             another order.
         base_seed: train the lab's base model that is rebuilt from this seed.
-        seconds: estimated, of one run.
+        seconds: estimated, of one run; of the lab's model, or on the scale of it.
+        own_model: whether the model is another than the lab's.
     """
 
     setting: str
@@ -56,6 +60,7 @@ class Arm:
     max_steps: int = 0
     eval_steps: int = 0
     seconds: float = 0.0
+    own_model: bool = False
 
     @property
     def name(self) -> str:
@@ -217,6 +222,7 @@ def _arm(
         max_steps=config.max_steps if train else 0,
         eval_steps=int(config.eval_steps) if train else 0,
         seconds=_estimated_seconds(parsed, train, test_k),
+        own_model=bool(parsed.model.model_name_or_path),
         **special,
     )
 
@@ -289,8 +295,8 @@ def _flags(values: Any, place: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{place} is {values!r}; give flags of `pgpo train`, {{flag: value}}.")
     for name, value in values.items():
-        if not isinstance(value, (str, int, float, bool)):
-            raise UserError(f"{place}: {name} is {value!r}; give one text, number, true or false.")
+        if not isinstance(value, (str, int, float, bool, dict)):
+            raise UserError(f"{place}: {name} is {value!r}; give one text, number, true, false or mapping.")
     return values
 
 
@@ -328,4 +334,9 @@ def _chosen(values: Any, known: Mapping[str, Any], place: str, allow_empty: bool
 
 
 def argv(flags: Mapping[str, Any]) -> list[str]:
-    return [f"--{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in flags.items()]
+    """As words of a command line; mappings are JSON there."""
+
+    def word(value: Any) -> str:
+        return json.dumps(value) if isinstance(value, (bool, dict)) else str(value)
+
+    return [f"--{name}={word(value)}" for name, value in flags.items()]

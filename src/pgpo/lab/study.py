@@ -391,8 +391,11 @@ class _Queue:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(shuffled_rho(run, self.records)))
         directory = self.out / RUNS_FOLDER / run.name
-        # A checkpoint at every evaluation (.05 s in the lab), so that the selected step can be tested.
-        saving = {"save_strategy": "steps", "save_steps": run.arm.eval_steps, "save_total_limit": 1_000_000}
+        # A checkpoint at every evaluation (.05 s in the lab), of which the selected one and the last stay to be tested.
+        saving = {
+            **{"save_strategy": "steps", "save_steps": run.arm.eval_steps, "save_total_limit": 1},
+            **{"metric_for_best_model": f"eval_{runlog.AVG_AT_K}", "greater_is_better": True},
+        }
         return {
             "name": run.name,
             "argv": argv(arguments | (saving if run.arm.train else {}) | {"output_dir": directory}),
@@ -566,6 +569,10 @@ def plan(study: Study, runs: Sequence[StudyRun], records: Mapping[str, dict[str,
         )
     todo = [run for run in runs if run.name not in records]
     seconds = seconds_for(todo, study.queue, records)
+    if any(run.arm.own_model for run in todo) and not any(r.get("seconds") for r in records.values()):
+        lines = [line.rpartition("  ")[0] for line in lines]
+        lines.append(f"{len(runs)} runs, {len(todo)} to do; how long is known when the first one is finished")
+        return "\n".join(lines)
     known = "measured" if any(r.get("seconds") for r in records.values()) else "estimated, no run is finished"
     lines.append(
         f"{len(runs)} runs, {len(todo)} to do: {duration(seconds)} of one core, {duration(seconds / jobs)} on {jobs} "

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pgpo.memory.shapes import FP32, ModelShape, TrainingSetting
 
 
-def layer_activations(model: ModelShape, setting: TrainingSetting, width: int, masked: bool) -> float:
+def layer_activations(
+    model: ModelShape, setting: TrainingSetting, width: int, masked: bool, joined: bool = False
+) -> float:
     """Bytes per position that one block's forward leaves for its backward (transformers' Llama and Qwen3 blocks).
 
     A norm over D keeps its input and 1/rms in fp32, and what it multiplies by its weight:  4 D + 4 + w D.
@@ -14,12 +16,15 @@ def layer_activations(model: ModelShape, setting: TrainingSetting, width: int, m
         before gate, up. A frozen matrix keeps nothing but itself; its adapter keeps its input and its r values.
     sdpa and flash (arXiv 2205.14135): query, key, value, output, and 4 per head for the log-normaliser. A mask, needed
         as soon as rows differ in length, costs c times the width, and keys and values repeated for every query head.
+        The mask of joined rows is handed over in the form that sdpa adds (Passes._attention_mask), one for all blocks
+        unless autocast casts it.
     eager: the softmax in fp32, and a bf16 copy: (4 + c) heads * width.
     SwiGLU: gate, silu(gate), up and their product, c I each. Residual sums keep nothing.
 
     Args:
         width: tokens of the longest row, for what grows with its square.
         masked: whether the micro-batch has a mask.
+        joined: whether that is one of joined rows.
     """
     s, m = setting, model
     h, q, k, c = m.hidden, m.queries, m.keys, s.matmul
@@ -38,7 +43,11 @@ def layer_activations(model: ModelShape, setting: TrainingSetting, width: int, m
     if eager:
         total += m.heads * width * (FP32 + (c if c < FP32 else 0)) + after
     else:
-        total += c * q + FP32 * m.heads + (c * width if masked and s.attention == "sdpa" else 0)
+        total += (
+            c * q
+            + FP32 * m.heads
+            + (c * width if masked and s.attention == "sdpa" and not (joined and c == s.stream) else 0)
+        )
         # what the attention keeps as its output is what o_proj keeps as its input
         shared = s.full or ("o_proj" in s.lora_targets and _shares_input(s, c))
         total += after - (c * q if shared else 0)

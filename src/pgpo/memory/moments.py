@@ -16,8 +16,8 @@ benchmarks/plan_accuracy.py compares them with measured peaks.
 Assumptions: every prompt and completion has the largest length allowed; micro-batches are full; every completion has a
 teacher; if there are several micro-batches, gradients exist already. Not planned: the second gradient of
 information_source='cross_fit', guard snapshots, the forwards of trust='measured' (a few rows without gradient), a
-divergence over the full vocabulary with fused_head=False, join_siblings (off on CUDA: its rows hold more completion
-tokens within a budget, and have a mask).
+divergence over the full vocabulary with fused_head=False. Which siblings share a row on a CPU is asked of the
+trainer's own function (forward/batching.py:join).
 
 Symbols: N positions of a micro-batch, H hidden size, Q = heads * head size, K the same of keys, I intermediate size,
 V vocabulary; w bytes of a parameter, c of a matmul (2 under autocast), always bytes per element.
@@ -27,7 +27,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
+from pgpo.forward import batching
+from pgpo.forward.batching import Limits
 from pgpo.memory.activations import last_activations, layer_activations
 from pgpo.memory.parameters import REDUCE_BUCKET, gradients, static, stored_bytes, trained_parameters
 from pgpo.memory.shapes import FP32, FP64, GIB, ModelShape, TrainingSetting
@@ -42,6 +45,19 @@ SUB_GROUP, MAX_LIVE = 10**9, 10**9
 # Ours, not measured: CUDA context, libraries and NCCL's buffers, and the allocator's fragmentation.
 RESERVE = GIB
 RESERVE_SHARE = 0.05
+# Of a process on a CPU, where they share the memory with the model: interpreter and libraries. Measured: VmRSS after
+# the imports of `pgpo train` (Linux, torch 2.13 without CUDA).
+PROCESS = 440 * 2**20
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Rows of joined siblings in one forward, `width` tokens each; and how many such forwards there are."""
+
+    rows: int
+    width: int
+    completions: int
+    parts: int
 
 
 @dataclass(frozen=True)
@@ -82,22 +98,71 @@ class Step:
     @property
     def positions(self) -> int:
         """N: a full micro-batch."""
+        if self.joined is not None:
+            return self.joined.rows * self.joined.width
         return min(max(self.budget, self.row), self.rows * self.row)
 
     @property
     def completions(self) -> int:
         """Completion tokens among them."""
+        if self.joined is not None:
+            return self.joined.completions * self.setting.max_completion_length
         return math.ceil(self.positions * self.setting.max_completion_length / self.row)
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row in a forward."""
+        return self.row - 1 if self.joined is None else self.joined.width
 
     @property
     def several(self) -> bool:
         """More than one micro-batch: gradients exist during the later ones."""
-        return self.rows > self.fitting
+        return self.rows > self.fitting if self.joined is None else self.joined.parts > 1
 
     @property
     def masked(self) -> bool:
-        """Only TRL pads prompts on the left; rows padded at the end need no mask (forward.layout.padded)."""
-        return self.fitting > 1 and not self.setting.distills
+        """Joined rows are kept apart by a mask. Of others, only TRL pads prompts on the left; rows padded at the end
+        need no mask (forward.layout.padded)."""
+        return self.joined is not None or (self.fitting > 1 and not self.setting.distills)
+
+    @cached_property
+    def joined(self) -> Joined | None:
+        """The student's largest micro-batch of joined siblings; None where rows stay apart."""
+        return self._join(self.setting.max_prompt_length, (self.setting.num_generations,))
+
+    @cached_property
+    def teacher_joined(self) -> Joined | None:
+        """The same of the teacher's forwards, where that is cheaper than prefix sharing. One sibling reads another
+        demonstration than the others, and so another prompt."""
+        return self._join(self.setting.teacher_prompt_length, (self.setting.num_generations - 1, 1), cache=True)
+
+    def _join(self, prompt: int, groups: tuple[int, ...], cache: bool = False) -> Joined | None:
+        """What forward/batching.py:join does with rows of the largest length; so many completions have one prompt."""
+        s = self.setting
+        if not (s.joins and self.shares):
+            return None
+        length, questions = s.max_completion_length, max(1, self.rows // s.num_generations)
+        prompts = [([i, k] * prompt)[:prompt] for i in range(questions) for k, n in enumerate(groups) for _ in range(n)]
+        lengths = [length] * len(prompts)
+        forward_cost, pair_cost = batching.costs_of(
+            self.model.parameters - self.model.head * (1 if self.model.tied else 2),
+            self.model.layers,
+            self.model.queries,
+            s.device,
+        )
+        limits = Limits(budget=self.budget, forward_cost=forward_cost, pair_cost=pair_cost)
+        parts, cost = batching.join(prompts, lengths, limits)
+        if cache:
+            carriers = {rows[0]: rows[1:] for rows in batching.siblings(prompts, lengths)}
+            if cost >= batching.shared_cost(prompts, lengths, limits, carriers):
+                return None
+        largest = max(parts, key=lambda part: len(part) * max(map(len, part)))
+        most = max(map(len, largest))
+        if most < 2:
+            return None
+        # The prompt's last token predicts every first one (forward.layout.joined).
+        width = prompt + most * (length - 1)
+        return Joined(len(largest), width, sum(map(len, largest)), len(parts))
 
     @property
     def held(self) -> int:
@@ -128,6 +193,8 @@ class Step:
             if s.zero:
                 self._zero(name, own)
             items = always | {item: size + always.get(item, 0) for item, size in own.items()}
+            if s.device == "cpu":
+                items["process"] = PROCESS
             if s.device == "cuda":
                 items["reserve"] = RESERVE + RESERVE_SHARE * sum(v for k, v in items.items() if k != "vLLM")
             found[name] = items
@@ -166,7 +233,11 @@ class Step:
         states = float(self.held * m.hidden * s.stream)
         tokens = min(max(self.budget, self.teacher_row), self.rows * self.teacher_row)
         passes = [states, self._forward(tokens, tokens, self.teacher_row, masked=False)]
-        if self.shares:
+        if self.teacher_joined is not None:
+            found = self.teacher_joined
+            tokens = found.rows * found.width
+            passes = [states, self._forward(tokens, tokens, found.width, masked=True)]
+        elif self.shares:
             prompt, completion = s.teacher_prompt_length, s.max_completion_length
             groups = math.ceil(self.held / (s.num_generations * completion))
             first = min(max(self.budget, self.teacher_row), 2 * groups * self.teacher_row)
@@ -221,8 +292,10 @@ class Step:
 
         mlp = (2 if s.full or "down_proj" in s.lora_targets else 3) * c * m.intermediate
         if s.attention == "eager":
-            mlp = max(mlp, 2 * FP32 * m.heads * (self.row - 1) - 4 * c * m.intermediate)
-        again = layer_activations(m, s, self.row - 1, self.masked) if s.gradient_checkpointing else 0.0
+            mlp = max(mlp, 2 * FP32 * m.heads * self.width - 4 * c * m.intermediate)
+        again = 0.0
+        if s.gradient_checkpointing:
+            again = layer_activations(m, s, self.width, self.masked, self.joined is not None)
         block = {
             "block in backward": n * (w * m.hidden + mlp + again) + c * m.largest * s.full,
             "head gradient": head if m.tied or not self.several else 0.0,
@@ -279,12 +352,15 @@ class Step:
     def _saved(self) -> dict[str, float]:
         """What autograd holds of the student's forward; with checkpointing the blocks' inputs and masks."""
         s, m, n = self.setting, self.model, self.positions
-        width = self.row - 1
+        width, joined = self.width, self.joined is not None
         if s.gradient_checkpointing:
-            mask = (s.stream if s.attention == "eager" else 1) * width if self.masked and s.attention != "flash" else 0
+            masked = self.masked and s.attention != "flash" and not joined
+            mask = (s.stream if s.attention == "eager" else 1) * width if masked else 0
             blocks = float(n * (m.layers * s.stream * m.hidden + mask))
         else:
-            blocks = float(n * m.layers * layer_activations(m, s, width, self.masked))
+            blocks = float(n * m.layers * layer_activations(m, s, width, self.masked, joined))
+        if joined:
+            blocks += n * width * s.stream  # the mask
         return {"activations": blocks + n * last_activations(m, s)}
 
     def _states(self) -> dict[str, float]:

@@ -84,6 +84,7 @@ class TrainingSetting:
         parameter_bytes: 4 (float32) or 2 (bfloat16); adapters are fp32 always (PEFT's autocast_adapter_dtype).
         autocast: matmuls in bfloat16 (`bf16`, the trainer's default).
         attention: "sdpa", "flash" or "eager".
+        join_siblings: completions of one prompt share a row where that is cheaper; None: as the trainer, on a CPU only.
         vllm_share: part of the memory that vLLM keeps (vllm_gpu_memory_utilization); None = transformers generates.
         fsdp: parameters, gradients and optimizer state are sharded (FSDP2).
         zero: DeepSpeed's stage, 2 or 3; None without it. The teacher is whole on each GPU.
@@ -108,6 +109,7 @@ class TrainingSetting:
     fused_head: bool = True
     gradient_checkpointing: bool = True
     attention: str = "sdpa"
+    join_siblings: bool | None = None
     vllm_share: float | None = None
     fsdp: bool = False
     zero: int | None = None
@@ -156,6 +158,12 @@ class TrainingSetting:
     def gathers_layers(self) -> bool:
         """Weights are sharded too, and gathered layer by layer (SeamTrainer.gathers_layers)."""
         return self.fsdp or self.zero == 3
+
+    @property
+    def joins(self) -> bool:
+        """Whether siblings may share a row (Forwards.joins), where the model lets them."""
+        asked = self.device == "cpu" and self.attention == "sdpa" if self.join_siblings is None else self.join_siblings
+        return asked and self.distills and not self.gathers_layers and self.attention in ("sdpa", "eager")
 
     @property
     def packed(self) -> bool:

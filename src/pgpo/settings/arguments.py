@@ -6,6 +6,7 @@ Lowest to highest priority: dataclass defaults, the task's preset below, the YAM
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from pgpo.errors import SentenceParser, UserError
 from pgpo.settings.config import PAPER, PGPOConfig, yielding
 from pgpo.settings.field_types import fit, huge, reason, shown
 from pgpo.settings.yaml_file import read_yaml
-from pgpo.tasks import Task, load_task
+from pgpo.tasks import Task, family, load_task
 
 T = TypeVar("T")
 
@@ -65,49 +66,100 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# What loads a task -> {option of its `load`: field of TaskArguments}. A field that a task does not take is refused.
+OPTIONS: dict[str, dict[str, str]] = {
+    "lab_world": {"variant": "variant", "domain": "domain"},
+    "science_qa": {
+        "domain": "domain",
+        "path": "data_path",
+        "revision": "data_revision",
+        "style": "prompt_style",
+        "validation_fraction": "validation_fraction",
+        "check": "data_check",
+    },
+    "reasoning_gym": {"options": "task_options", "style": "prompt_style"},
+    "math": {"path": "data_path", "validation_fraction": "validation_fraction"},
+    ".py": {"": "task_options"},  # its names are the options
+}
+
+
 @dataclass
 class TaskArguments:
     """Which questions."""
 
-    task: str = field(default="lab_world", metadata={"help": "'lab_world' (needs no network) or 'science_qa'."})
+    task: str = field(
+        default="lab_world",
+        metadata={
+            "help": "'lab_world' (needs no network), 'science_qa', 'reasoning_gym:NAME', 'math', or a Python file "
+            "(docs/TASKS.md)."
+        },
+    )
     domain: str | None = field(
         default=None, metadata={"help": "science_qa: chemistry, physics, biology or materials; lab_world: one or all."}
     )
     variant: str = field(default="plain", metadata={"help": "lab_world: 'plain' or 'style'."})
     data_path: str | None = field(
         default=None,
-        metadata={"help": "science_qa: local JSONL file or folder; default: $PGPO_SCIENCE_DATA, else the hub."},
+        metadata={
+            "help": "science_qa: local JSONL file or folder; default: $PGPO_SCIENCE_DATA, else the hub. math: JSONL "
+            "file with prompt and solution, or a folder with train.jsonl and test.jsonl."
+        },
     )
     data_revision: str | None = field(default=None, metadata={"help": "science_qa: revision on the hub."})
-    prompt_style: str = field(default="boxed", metadata={"help": "science_qa: 'boxed' (PGPO) or 'sdpo' (tags)."})
+    prompt_style: str = field(
+        default="boxed",
+        metadata={
+            "help": "science_qa: 'boxed' (PGPO) or 'sdpo' (tags); reasoning_gym: 'boxed' or 'plain' (the answer alone)."
+        },
+    )
     validation_fraction: float = field(
-        default=0.1, metadata={"help": "science_qa: share of the training questions kept for validation; paper: 0."}
+        default=0.1,
+        metadata={"help": "science_qa, math: share of the training questions kept for validation; paper: 0."},
     )
     data_check: bool = field(default=True, metadata={"help": "science_qa: compare the data with the manifest."})
+    task_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "reasoning_gym: options of the generator, as JSON: '{\"max_digits\": 2}'; of a Python file: the "
+            "arguments of its load()."
+        },
+    )
 
     def __post_init__(self) -> None:
         fit(self)
-        if self.task not in PRESETS:
-            raise UserError(f"task is {self.task!r}; choose one of {', '.join(PRESETS)}.")
-        if self.task == "science_qa":
+        kind = family(self.task)
+        self.task_options = _mapping("task_options", self.task_options)
+        if kind == "science_qa":
             if self.domain is None:
                 raise UserError("science_qa needs --domain: chemistry, physics, biology or materials (one task each).")
             if self.data_path is None:
                 self.data_path = os.environ.get("PGPO_SCIENCE_DATA")
+        if kind == "math" and self.data_path is None:
+            raise UserError("the task math needs --data_path: a JSONL file with prompt and solution, or a folder.")
+        taken = {"task", *OPTIONS[kind].values()}
+        for f in dataclasses.fields(TaskArguments):
+            if f.name not in taken and getattr(self, f.name) != f.default:
+                raise UserError(f"{f.name} does nothing for the task {self.task}; leave it out.")
 
     def load(self) -> Task:
         """The task these arguments name."""
-        if self.task == "lab_world":
-            return load_task("lab_world", variant=self.variant, domain=self.domain)
-        return load_task(
-            "science_qa",
-            domain=self.domain,
-            path=self.data_path,
-            revision=self.data_revision,
-            style=self.prompt_style,
-            validation_fraction=self.validation_fraction,
-            check=self.data_check,
-        )
+        options = {option: getattr(self, name) for option, name in OPTIONS[family(self.task)].items()}
+        if "" in options:
+            options = options.pop("") or {}
+        return load_task(self.task, **options)
+
+
+def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """A mapping, from JSON if it is a text. Raises UserError."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError as error:
+        raise UserError(f'{name} is {shown(value)}, which is no JSON ({error}); write {{"option": value}}.') from error
+    if not isinstance(found, dict):
+        raise UserError(f'{name} is {shown(value)}; give a JSON mapping, {{"option": value}}.')
+    return found
 
 
 @dataclass
@@ -205,7 +257,10 @@ def parse(argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed:
     namespace = vars(parser.parse_args(argv))
     del namespace["config"]
     given = {k: v for k, v in namespace.items() if v != defaults.get(k) or v != preset.get(k, v)}
-    return Parsed(make(RunArguments, namespace), make(PGPOConfig, namespace), make(ModelArguments, namespace), given)
+    run, model = make(RunArguments, namespace), make(ModelArguments, namespace)
+    if run.task not in PRESETS and not model.model_name_or_path:
+        raise UserError(f"the task {run.task} comes with no model; add --model_name_or_path.")
+    return Parsed(run, make(PGPOConfig, namespace), model, given)
 
 
 def make(cls: type[T], values: dict[str, Any]) -> T:
@@ -242,9 +297,8 @@ def _recipe(name: str) -> dict[str, Any]:
 
 
 def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the task that was chosen."""
+    """The values of the task that was chosen: of a small model, or the paper's for one of the user's."""
     task = given.get("task") or RunArguments.task
-    if not isinstance(task, str) or task not in PRESETS:
-        return {}  # RunArguments refuses it
+    small = PRESETS.get(task) if isinstance(task, str) else {}  # RunArguments refuses another type
     own_model = task == "science_qa" and given.get("model_name_or_path")
-    return yielding(PAPER if own_model else PRESETS[task], given)
+    return yielding(PAPER if own_model or small is None else small, given)

@@ -86,7 +86,7 @@ def grade_tagged(
     _check_labels(answer, labels, options)
     text = visible_text(completion, opened)
     if not text.strip():
-        return _nothing_to_read(completion)
+        return nothing_to_read(completion)
     reasoning, closed = text.rfind("<reasoning>"), text.rfind("</reasoning>")
     if reasoning > closed:
         return _failure(_REASONING_OPEN)
@@ -153,8 +153,8 @@ def grade_boxed(
     _check_labels(answer, labels, options)
     text = visible_text(completion, opened)
     if not text.strip():
-        return _nothing_to_read(completion)
-    content, boxes_opened = _last_box(text)
+        return nothing_to_read(completion)
+    content, boxes_opened = last_box(text)
     if content is None:
         return _failure(_NO_BOX)
     letter = _named_letter(content, labels, options)
@@ -184,7 +184,7 @@ def grade_short_answer(completion: str, answer: str, *, opened: bool = False) ->
         raise ValueError("The right answer is blank; pass the text that the answer block must hold.")
     text = visible_text(completion, opened)
     if not text.strip():
-        return _nothing_to_read(completion)
+        return nothing_to_read(completion)
     block = _last_answer_block(text, start=0)
     if block is None:
         return _failure(_NO_BLOCK)
@@ -206,7 +206,7 @@ def _failure(feedback: str) -> Grade:
     return Grade(0.0, None, False, feedback)
 
 
-def _nothing_to_read(completion: str) -> Grade:
+def nothing_to_read(completion: str) -> Grade:
     return _failure(_ALL_THINKING if completion.strip() else _EMPTY)
 
 
@@ -253,7 +253,7 @@ def _has_asked_format(text: str) -> bool:
 _BRACE = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
 
 
-def _last_box(text: str) -> tuple[str | None, int]:
+def last_box(text: str) -> tuple[str | None, int]:
     r"""Content of the `\boxed{}` that closes last (None if no box closes), and the number of boxes opened."""
     pending: list[tuple[bool, int]] = []  # per open brace: does it open a box, and where its content begins
     last: slice | None = None

@@ -31,14 +31,13 @@ option's text. They are kept; a letter with the right option's text is right.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -49,6 +48,7 @@ import numpy as np
 from pgpo.errors import UserError
 from pgpo.tasks import Row, Task
 from pgpo.tasks.graders import Grade, grade_boxed, grade_tagged
+from pgpo.tasks.jsonl import Record, read_jsonl
 
 HUB_DATASET = "hicai-zju/SciKnowEval"
 LEVEL = "L3"  # the reasoning level, used by SDPO and PGPO
@@ -67,7 +67,6 @@ DOMAINS = {
 }
 
 _SHOWN = 8  # ours: so many kinds of rows that are left out are named
-_LONGEST_LINE = 2**20  # bytes, ours; the longest published line has 1622
 
 T = TypeVar("T")
 
@@ -361,11 +360,6 @@ def _facts(questions: Sequence[Question]) -> dict[str, Any]:
 # Reading: records with the place where they stand -> validated questions.
 
 
-class _Record(NamedTuple):
-    columns: Mapping[str, Any]
-    where: str
-
-
 class _LeftOut(Counter[tuple[str, str]]):
     """Rows that are not asked for: (column, its value) -> how many."""
 
@@ -400,7 +394,7 @@ def _from_hub(domain: str, revision: str | None, place: str) -> tuple[list[Quest
             f"Cannot load {place} from the Hugging Face hub ({reason}); "
             "check the network and the revision, or pass path= (--data_path) with a local copy."
         ) from error
-    return _split_wanted(domain, [_Record(row, f"{place}, row {i}") for i, row in enumerate(table)], place)
+    return _split_wanted(domain, [Record(row, f"{place}, row {i}") for i, row in enumerate(table)], place)
 
 
 def _from_path(domain: str, path: Path) -> tuple[list[Question], list[Question], _LeftOut]:
@@ -413,17 +407,17 @@ def _from_path(domain: str, path: Path) -> tuple[list[Question], list[Question],
     if path.is_file():
         if _is_split_file(path):
             raise UserError(f"{path} is one file of a split; pass the folder that holds both, {path.parent}.")
-        return _split_wanted(domain, list(_read_jsonl(path)), str(path))
+        return _split_wanted(domain, list(read_jsonl(path)), str(path))
     files = sorted(path.glob("*.jsonl"))
     if not files:
         raise UserError(f"The folder {path} holds no .jsonl file; pass path= with the SciKnowEval files.")
     if not any(map(_is_split_file, files)):
-        return _split_wanted(domain, [record for file in files for record in _read_jsonl(file)], str(path))
+        return _split_wanted(domain, [record for file in files for record in read_jsonl(file)], str(path))
     pair = [path / f"{DOMAINS[domain][1]}-{name}.jsonl" for name in ("train", "test")]
     missing = [file.name for file in pair if not file.is_file()]
     if missing:
         raise UserError(f"The folder {path} lacks {' and '.join(missing)}; add what is missing.")
-    train, test = ([_from_split_file(domain, record) for record in _read_jsonl(file)] for file in pair)
+    train, test = ([_from_split_file(domain, record) for record in read_jsonl(file)] for file in pair)
     return train, test, _LeftOut()
 
 
@@ -431,7 +425,7 @@ def _is_split_file(file: Path) -> bool:
     return file.name.endswith(("-train.jsonl", "-test.jsonl"))
 
 
-def _from_split_file(domain: str, record: _Record) -> Question:
+def _from_split_file(domain: str, record: Record) -> Question:
     if _unwanted(domain, record):
         raise UserError(
             f"{record.where}: not of domain {DOMAINS[domain][0]}, level {LEVEL} and type {' or '.join(TYPES)}; "
@@ -441,7 +435,7 @@ def _from_split_file(domain: str, record: _Record) -> Question:
 
 
 def _split_wanted(
-    domain: str, records: Sequence[_Record], place: str
+    domain: str, records: Sequence[Record], place: str
 ) -> tuple[list[Question], list[Question], _LeftOut]:
     """(train, test) of the wanted questions, and what is left out. The questions are in order: by "idx" where all have
     one, else as they stand, numbered from 0."""
@@ -463,52 +457,7 @@ def _split_wanted(
     return *split(questions), left_out
 
 
-def _read_jsonl(file: Path) -> Iterator[_Record]:
-    """The JSON objects of a file, blank lines skipped."""
-    try:
-        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); check the path.") from error
-    lines = content.splitlines()  # of bytes, because those of a text would end at U+2028 too
-    if not any(line.strip() for line in lines):
-        raise UserError(f"{file} is empty; restore it from where it came.")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        if len(line) > _LONGEST_LINE:
-            raise UserError(
-                f"{where}: {len(line)} bytes, more than the {_LONGEST_LINE} of any question; put each question on a "
-                "line of its own."
-            )
-        try:
-            columns = json.loads(line.decode("utf-8"), object_pairs_hook=_columns, parse_constant=_refuse_constant)
-            if b"\\ud" in line.lower():
-                json.dumps(columns, ensure_ascii=False).encode("utf-8")  # a ValueError for half a character
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8.") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error}); each line must be one JSON object.") from error
-        if not isinstance(columns, dict):
-            kind = type(columns).__name__
-            raise UserError(f"{where}: a JSON {kind} instead of an object; each line must be one JSON object.")
-        yield _Record(columns, where)
-
-
-def _columns(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a name that stands twice is an error, because JSON would silently keep the last."""
-    columns = dict(pairs)
-    if len(columns) < len(pairs):
-        twice = next(name for name, uses in Counter(name for name, _ in pairs).items() if uses > 1)
-        raise ValueError(f"{twice!r} stands twice")
-    return columns
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _unwanted(domain: str, record: _Record) -> tuple[str, str] | None:
+def _unwanted(domain: str, record: Record) -> tuple[str, str] | None:
     """The column that tells that a row is not asked for, and its value; None for a wanted row."""
     if (found := _column(record, "domain", str)) != DOMAINS[domain][0]:
         return "domain", found
@@ -520,7 +469,7 @@ def _unwanted(domain: str, record: _Record) -> tuple[str, str] | None:
     return None if details["level"] == LEVEL else ("level", str(details["level"]))
 
 
-def _question(domain: str, idx: int, record: _Record) -> Question:
+def _question(domain: str, idx: int, record: Record) -> Question:
     where = record.where
     text = _column(record, "question", str)
     choices = _column(record, "choices", dict)
@@ -541,14 +490,14 @@ def _question(domain: str, idx: int, record: _Record) -> Question:
     return Question(domain, idx, text, tuple(labels), tuple(options), answer)
 
 
-def _number(record: _Record) -> int:
+def _number(record: Record) -> int:
     number: int = _column(record, "idx", int)
     if number < 0 or isinstance(number, bool):
         raise UserError(f'{record.where}: column "idx" is {number!r}; make it a whole number from 0.')
     return number
 
 
-def _column(record: _Record, name: str, kind: type) -> Any:
+def _column(record: Record, name: str, kind: type) -> Any:
     if name not in record.columns:
         found = ", ".join(record.columns)
         raise UserError(f'{record.where}: no column "{name}" among {found:.200}; use the columns of {HUB_DATASET}.')
