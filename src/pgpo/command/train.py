@@ -23,7 +23,7 @@ from pgpo.command.terminal import ignore_renamed_fields, quiet, say
 from pgpo.errors import UserError
 from pgpo.runlog import BASE_FOLDER, RUN_ID, RunLog
 from pgpo.settings.arguments import Parsed, parse
-from pgpo.tasks import Task
+from pgpo.tasks import Row, Task
 from pgpo.train import checkpoint as checkpoints
 from pgpo.train.host import Host
 from pgpo.train.trainer import PGPOTrainer
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> tuple[int, Path]:
 
 def _main(argv: Sequence[str]) -> tuple[int, Path]:
     ignore_renamed_fields()
-    argv, resume = _take_resume(list(argv))
+    argv, resume = take_resume(list(argv))
     if resume is None:
         parsed = parse(argv)
         directory = Path(parsed.config.output_dir or "")
@@ -101,10 +101,7 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
 def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
     run, args = parsed.run, parsed.config
     quiet()
-    if args.device.type == "cpu":
-        args.dataloader_pin_memory = False
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # models that fit a CPU gain nothing from more, and spinning threads lose a lot
+    suit_device(parsed)
     main = args.process_index == 0
     task = run.load()
     _prepare_selection(parsed, task)
@@ -119,7 +116,7 @@ def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
     checkpoint = run_directory.last_checkpoint(directory) if resume else None
     with tempfile.TemporaryDirectory() as scratch:
         source = model_source(parsed, task, Path(scratch), directory if resume else None)
-        model, tokenizer = _load(parsed, task, source)
+        model, tokenizer = load(parsed, task, source)
         if source == Path(scratch) / BASE_FOLDER:
             model.name_or_path = str(directory / BASE_FOLDER)  # where it will lie; adapters note it as their base
         args.disable_tqdm = True
@@ -142,7 +139,16 @@ def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
     return _conclude(trainer, directory, status) if main else status, directory
 
 
-def _load(parsed: Parsed, task: Task, source: Path | str) -> tuple[Any, Any]:
+def suit_device(parsed: Parsed) -> None:
+    """What a CPU wants otherwise."""
+    args = parsed.config
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # models that fit a CPU gain nothing from more, and spinning threads lose a lot
+
+
+def load(parsed: Parsed, task: Task, source: Path | str) -> tuple[Any, Any]:
     """Model and tokenizer, checked against all questions of the task."""
     m, args = parsed.model, parsed.config
     model, tokenizer = load_model(
@@ -206,13 +212,20 @@ def _trainer(parsed: Parsed, task: Task, model: Any, tokenizer: Any, host: Host)
         validation = task.test[: parsed.run.test_rows]
     elif not validation:
         validation = task.test[: parsed.run.eval_rows]
+    return build_trainer(parsed, task, model, tokenizer, host, validation)
+
+
+def build_trainer(
+    parsed: Parsed, task: Task, model: Any, tokenizer: Any, host: Host, held_out: Sequence[Row]
+) -> PGPOTrainer:
+    """The trainer of these arguments. Raises UserError where they cannot be used."""
     try:
         trainer = PGPOTrainer(
             model,
             rewards_of(task),
             parsed.config,
             Dataset.from_list(task.train),
-            eval_dataset=validation,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             grade=task.grade,
             host=host,
@@ -226,7 +239,8 @@ def _trainer(parsed: Parsed, task: Task, model: Any, tokenizer: Any, host: Host)
     return trainer
 
 
-def _take_resume(argv: list[str]) -> tuple[list[str], Path | None]:
+def take_resume(argv: list[str]) -> tuple[list[str], Path | None]:
+    """The flags without `--resume FOLDER`, and the folder."""
     for i, word in enumerate(argv):
         if word == "--resume":
             if i + 1 >= len(argv):
