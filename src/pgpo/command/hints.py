@@ -66,9 +66,9 @@ class Sampler:
         write = partial(self._write, runner, rows, f"{args.seed} {number}")
         students = write("student", [self.rendered(prompt) for prompt in prompts], prompts, group)
         texts = [answer.text for answers in students for answer in answers]
-        rewards = [answer.grade.reward for answers in students for answer in answers]
+        rewards = self._rewards(rows, students, number)
         votes = [answer.grade.answer for answers in students for answer in answers]
-        remarks = [answer.grade.feedback for answers in students for answer in answers]
+        remarks = [self._remark(row, answer) for row, answers in zip(rows, students, strict=True) for answer in answers]
         opened = [bool(runner.opens_thinking(prompt)) for prompt in prompts for _ in range(group)]
         rollout = Rollout(
             prompts=[prompt for prompt in prompts for _ in range(group)],
@@ -81,15 +81,14 @@ class Sampler:
         own = "first" if args.demonstration == "placebo" else args.demonstration
         contexts = partial(trainer.contexts, rollout, rendered=self.rendered, step=number)
         right = [trainer.success.right(reward) for reward in rewards]
-        misleading = [float(not r and vote is not None) for r, vote in zip(right, votes, strict=True)]
+        wrong = [float(not r and vote is not None) for r, vote in zip(right, votes, strict=True)]
         kinds: dict[str, list[TeacherContext]] = {
             "right": contexts(rewards, choice=own, use_successes=True),
-            "wrong": contexts(misleading, choice="first", use_successes=True, success_threshold=1.0),
+            "wrong": contexts(wrong, choice="first", use_successes=True, success_threshold=1.0),
             "placebo": contexts(rewards, choice="placebo", use_successes=True),
         }
         if any(remarks):
-            said = [None if r else remark for r, remark in zip(right, remarks, strict=True)]
-            kinds["feedback"] = contexts(rewards, feedback=said, feedback_mode="always", use_successes=False)
+            kinds["feedback"] = contexts(rewards, feedback=remarks, feedback_mode="always", use_successes=False)
 
         lines = [
             Line(
@@ -113,6 +112,20 @@ class Sampler:
             for line, answers, context_of in zip(lines, students, groups, strict=True):
                 line["signals"][kind] = self._signal(answers, context_of)
         return lines
+
+    def _rewards(self, rows: Sequence[Row], students: Sequence[Sequence[Answer]], number: int) -> list[float]:
+        """As training sees them, at a step of this number."""
+        if self.task.rewards is None:
+            return [answer.grade.reward for answers in students for answer in answers]
+        texts = [answer.text for answers in students for answer in answers]
+        asked = [row for row, answers in zip(rows, students, strict=True) for _ in answers]
+        return self.task.rewards(texts, asked, self.trainer.args.seed, number)[0]
+
+    def _remark(self, row: Row, answer: Answer) -> str | None:
+        """On a failed attempt: the task's, else the grader's."""
+        if self.trainer.success.right(answer.grade.reward):
+            return None
+        return answer.grade.feedback if self.task.feedback is None else self.task.feedback(answer.text, row)
 
     def _write(
         self,

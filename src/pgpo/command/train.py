@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,15 +195,43 @@ def _prepare_selection(parsed: Parsed, task: Task) -> None:
     args.metric_for_best_model, args.greater_is_better = f"eval_{runlog.AVG_AT_K}", True
 
 
-def rewards_of(task: Task) -> Any:
-    """The task's grader as a TRL reward function."""
+def rewards_of(task: Task, seed: int = 0) -> Any:
+    """The task's verdicts as a TRL reward function: its grader's, or what training sees in its place."""
 
-    def grade(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-        rows = [{k: v[i] for k, v in columns.items() if isinstance(v, list)} for i in range(len(prompts))]
-        return [task.grade(c[-1]["content"], row).reward for c, row in zip(completions, rows)]
+    def grade(
+        prompts: list[Any],
+        completions: list[Any],
+        trainer_state: Any = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        texts, rows = [c[-1]["content"] for c in completions], _rows(columns, len(prompts))
+        if task.rewards is None:
+            return [task.grade(text, row).reward for text, row in zip(texts, rows, strict=True)]
+        rewards, facts = task.rewards(texts, rows, seed, 0 if trainer_state is None else trainer_state.global_step)
+        for name, value in facts.items():
+            if log_metric is not None:
+                log_metric(name, value)
+        return rewards
 
     grade.__name__ = f"{task.name}_grade"
     return grade
+
+
+def feedback_of(task: Task) -> Any:
+    """The task's remarks on failed attempts as a feedback function; None if it has none."""
+    if (remark := task.feedback) is None:
+        return None
+
+    def feedback(prompts: list[Any], completions: list[Any], **columns: Any) -> list[str | None]:
+        texts, rows = [c[-1]["content"] for c in completions], _rows(columns, len(prompts))
+        return [remark(t, row) if task.grade(t, row).reward < 1 else None for t, row in zip(texts, rows, strict=True)]
+
+    return feedback
+
+
+def _rows(columns: dict[str, Any], count: int) -> list[Row]:
+    return [{k: v[i] for k, v in columns.items() if isinstance(v, list)} for i in range(count)]
 
 
 def _trainer(parsed: Parsed, task: Task, model: Any, tokenizer: Any, host: Host) -> PGPOTrainer:
@@ -222,12 +250,13 @@ def build_trainer(
     try:
         trainer = PGPOTrainer(
             model,
-            rewards_of(task),
+            rewards_of(task, parsed.config.seed),
             parsed.config,
             Dataset.from_list(task.train),
             eval_dataset=held_out,
             processing_class=tokenizer,
             grade=task.grade,
+            feedback_funcs=feedback_of(task),
             host=host,
             peft_config=get_peft_config(parsed.model),
         )

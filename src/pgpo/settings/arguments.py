@@ -73,7 +73,7 @@ class TaskArguments:
     domain: str | None = field(
         default=None, metadata={"help": "science_qa: chemistry, physics, biology or materials; lab_world: one or all."}
     )
-    variant: str = field(default="plain", metadata={"help": "lab_world: 'plain' or 'style'."})
+    variant: str = field(default="plain", metadata={"help": "lab_world: 'plain', 'style' or 'misleading'."})
     data_path: str | None = field(
         default=None,
         metadata={"help": "science_qa: local JSONL file or folder; default: $PGPO_SCIENCE_DATA, else the hub."},
