@@ -158,6 +158,16 @@ def test_each_world_gets_its_verdict_and_its_reason(name):
     assert conclusion(verdict)[-1] == f"verdict: {verdict.sentence}"
 
 
+def test_a_wrong_answer_that_is_given_anyway_is_no_copy():
+    lines = world(0.1, 0.8, copied=0.7)
+    for entry in lines:
+        entry["student"]["answer"] = ["r"] * 2 + ["w"] * 11 + ["v"] * 7  # .55 without the hint, .70 with it
+    assert verdict_of(lines).name == "worth it"
+    for entry in lines:
+        entry["hinted"]["wrong"]["completions"]["answer"] = ["w"] * 16 + ["v"] * 4
+    assert "followed in 80 % (its answer is given in 55 % without it)" in verdict_of(lines).sentence
+
+
 def test_few_questions_that_disagree_decide_nothing():
     lines = world(0.5, 0.5, questions=3)
     for i, flags in enumerate(([1] * 20, [1] * 20, [0] * 20)):

@@ -18,7 +18,8 @@ from pgpo.evaluate.probe import HintReading, Reading
 FEW = 0.05
 # Ours: SDPO's best constant rate ends at .90 in the lab and .95 on a pretrained model of 135 million (docs/LOG.md).
 SOLVED = 0.95
-# Ours: most wrong hints are followed. The lab's bases copy by construction: .9 (docs/LOG.md).
+# Ours: of the completions that would give another answer, most follow a wrong hint. .7 of them with the lab's bases,
+# which copy by construction, .5 with SmolLM2-135M.
 COPIED = 0.5
 # Ours: most of what a right sibling gains, another question's solution gains too.
 CONTEXT = 0.5
@@ -51,10 +52,17 @@ class Situation:
         return Estimate(0.0, 0.0, 0.0) if hint is None or hint.gain is None else hint.gain
 
     @property
-    def copied(self) -> float:
-        """Share of wrong hints that are followed."""
+    def copied(self) -> tuple[float, float]:
+        """Share of completions that follow a wrong hint, and that give its answer without it."""
         hint = self.reading.hints.get("wrong")
-        return 0.0 if hint is None or hint.followed is None else hint.followed.value
+        if hint is None or hint.followed is None or hint.unprompted is None:
+            return 0.0, 0.0
+        return hint.followed.value, hint.unprompted.value
+
+    @property
+    def copies(self) -> bool:
+        followed, unprompted = self.copied
+        return followed - unprompted >= COPIED * (1 - unprompted) and followed > 0
 
     @property
     def few(self) -> bool:
@@ -78,7 +86,8 @@ class Situation:
             "gain": interval(self.right.gain),
             "placebo": share(placebo.success if placebo else None),
             "placebo_student": share(placebo.student if placebo else None),
-            "copied": percent(self.copied),
+            "copied": percent(self.copied[0]),
+            "unprompted": percent(self.copied[1]),
             "questions": r.questions,
             "mixed": percent(r.mixed),
         }
@@ -167,9 +176,9 @@ VERDICTS = (
     ),
     Rule(
         "copies",
-        lambda s: s.copied >= COPIED,
-        _TEACHER + ", but the teacher copies: a wrong hint is followed in {copied}, so that what the verifier passes "
-        "by mistake is taught as well.",
+        lambda s: s.copies,
+        _TEACHER + ", but the teacher copies: a wrong hint is followed in {copied} (its answer is given in "
+        "{unprompted} without it), so that what the verifier passes by mistake is taught as well.",
         worth=True,
     ),
     Rule("worth it", lambda s: True, _TEACHER + ".", worth=True),
