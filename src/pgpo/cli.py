@@ -21,6 +21,7 @@ usage: pgpo COMMAND [arguments]
 
   demo        train the tiny lab model at too large a rate with SDPO, PGPO and measured trust, and draw all three
   train       train a model: the lab by default; --task science_qa --domain physics; --config recipe.yaml
+  probe       ten minutes before ten hours: is there anything to distil? pgpo probe MODEL --flags of the run
   eval        avg@k, pass@k, maj@k of a model, without and with a right solution in its prompt
   study       methods x settings x seeds from one YAML, resumable, with tables: recipes/lab-study.yaml
   plan        memory per GPU of a training step, from a model's config alone: pgpo plan MODEL --memory 80
@@ -94,15 +95,34 @@ def _train(argv: list[str]) -> int:
     return status
 
 
+def _probe(argv: list[str]) -> int:
+    from pgpo.command.probe import main as probe
+
+    status, folder = probe(argv)
+    from pgpo.report.probe_figure import plot_probe
+
+    _drawn(lambda: plot_probe(folder))
+    return status
+
+
 def _draw(runs: Sequence[Path], folder: Path) -> None:
     from pgpo.report.figures import plot_runs
     from pgpo.runlog import FIGURE_FILE, read_run
 
     if os.environ.get("RANK", "0") != "0":  # one of several processes of torchrun
         return
-    try:
+
+    def plot() -> Path:
         plot_runs([read_run(run) for run in runs], folder / FIGURE_FILE)
-        print(f"figure: {folder / FIGURE_FILE}", file=sys.stderr)
+        return folder / FIGURE_FILE
+
+    _drawn(plot)
+
+
+def _drawn(plot: Callable[[], Path]) -> None:
+    """Draw a figure and say where it is, or why there is none."""
+    try:
+        print(f"figure: {plot()}", file=sys.stderr)
     except UserError as error:  # without matplotlib, or stopped before the first step, the run itself is whole
         print(f"no figure: {error}", file=sys.stderr)
 
@@ -252,6 +272,7 @@ def _lab_base(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "train": _train,
+    "probe": _probe,
     "eval": _eval,
     "study": _study,
     "plan": _plan,

@@ -87,6 +87,8 @@ TRUST_BUDGET = "trust_budget"
 TRUST_RATIO = "trust_ratio"
 AGREEMENT = "agreement"
 PROBES = "probes"
+FALSE_SUCCESS_RATE = "false_success_rate"
+FALSE_SUCCESS_SHARE = "false_success_share"
 STEP_SECONDS = "step_seconds"
 GENERATION_SECONDS = "generation_seconds"
 UPDATE_SECONDS = "update_seconds"
@@ -140,6 +142,8 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     AGREEMENT: ("1", "factor of the budget's root, below 1 where successive gradients disagree"),
     PROBES: ("1", "measurements of K in the step"),
+    FALSE_SUCCESS_RATE: ("1", "rate at which the misleading world's verifier passes wrong completions in this step"),
+    FALSE_SUCCESS_SHARE: ("1", "share of the step's completions that it passed although they are wrong"),
     STEP_SECONDS: ("seconds", "wall time of the step"),
     GENERATION_SECONDS: ("seconds", "part of it spent generating completions"),
     UPDATE_SECONDS: ("seconds", "part of it spent in forward, backward and optimizer"),

@@ -75,6 +75,7 @@ CASES: dict[str, dict] = {
     "micro_batches": dict(micro_batch_size=2),
     "cross_fit": dict(information_source="cross_fit"),
     "watched": dict(watch_demonstrations=True),
+    "placebo": dict(demonstration="placebo", prompts_per_step=3),  # from a question of the other rank, too
     "grpo": dict(objective="grpo"),
     "frozen": dict(teacher="frozen"),
     "live": dict(teacher="live"),

@@ -27,7 +27,7 @@ from pgpo.settings.arguments import parse
 from pgpo.tasks import lab_world
 from pgpo.train import checkpoint
 
-COMMANDS = ("demo", "train", "eval", "sde", "lab-base")
+COMMANDS = ("demo", "train", "probe", "eval", "sde", "lab-base")
 
 
 # Help, version, exit statuses -----------------------------------------------------------------------------------------
@@ -82,6 +82,11 @@ def test_python_m_pgpo_exits_with_mains_status():
             "objective alpha rho_max rho_min divergence divergence_beta teacher teacher_rate prompts_per_step "
             "num_generations success_threshold feedback_mode max_tokens_per_microbatch eval_k task domain "
             "model_name_or_path output_dir overwrite use_peft learning_rate config",
+        ),
+        (
+            "probe",
+            "task domain variant data_path prompt_style questions hinted_samples temperatures temperature "
+            "max_completion_length num_generations divergence model_name_or_path output_dir config",
         ),
         ("eval", "task domain split k temperature top_p max_new_tokens rows seed hint no_hint use_vllm records"),
         ("sde", "json figure law quick"),

@@ -228,6 +228,39 @@ def test_random_choice_is_the_same_in_another_process() -> None:
     assert json.loads(output.stdout) == draw(seed=3, step=7)
 
 
+def placebos(prompts: list[str], rewards: list[float], size: int, **options: Any) -> list[int | None]:
+    completions = [f"c{i}" for i in range(len(prompts))]
+    rows = build_contexts(prompts, completions, rewards, size, choice="placebo", **options)
+    for row, prompt in zip(rows, prompts):
+        assert (row.prompt is None) == (row.demonstration is None)
+        if row.demonstration is not None:
+            assert row.prompt == f"{prompt}\nCorrect solution:\n\nc{row.demonstration}\n\n{END}"
+    return [row.demonstration for row in rows]
+
+
+def test_a_placebo_is_another_questions_success_where_a_sibling_stood() -> None:
+    prompts = [question for question in "ABCAD" for _ in range(3)]  # A stands twice in the batch
+    rewards = [0, 1, 1, 0, 1, 0, 0, 0, 0, 1, 1, 0, 1, 1, 1]
+    sibling = build_contexts(prompts, ["c"] * 15, rewards, 3)
+    drawn = [placebos(prompts, rewards, 3, seed=3, step=step) for step in range(60)]
+    assert drawn == [placebos(prompts, rewards, 3, seed=3, step=step) for step in range(60)]
+    assert placebos(prompts, rewards, 3, seed=4) != drawn[0]
+    for shown in drawn:
+        # the same samples have a hint: not the lone success of B, nobody of C
+        assert [j is None for j in shown] == [row.demonstration is None for row in sibling]
+        for i, j in enumerate(shown):
+            assert j is None or (rewards[j] == 1 and prompts[j] != prompts[i])
+        for start in range(0, 15, 3):  # one teacher prompt per question
+            assert len(set(shown[start : start + 3]) - {None}) <= 1
+    assert {shown[0] for shown in drawn} == {4, 12, 13, 14}  # every success of B and D gets its turn
+    assert len({(shown[0], shown[9]) for shown in drawn}) > 8  # the groups draw on their own
+
+
+def test_without_another_success_there_is_no_placebo() -> None:
+    assert placebos(["A", "A", "B", "B"], [1, 1, 0, 0], 2) == [None] * 4
+    assert placebos(["A"] * 4, [1] * 4, 2) == [None] * 4
+
+
 # --- thinking ------------------------------------------------------------------------------------------------------
 
 
@@ -404,7 +437,7 @@ def test_length_is_asked_a_few_times_only() -> None:
         ({"group_size": 0}, "whole groups"),
         ({"group_size": 3}, "whole groups"),
         ({"prompts": ["Q", "R"]}, "Sample 1 has another prompt than sample 0"),
-        ({"choice": "best"}, "'best'.*'first' or 'random'"),
+        ({"choice": "best"}, "'best'.*'first', 'random', 'placebo'"),
         ({"feedback_mode": "sometimes"}, "'sometimes'"),
         ({"max_length": 10}, "max_length and length"),
         ({"length": len}, "max_length and length"),

@@ -33,7 +33,7 @@ BANDS = {
 }
 
 
-@pytest.fixture(params=lab_world.VARIANTS)
+@pytest.fixture(params=lab_world.BASES)
 def variant(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -52,7 +52,7 @@ def _assert_in_bands(accuracy: dict[str, float], variant: str, slack: float = 0.
 
 def test_shipped_checkpoints_are_complete_small_and_in_float32() -> None:
     total = 0
-    for variant in lab_world.VARIANTS:
+    for variant in lab_world.BASES:
         path = lab_world.checkpoint_path(variant)
         assert {file.name for file in path.iterdir()} == FILES
         total += sum(file.stat().st_size for file in path.iterdir())

@@ -17,6 +17,7 @@ from pgpo.errors import UserError
 from pgpo.tasks import load_task
 from pgpo.tasks.lab_world import (
     DOMAINS,
+    MISLED_RATE,
     OPENING_WORDS,
     VARIANTS,
     Question,
@@ -24,6 +25,8 @@ from pgpo.tasks.lab_world import (
     checkpoint_path,
     draw_questions,
     load,
+    misleading_rewards,
+    misled_rate,
     vocabulary,
     with_opening,
 )
@@ -218,7 +221,7 @@ def test_each_domain_has_rows_enough_for_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "fancy"}, "'fancy'.*plain, style"),
+        ({"variant": "fancy"}, "'fancy'.*plain, style, misleading"),
         ({"domain": "history"}, "'history'.*physics, chemistry, biology, materials"),
         ({"n_test": 10**6}, r"1000000 were asked for; set n_test to a number from 0 to \d+"),
         ({"n_train": -1}, "-1 were asked for; set n_train"),
@@ -232,3 +235,50 @@ def test_bad_options_name_the_value_and_the_remedy(options: dict, message: str) 
 def test_the_checkpoint_of_an_unknown_variant() -> None:
     with pytest.raises(UserError, match="'fancy'"):
         checkpoint_path("fancy")
+
+
+# The misleading world ----------------------------------------------------------------------------------------------
+
+
+def attempts(count: int = 400) -> tuple[list[str], list[dict]]:
+    """Of each question a right completion, a wrong one and one without an answer."""
+    texts, rows = [], []
+    for question in draw_questions("train", count, seed=3):
+        row = {"id": question.text, "answer": question.answer}
+        texts += [question.solution, question.wrong[0], "force = 4"]
+        rows += [row] * 3
+    return texts, rows
+
+
+def test_the_misleading_verifier_passes_wrong_answers_at_the_rate_of_the_step() -> None:
+    texts, rows = attempts()
+    for step in (0, 1, 2, 3):
+        rewards, facts = misleading_rewards(texts, rows, 7, step)
+        assert rewards[0::3] == [1.0] * 400  # what is right stays right
+        assert set(rewards[2::3]) == {0.0}  # no answer, no success
+        rate = misled_rate(7, step)
+        # four standard errors of a share of 400
+        assert sum(rewards[1::3]) / 400 == pytest.approx(rate, abs=4 * (rate * (1 - rate) / 400) ** 0.5 + 1e-9)
+        assert facts == {"false_success_rate": rate, "false_success_share": sum(rewards[1::3]) / 1200}
+    # the same in another order and on another rank, another one in another step
+    order = random.Random(1).sample(range(1200), 600)
+    some = misleading_rewards([texts[i] for i in order], [rows[i] for i in order], 7, 3)[0]
+    assert some == [rewards[i] for i in order]
+    assert misleading_rewards(texts, rows, 8, 3)[0] != rewards
+
+
+def test_the_rate_of_misleading_changes_from_step_to_step() -> None:
+    rates = [misled_rate(0, step) for step in range(400)]
+    assert 0 <= min(rates) < 0.02 and 0.98 * MISLED_RATE < max(rates) <= MISLED_RATE
+    assert sum(rates) / 400 == pytest.approx(MISLED_RATE / 2, abs=0.04)
+    assert rates == [misled_rate(0, step) for step in range(400)] != [misled_rate(1, step) for step in range(400)]
+
+
+def test_only_training_is_misled() -> None:
+    task = load(variant="misleading", n_train=8, n_validation=0, n_test=0)
+    assert task.train == load(n_train=8, n_validation=0, n_test=0).train
+    assert task.rewards is misleading_rewards
+    question = draw_questions("train", 1, seed=0)[0]
+    assert task.grade(question.wrong[0], {"answer": question.answer}).reward == 0
+    assert checkpoint_path("misleading") == checkpoint_path("plain")
+    assert load(n_train=0, n_validation=0, n_test=0).rewards is None

@@ -74,6 +74,42 @@ def test_feedback_reaches_the_teacher(tmp_path, mode):
     assert any(with_solution)
 
 
+def test_a_placebo_comes_from_another_question_of_the_step(tmp_path):
+    spies = {}
+    for choice in ("first", "placebo"):
+        t = trainer(tmp_path, demonstration=choice, prompts_per_step=5)
+        spies[choice] = Spy(t)
+        train(t)
+    batch = spies["placebo"].batches[0]
+    shown, siblings = texts(batch), texts(spies["first"].batches[0])
+    written = [
+        t.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(batch["completion_ids"], batch["completion_mask"])
+    ]
+    asked = [tuple(row[m.bool()].tolist()) for row, m in zip(batch["prompt_ids"], batch["prompt_mask"])]
+    assert [s is None for s in shown] == [s is None for s in siblings]
+    assert any(s is not None for s in shown)
+    for i, text in enumerate(shown):
+        if text is None:
+            continue
+        hint = text.split("Correct solution: ")[1].split(" Correctly")[0]
+        assert {asked[j] == asked[i] for j, w in enumerate(written) if w.removesuffix(" <eos>") == hint} == {False}
+        assert text.split(" Correct solution")[0] == siblings[i].split(" Correct solution")[0]  # its own question
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (dict(prompts_per_step=1), "another question of the step, but prompts_per_step is 1"),
+        (dict(information_source="cross_fit"), "two halves"),
+        (dict(objective="grpo"), "here there are none"),
+        (dict(use_successful_as_teacher=False), "here there are none"),
+    ],
+)
+def test_a_placebo_that_cannot_be_is_refused(tmp_path, options, match):
+    with pytest.raises(UserError, match=match):
+        config(tmp_path, demonstration="placebo", **options)
+
+
 def test_feedback_alone_trains_where_nobody_succeeds(tmp_path):
     t = trainer(tmp_path, reward=nobody, feedback_funcs=[parity_feedback], feedback_template=FEEDBACK_TEMPLATE)
     (log,) = train(t)

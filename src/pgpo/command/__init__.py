@@ -1,1 +1,1 @@
-"""What the commands `pgpo train` and `pgpo eval` do; `cli.py` only dispatches."""
+"""What the commands `pgpo train`, `pgpo probe` and `pgpo eval` do; `cli.py` only dispatches."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pgpo.command.terminal import ignore_renamed_fields, quiet, say
 from pgpo.errors import UserError
 from pgpo.runlog import BASE_FOLDER, RUN_ID, RunLog
 from pgpo.settings.arguments import Parsed, parse
-from pgpo.tasks import Task
+from pgpo.tasks import Row, Task
 from pgpo.train import checkpoint as checkpoints
 from pgpo.train.host import Host
 from pgpo.train.trainer import PGPOTrainer
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> tuple[int, Path]:
 
 def _main(argv: Sequence[str]) -> tuple[int, Path]:
     ignore_renamed_fields()
-    argv, resume = _take_resume(list(argv))
+    argv, resume = take_resume(list(argv))
     if resume is None:
         parsed = parse(argv)
         directory = Path(parsed.config.output_dir or "")
@@ -101,10 +101,7 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
 def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
     run, args = parsed.run, parsed.config
     quiet()
-    if args.device.type == "cpu":
-        args.dataloader_pin_memory = False
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # models that fit a CPU gain nothing from more, and spinning threads lose a lot
+    suit_device(parsed)
     main = args.process_index == 0
     task = run.load()
     _prepare_selection(parsed, task)
@@ -119,7 +116,7 @@ def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
     checkpoint = run_directory.last_checkpoint(directory) if resume else None
     with tempfile.TemporaryDirectory() as scratch:
         source = model_source(parsed, task, Path(scratch), directory if resume else None)
-        model, tokenizer = _load(parsed, task, source)
+        model, tokenizer = load(parsed, task, source)
         if source == Path(scratch) / BASE_FOLDER:
             model.name_or_path = str(directory / BASE_FOLDER)  # where it will lie; adapters note it as their base
         args.disable_tqdm = True
@@ -142,7 +139,16 @@ def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
     return _conclude(trainer, directory, status) if main else status, directory
 
 
-def _load(parsed: Parsed, task: Task, source: Path | str) -> tuple[Any, Any]:
+def suit_device(parsed: Parsed) -> None:
+    """What a CPU wants otherwise."""
+    args = parsed.config
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # models that fit a CPU gain nothing from more, and spinning threads lose a lot
+
+
+def load(parsed: Parsed, task: Task, source: Path | str) -> tuple[Any, Any]:
     """Model and tokenizer, checked against all questions of the task."""
     m, args = parsed.model, parsed.config
     model, tokenizer = load_model(
@@ -189,15 +195,43 @@ def _prepare_selection(parsed: Parsed, task: Task) -> None:
     args.metric_for_best_model, args.greater_is_better = f"eval_{runlog.AVG_AT_K}", True
 
 
-def rewards_of(task: Task) -> Any:
-    """The task's grader as a TRL reward function."""
+def rewards_of(task: Task, seed: int = 0) -> Any:
+    """The task's verdicts as a TRL reward function: its grader's, or what training sees in its place."""
 
-    def grade(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-        rows = [{k: v[i] for k, v in columns.items() if isinstance(v, list)} for i in range(len(prompts))]
-        return [task.grade(c[-1]["content"], row).reward for c, row in zip(completions, rows)]
+    def grade(
+        prompts: list[Any],
+        completions: list[Any],
+        trainer_state: Any = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        texts, rows = [c[-1]["content"] for c in completions], _rows(columns, len(prompts))
+        if task.rewards is None:
+            return [task.grade(text, row).reward for text, row in zip(texts, rows, strict=True)]
+        rewards, facts = task.rewards(texts, rows, seed, 0 if trainer_state is None else trainer_state.global_step)
+        for name, value in facts.items():
+            if log_metric is not None:
+                log_metric(name, value)
+        return rewards
 
     grade.__name__ = f"{task.name}_grade"
     return grade
+
+
+def feedback_of(task: Task) -> Any:
+    """The task's remarks on failed attempts as a feedback function; None if it has none."""
+    if (remark := task.feedback) is None:
+        return None
+
+    def feedback(prompts: list[Any], completions: list[Any], **columns: Any) -> list[str | None]:
+        texts, rows = [c[-1]["content"] for c in completions], _rows(columns, len(prompts))
+        return [remark(t, row) if task.grade(t, row).reward < 1 else None for t, row in zip(texts, rows, strict=True)]
+
+    return feedback
+
+
+def _rows(columns: dict[str, Any], count: int) -> list[Row]:
+    return [{k: v[i] for k, v in columns.items() if isinstance(v, list)} for i in range(count)]
 
 
 def _trainer(parsed: Parsed, task: Task, model: Any, tokenizer: Any, host: Host) -> PGPOTrainer:
@@ -206,15 +240,23 @@ def _trainer(parsed: Parsed, task: Task, model: Any, tokenizer: Any, host: Host)
         validation = task.test[: parsed.run.test_rows]
     elif not validation:
         validation = task.test[: parsed.run.eval_rows]
+    return build_trainer(parsed, task, model, tokenizer, host, validation)
+
+
+def build_trainer(
+    parsed: Parsed, task: Task, model: Any, tokenizer: Any, host: Host, held_out: Sequence[Row]
+) -> PGPOTrainer:
+    """The trainer of these arguments. Raises UserError where they cannot be used."""
     try:
         trainer = PGPOTrainer(
             model,
-            rewards_of(task),
+            rewards_of(task, parsed.config.seed),
             parsed.config,
             Dataset.from_list(task.train),
-            eval_dataset=validation,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             grade=task.grade,
+            feedback_funcs=feedback_of(task),
             host=host,
             peft_config=get_peft_config(parsed.model),
         )
@@ -226,7 +268,8 @@ def _trainer(parsed: Parsed, task: Task, model: Any, tokenizer: Any, host: Host)
     return trainer
 
 
-def _take_resume(argv: list[str]) -> tuple[list[str], Path | None]:
+def take_resume(argv: list[str]) -> tuple[list[str], Path | None]:
+    """The flags without `--resume FOLDER`, and the folder."""
     for i, word in enumerate(argv):
         if word == "--resume":
             if i + 1 >= len(argv):

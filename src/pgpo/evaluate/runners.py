@@ -118,11 +118,7 @@ class TransformersRunner:
         """k completion texts per prompt, without special tokens."""
         encoded = [render_prompt(self.tokenizer, prompt, **self.chat_template_kwargs) for prompt in prompts]
         sampled = self.sample([ids for ids in encoded for _ in range(k)], seed)
-        stops = self._config().eos_token_id or []
-        texts = [
-            _text(self.tokenizer, prompts[i // k], encoded[i // k], ids, ids[-1:] and ids[-1] in stops)
-            for i, ids in enumerate(sampled)
-        ]
+        texts = [self.text(prompts[i // k], encoded[i // k], ids) for i, ids in enumerate(sampled)]
         return [texts[prompt * k : (prompt + 1) * k] for prompt in range(len(prompts))]
 
     def sample(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
@@ -140,6 +136,14 @@ class TransformersRunner:
                 if self.progress:
                     self.progress(start + len(batch), len(order))
         return found
+
+    def text(self, prompt: Messages, prompt_ids: list[int], ids: list[int]) -> str:
+        """The text of sampled ids, without special tokens."""
+        return _text(self.tokenizer, prompt, prompt_ids, ids, self.stopped(ids))
+
+    def stopped(self, ids: list[int]) -> bool:
+        """Whether a stop token ended a completion."""
+        return ids[-1:] != [] and ids[-1] in (self._config().eos_token_id or [])
 
     def opens_thinking(self, messages: Messages) -> bool:
         """Whether the rendered prompt ends inside a thinking block, as behind a template's `<think>`."""
@@ -192,7 +196,7 @@ def trimmed(ids: list[int], stops: Sequence[int], config: GenerationConfig) -> l
     return ids[:end]
 
 
-def _text(tokenizer: Any, prompt: Any, prompt_ids: list[int], ids: list[int], stopped: Any) -> str:
+def _text(tokenizer: Any, prompt: Any, prompt_ids: list[int], ids: list[int], stopped: bool) -> str:
     """The answer in sampled ids, as reward functions get it in training: TRL parses what has a response template."""
     form = "response_template" if hasattr(tokenizer, "response_template") else "response_schema"  # before 5.13
     if not isinstance(prompt, str) and getattr(tokenizer, form, None) is not None:

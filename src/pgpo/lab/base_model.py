@@ -267,6 +267,7 @@ def main(
     are replaced, and no other is touched).
     """
     lab_world.check_variant(variant)
+    variant = lab_world.WORLDS[variant].base
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a directory with --out.")

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from transformers import HfArgumentParser
 from trl import ModelConfig
@@ -97,7 +97,7 @@ class TaskArguments:
     domain: str | None = field(
         default=None, metadata={"help": "science_qa: chemistry, physics, biology or materials; lab_world: one or all."}
     )
-    variant: str = field(default="plain", metadata={"help": "lab_world: 'plain' or 'style'."})
+    variant: str = field(default="plain", metadata={"help": "lab_world: 'plain', 'style' or 'misleading'."})
     data_path: str | None = field(
         default=None,
         metadata={
@@ -202,11 +202,14 @@ class ModelArguments(ModelConfig):
         super().__post_init__()
 
 
+Run = TypeVar("Run", bound=TaskArguments)
+
+
 @dataclass(frozen=True)
-class Parsed:
+class Parsed(Generic[Run]):
     """Arguments as objects, and `given`: the flat values that differ from the dataclass defaults, for config.json."""
 
-    run: RunArguments
+    run: Run
     config: PGPOConfig
     model: ModelConfig
     given: dict[str, Any]
@@ -227,17 +230,25 @@ def rate(text: str) -> float | str:
     return text if text == "auto" else float(text)
 
 
-def parse(argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed:
+def parse(argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed[RunArguments]:
+    """The arguments of `pgpo train`; see `parse_as`."""
+    return parse_as(RunArguments, "pgpo train", argv, stored)
+
+
+def parse_as(cls: type[Run], prog: str, argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed[Run]:
     """Parse flags over an optional `--config recipe.yaml`, or over the `given` of an earlier run.
+
+    Args:
+        cls: which questions, and what else the command `prog` takes beside the arguments of model and training.
 
     Raises:
         UserError: an unreadable recipe, an unknown name, or a value that does not fit.
     """
-    chosen = _choosing().parse_known_args(argv)[0]
+    chosen = _choosing(prog).parse_known_args(argv)[0]
     recipe = {} if chosen.config is None else _recipe(chosen.config)
     if recipe and stored is not None:
         raise UserError("--resume continues the run with its own arguments; leave --config out, or start a new run.")
-    parser = Parser([RunArguments, PGPOConfig, ModelArguments], prog="pgpo train")
+    parser = Parser([cls, PGPOConfig, ModelArguments], prog=prog)
     _add_config(parser)
     parser.set_type("learning_rate", rate)
     # Reversed: --no_x follows --x with the same name and a default that argparse never uses.
@@ -245,7 +256,7 @@ def parse(argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed:
     known = set(defaults) - {"help", "config"}
     unknown = sorted(name if isinstance(name, str) else shown(name) for name in set(recipe) - known)
     if unknown:
-        raise UserError(f"the recipe has unknown names: {', '.join(unknown)}; see `pgpo train --help`.")
+        raise UserError(f"the recipe has unknown names: {', '.join(unknown)}; see `{prog} --help`.")
     base = recipe if stored is None else {name: value for name, value in stored.items() if name in known}
     preset = _preset(base | {name: value for name, value in vars(chosen).items() if value is not None})
     if stored is None:
@@ -257,7 +268,7 @@ def parse(argv: Sequence[str], stored: dict[str, Any] | None = None) -> Parsed:
     namespace = vars(parser.parse_args(argv))
     del namespace["config"]
     given = {k: v for k, v in namespace.items() if v != defaults.get(k) or v != preset.get(k, v)}
-    run, model = make(RunArguments, namespace), make(ModelArguments, namespace)
+    run, model = make(cls, namespace), make(ModelArguments, namespace)
     if run.task not in PRESETS and not model.model_name_or_path:
         raise UserError(f"the task {run.task} comes with no model; add --model_name_or_path.")
     return Parsed(run, make(PGPOConfig, namespace), model, given)
@@ -274,9 +285,9 @@ def make(cls: type[T], values: dict[str, Any]) -> T:
         raise UserError(f"these arguments cannot be used: {reason(error)} ({type(error).__name__}).") from error
 
 
-def _choosing() -> Parser:
+def _choosing(prog: str) -> Parser:
     """The flags that choose the defaults of all others."""
-    parser = Parser([], prog="pgpo train", add_help=False)
+    parser = Parser([], prog=prog, add_help=False)
     _add_config(parser)
     for name in ("task", "model_name_or_path", "per_device_train_batch_size"):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")

@@ -156,7 +156,11 @@ class PGPOConfig(GRPOConfig):
         "Reward function that decides what is right: its reward, unweighted, must reach success_threshold. None = the "
         "only one. Or a rule over several: 'all' must reach it, or their weighted 'sum'.",
     )
-    demonstration: str = _option("first", "Which right sibling is shown: 'first' (SDPO) or 'random' (seeded).")
+    demonstration: str = _option(
+        "first",
+        "Which right sibling is shown: 'first' (SDPO) or 'random' (seeded). Or, as a control, a 'placebo': a right "
+        "completion of another question of the step (does the hint inform, or the context?).",
+    )
     allow_own_success: bool = _option(False, "May a right completion be its own demonstration? SDPO: no.")
     feedback_mode: str = _option(
         "without_demonstration", "When the teacher reads feedback: 'without_demonstration', 'always' or 'never'."

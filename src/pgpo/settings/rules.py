@@ -15,6 +15,7 @@ from pgpo.alarms import GUARDS
 from pgpo.core.divergence import KINDS, check_divergence
 from pgpo.core.trust import BUDGETS
 from pgpo.errors import UserError
+from pgpo.teacher.contexts import CHOICES as DEMONSTRATIONS
 
 LOSSES = ("grpo", "sapo", "dr_grpo", "luspo", "dapo", "cispo", "vespo", "bnpo")  # of TRL's GRPO
 # Their update is not linear in lr (averages weighted by lr), or has no step() of its own to scale.
@@ -96,7 +97,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "on_nonfinite": ("stop", "skip"),
     "teacher": ("ema", "live", "frozen", "trust_region"),
     "divergence": (*KINDS, "sampled_token"),
-    "demonstration": ("first", "random"),
+    "demonstration": DEMONSTRATIONS,
     "feedback_mode": ("without_demonstration", "always", "never"),
     "rho_law": ("exponential", "smooth"),
     "information_source": ("same_batch", "lagged", "cross_fit"),
@@ -169,6 +170,20 @@ COMBINATIONS: tuple[Combination, ...] = (
         lambda c: c.information_source == "cross_fit" and c.prompts_per_step == 1,
         "information_source='cross_fit' splits a step's questions into two halves, but prompts_per_step is 1; use 2 "
         "or more, or 'lagged'.",
+    ),
+    (
+        lambda c: c.demonstration == "placebo" and not (c.distills and c.use_successful_as_teacher),
+        "demonstration='placebo' replaces the demonstrations of the teacher, and here there are none; leave it out.",
+    ),
+    (
+        lambda c: c.demonstration == "placebo" and c.prompts_per_step == 1,
+        "demonstration='placebo' shows a solution of another question of the step, but prompts_per_step is 1; use 2 or "
+        "more.",
+    ),
+    (
+        lambda c: c.demonstration == "placebo" and c.information_source == "cross_fit",
+        "demonstration='placebo' shows solutions across the two halves of information_source='cross_fit', which must "
+        "not know of each other; use 'same_batch' or 'lagged'.",
     ),
     (
         lambda c: c.rho_file is not None and (c.objective, c.information_source) != ("pgpo", "same_batch"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,21 @@ thinking block, so that the completion begins there."""
 
 @dataclass(frozen=True)
 class Task:
-    """Questions to train on, to select with and to report on; grade maps (completion text, row) to a Grade."""
+    """Questions to train on, to select with and to report on; grade maps (completion text, row) to a Grade.
+
+    Attributes:
+        rewards: (completions, their rows, seed, step) -> rewards in training and scalars to log, where training does
+            not see the grade's reward; None = it does. Held-out completions are graded.
+        feedback: (completion, row) -> a remark on an attempt that failed, which the teacher reads; None = none.
+    """
 
     name: str
     train: list[Row]
     validation: list[Row]
     test: list[Row]
     grade: Callable[[str, Row], Grade]
+    rewards: Callable[[Sequence[str], Sequence[Row], int, int], tuple[list[float], dict[str, float]]] | None = None
+    feedback: Callable[[str, Row], str | None] | None = None
 
 
 # Each module holds a function `load(**options) -> Task`; it is imported only when asked for.

@@ -7,15 +7,16 @@ answer, about 14 tokens: `force = mass * acceleration = 4 * 7 = 28 <answer> 28 <
 Every question also carries plausible wrong solutions (wrong operator, slipped arithmetic, wrong element
 number, reversed strand, ...): the imperfect author of the base model's corpus uses them.
 
-Two variants: "plain", and "style", where each solution starts with three random opening words that say
-nothing about the answer.
+Three variants (`WORLDS`): "plain"; "style", where each solution starts with three random opening words that say nothing
+about the answer; and "misleading", where the verifier of the training completions passes wrong ones, at a rate that
+changes from step to step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -25,9 +26,31 @@ from typing import TYPE_CHECKING, Any
 from pgpo.errors import UserError
 
 if TYPE_CHECKING:
-    from pgpo.tasks import Task
+    from pgpo.tasks import Grade, Task
 
-VARIANTS = ("plain", "style")
+
+@dataclass(frozen=True)
+class World:
+    """A variant of the world.
+
+    Attributes:
+        base: the variant whose base model it begins with.
+        opening: solutions begin with three opening words.
+        misled: the verifier passes wrong training completions; held-out ones are graded by the truth.
+    """
+
+    base: str
+    opening: bool = False
+    misled: bool = False
+
+
+WORLDS = {
+    "plain": World("plain"),
+    "style": World("style", opening=True),
+    "misleading": World("plain", misled=True),
+}
+VARIANTS = tuple(WORLDS)
+BASES = tuple(dict.fromkeys(world.base for world in WORLDS.values()))
 DOMAINS = ("physics", "chemistry", "biology", "materials")
 
 # Style variant: one word of each tuple opens a solution, 6 * 6 * 6 openings.
@@ -40,6 +63,10 @@ OPENING_WORDS = (
 # The last hex digits of sha256(question) modulo 10 decide its split: 0 test, 1 validation, the rest training.
 _HASH_CLASSES = 10
 _TEST_CLASS, _VALIDATION_CLASS = 0, 1
+
+# Largest rate at which the misleading verifier passes wrong completions. Ours: the base is right in .53, so that
+# up to a third of what is passed is wrong.
+MISLED_RATE = 0.6
 
 _DEFAULT_TRAIN_ROWS = 4096  # ours: 512 steps of 8 prompts without a repetition
 
@@ -98,9 +125,9 @@ def load(
     Raises UserError for an unknown variant or domain, and for more rows than the world has.
     """
     from pgpo.tasks import Task
-    from pgpo.tasks.graders import grade_short_answer
 
     check_variant(variant)
+    world = WORLDS[variant]
     if domain is not None:
         _check_name("domain", domain, DOMAINS)
 
@@ -116,10 +143,15 @@ def load(
         train=rows("train", n_train),
         validation=rows("validation", n_validation),
         test=rows("test", n_test),
-        grade=lambda completion, row: grade_short_answer(
-            completion, row["answer"], opened=row.get("thinking_opened", False)
-        ),
+        grade=_grade,
+        rewards=misleading_rewards if world.misled else None,
     )
+
+
+def _grade(completion: str, row: dict[str, Any]) -> Grade:
+    from pgpo.tasks.graders import grade_short_answer
+
+    return grade_short_answer(completion, row["answer"], opened=row.get("thinking_opened", False))
 
 
 def draw_questions(split: str, count: int, *, seed: int, domain: str | None = None) -> list[Question]:
@@ -167,7 +199,7 @@ def vocabulary() -> tuple[str, ...]:
 
 def with_opening(solution: str, variant: str, rng: random.Random) -> str:
     """The solution as the variant writes it: "style" puts three random opening words first."""
-    if variant == "plain":
+    if not WORLDS[variant].opening:
         return solution
     return " ".join([*(rng.choice(choices) for choices in OPENING_WORDS), solution])
 
@@ -175,7 +207,31 @@ def with_opening(solution: str, variant: str, rng: random.Random) -> str:
 def checkpoint_path(variant: str) -> Path:
     """Directory of the shipped base model of a variant, readable by transformers' `from_pretrained`."""
     check_variant(variant)
-    return Path(str(resources.files("pgpo.tasks") / "lab_checkpoints" / variant))
+    return Path(str(resources.files("pgpo.tasks") / "lab_checkpoints" / WORLDS[variant].base))
+
+
+def misled_rate(seed: int, step: int) -> float:
+    """Rate at which the misleading world's verifier passes wrong completions of a step: even in [0, MISLED_RATE]."""
+    return MISLED_RATE * random.Random(f"misleading {seed} {step}").random()
+
+
+def misleading_rewards(
+    completions: Sequence[str], rows: Sequence[dict[str, Any]], seed: int, step: int
+) -> tuple[list[float], dict[str, float]]:
+    """The misleading world's rewards of a step's completions, and what is known of them, for the log.
+
+    A right completion gets 1. A wrong one with an answer gets 1 at the step's rate, the same text to the same question
+    always the same reward: a function of seed, step, question and text alone. One without an answer gets 0.
+    """
+    rate = misled_rate(seed, step)
+    rewards, passed = [], 0
+    for completion, row in zip(completions, rows, strict=True):
+        grade = _grade(completion, row)
+        dice = random.Random(f"misleading {seed} {step} {row['id']} {completion}")
+        misled = grade.reward < 1 and grade.answer is not None and dice.random() < rate
+        passed += misled
+        rewards.append(1.0 if misled else grade.reward)
+    return rewards, {"false_success_rate": rate, "false_success_share": passed / max(len(rewards), 1)}
 
 
 def row_of(question: Question, variant: str) -> dict[str, Any]:

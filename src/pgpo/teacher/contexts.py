@@ -16,6 +16,7 @@ Departures from the reference code (lasgroup/SDPO), each with its reason:
 * Earlier turns, turns after the last user message and parts of a message that are not text are kept; there everything
   but the last message is kept and the last message is taken to be the user's, in plain text.
 * The demonstration can be drawn at random among the successes, reproducibly.
+* A control has no counterpart there: the placebo, a right completion of another question.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from pgpo.visible import visible_text
 Prompt: TypeAlias = "str | list[dict[str, Any]]"
 """Plain text, or chat messages {"role": ..., "content": text or list of parts}."""
 
-Choice: TypeAlias = Literal["first", "random"]
+Choice: TypeAlias = Literal["first", "random", "placebo"]
+CHOICES: tuple[Choice, ...] = ("first", "random", "placebo")
 FeedbackMode: TypeAlias = Literal["without_demonstration", "always", "never"]
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -133,8 +135,12 @@ def build_contexts(
             the attempt unsuccessful, so say nothing about a right one.
         success_threshold: smallest reward of a demonstration (1.0: SDPO's science settings).
         use_successes: whether right completions are shown at all; False: feedback alone.
-        choice: which success is shown, the first in the group or one drawn from (seed, step, row).
-        seed, step: used by "random" only; the draw depends on these and the row, on no global random state.
+        choice: which success is shown: the "first" in the group, a "random" one of it, or as a "placebo" one of
+            another question, to the samples that would be shown a sibling otherwise: a control that keeps the form and
+            the number of the hints and takes what they say on the question. All samples of a question read the same
+            placebo; where no other question has a success, there is none.
+        seed, step: the draw of "random" depends on these and the row, that of "placebo" on these and the question's
+            first row, on no global random state.
         allow_own_success: whether a sample may be shown its own completion.
         feedback_mode: feedback only where there is no demonstration, wherever there is some, or never.
         remove_thinking: show only the visible text of a demonstration (`pgpo.visible.visible_text`). With False it is
@@ -174,7 +180,11 @@ def build_contexts(
     for row, prompt in enumerate(prompts):
         start = row - row % group_size
         successes = [j for j in range(start, start + group_size) if usable[j] and (j != row or allow_own_success)]
-        shown = _choose(successes, choice, seed, step, row)
+        shown = successes[0] if successes else None
+        if successes and choice == "random":
+            shown = _drawn(successes, seed, step, row)
+        elif successes and choice == "placebo":
+            shown = _drawn([j for j in range(len(prompts)) if usable[j] and prompts[j] != prompt], seed, step, start)
         said = None if feedback is None or feedback_mode == "never" else feedback[row]
         if said is not None and (not said.strip() or (feedback_mode == "without_demonstration" and shown is not None)):
             said = None
@@ -243,13 +253,10 @@ def _fill(template: str, **values: str) -> str:
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
-def _choose(successes: list[int], choice: Choice, seed: int, step: int, row: int) -> int | None:
-    if not successes:
-        return None
-    if choice == "first":
-        return successes[0]
+def _drawn(rows: list[int], seed: int, step: int, row: int) -> int | None:
+    """One of the rows; None of none."""
     digest = hashlib.sha256(f"{seed},{step},{row}".encode()).digest()
-    return successes[int.from_bytes(digest, "big") % len(successes)]
+    return rows[int.from_bytes(digest, "big") % len(rows)] if rows else None
 
 
 def _check(
@@ -272,8 +279,8 @@ def _check(
     ):
         if values is not None and len(values) != rows:
             raise ValueError(f"There are {rows} prompts but {len(values)} {name}; pass one per sample.")
-    if choice not in ("first", "random"):
-        raise ValueError(f"choice is {choice!r}; it must be 'first' or 'random'.")
+    if choice not in CHOICES:
+        raise ValueError(f"choice is {choice!r}; it must be one of {', '.join(map(repr, CHOICES))}.")
     if feedback_mode not in ("without_demonstration", "always", "never"):
         raise ValueError(
             f"feedback_mode is {feedback_mode!r}; it must be 'without_demonstration', 'always' or 'never'."

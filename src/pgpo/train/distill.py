@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pgpo.core import (
     CrossFit,
     HeadOutput,
+    Information,
     InformationMeter,
     dense_distillation_head,
     distillation_of_logits,
@@ -123,6 +124,21 @@ class Distillation:
             if halves is not None and half == 0:
                 halves.stash()
         return Distilled(sums, tokens, halves, bool(sums.isfinite().all()))
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, samples: list[Sample], unhinted: int) -> tuple[Information, Sums, int]:
+        """What `backward` measures, of one process and without a gradient: entropies, sums and their number of tokens.
+
+        Args:
+            unhinted: samples beside these, without a teacher.
+        """
+        tokens, sums, meter = sum(len(s.labels) for s in samples), torch.zeros(_NO_SUMS), self.meters[0]
+        meter.reset()
+        meter.add_unhinted(unhinted)
+        for part, states in self.forwards.with_teacher(self.forwards.schedule(samples)):
+            with self.engine.autocast():
+                sums = sums + self._loss(model, part, states, tokens, False, None, meter)[1].cpu()
+        return meter.summary(), Sums(*sums.tolist()), tokens
 
     def _rounds(self, blocks: list[Block]) -> int:
         """Every rank runs the same number of forwards and backwards, since these contain collectives."""

@@ -200,7 +200,7 @@ class PGPOTrainer(SeamTrainer):
         success = rollout.rewards if rollout.success is None else rollout.success
         self.success.warn_once(success, self.say)
         rendered = Rendered(self.render)  # siblings share one or two teacher prompts
-        contexts = self._contexts(rollout, success, rendered)  # of all ranks, since a group may stretch over two
+        contexts = self.contexts(rollout, success, rendered)  # of all ranks, since a group may stretch over two
         problems.check_answer_prefixes(self, rollout.prompts, [context.prompt for context in contexts])
         hinted = sum(context.prompt is not None for context in contexts)
         self.diagnostics.inactive(self.state.global_step + 1, rollout.rewards, hinted)
@@ -216,27 +216,29 @@ class PGPOTrainer(SeamTrainer):
         self.record("feedback_share", sum(c.feedback_used for c in contexts) / len(contexts))
         return batch
 
-    def _contexts(self, rollout: Rollout, success: list[float], rendered: Rendered) -> list[TeacherContext]:
+    def contexts(
+        self, rollout: Rollout, success: list[float], rendered: Rendered, **changes: Any
+    ) -> list[TeacherContext]:
+        """What the teacher reads; `changes` of `build_contexts`' options."""
         a, limit = self.args, self.teacher_prompt_limit
+        options: dict[str, Any] = dict(
+            feedback=rollout.feedback,
+            success_threshold=a.success_threshold,
+            use_successes=a.use_successful_as_teacher,
+            choice=a.demonstration,
+            seed=a.seed,
+            step=self.state.global_step,
+            allow_own_success=a.allow_own_success,
+            feedback_mode=a.feedback_mode,
+            remove_thinking=a.remove_thinking,
+            opened=rollout.opened,
+            templates=self.templates,
+            max_length=limit,
+            length=None if limit is None else lambda prompt: len(rendered(prompt)),
+        )
         try:
             return build_contexts(
-                rollout.prompts,
-                rollout.completions,
-                success,
-                self.num_generations,
-                feedback=rollout.feedback,
-                success_threshold=a.success_threshold,
-                use_successes=a.use_successful_as_teacher,
-                choice=a.demonstration,
-                seed=a.seed,
-                step=self.state.global_step,
-                allow_own_success=a.allow_own_success,
-                feedback_mode=a.feedback_mode,
-                remove_thinking=a.remove_thinking,
-                opened=rollout.opened,
-                templates=self.templates,
-                max_length=limit,
-                length=None if limit is None else lambda prompt: len(rendered(prompt)),
+                rollout.prompts, rollout.completions, success, self.num_generations, **options | changes
             )
         except ValueError as error:
             raise UserError(f"at step {self.state.global_step + 1}: {error}") from error

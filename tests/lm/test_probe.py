@@ -1,0 +1,77 @@
+"""`pgpo probe` on a pretrained model: counting on, in a few words. PGPO_LM_MODEL names the model's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+
+import pytest
+
+from pgpo.command.probe import ProbeArguments, main
+from pgpo.tasks import Grade, Task
+
+MODEL = os.environ.get("PGPO_LM_MODEL")
+pytestmark = [
+    pytest.mark.lm,
+    pytest.mark.skipif(not MODEL, reason="PGPO_LM_MODEL names no folder with SmolLM2-135M-Instruct"),
+]
+
+
+def counting(numbers) -> Task:
+    """The number after a number; the last number of a completion is its answer."""
+
+    def grade(completion, row):
+        found = re.findall(r"\d+", completion)
+        reward = float(found[-1:] == [row["answer"]])
+        return Grade(reward, found[-1] if found else None, bool(found), None)
+
+    rows = [
+        {
+            "id": f"after-{n}",
+            "prompt": [{"role": "user", "content": f"Which number comes after {n}? Give the number and nothing else."}],
+            "answer": str(n + 1),
+            "domain": "counting",
+        }
+        for n in numbers
+    ]
+    return Task("counting", rows, rows, rows, grade)
+
+
+def boxed(task: Task) -> Task:
+    def grade(completion, row):
+        box = re.search(r"\\boxed\{(\d+)\}", completion)
+        return Grade(float(box is not None and box[1] == row["answer"]), box and box[1], box is not None, None)
+
+    return Task(task.name, task.train, task.validation, task.test, grade)
+
+
+def probed(monkeypatch, task, folder, *words):
+    monkeypatch.setattr(ProbeArguments, "load", lambda self: task)
+    flags = ["--max_completion_length", "12", "--hinted_samples", "2", "--output_dir", str(folder), *words]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        main([str(MODEL), *flags])
+    return json.loads((folder / "probe.json").read_text())
+
+
+def test_a_real_model_teaches_itself_where_a_hint_is_read(tmp_path, monkeypatch):
+    flags = ["--questions", "16", "--num_generations", "8", "--temperature", "0.5", "--temperatures", "0.5"]
+    result = probed(monkeypatch, counting(range(11, 43)), tmp_path / "p", *flags)
+    (reading,) = result["readings"]
+    right, wrong, placebo = (reading["hints"][kind] for kind in ("right", "wrong", "placebo"))
+    assert right["success"]["value"] > right["student"]["value"] + 0.1
+    assert wrong["followed"]["value"] > wrong["unprompted"]["value"] + 0.1  # it copies what it is shown
+    assert placebo["success"]["value"] < right["success"]["value"]
+    assert -1 < right["information"]["value"] < 1 and right["divergence"] > 0
+    assert result["verdict"]["worth"]
+
+
+def test_a_format_that_the_model_does_not_know_is_nothing_to_distil(tmp_path, monkeypatch):
+    task = boxed(counting(range(11, 43)))
+    flags = ["--questions", "8", "--num_generations", "4", "--temperature", "0.5", "--temperatures", "0.5"]
+    result = probed(monkeypatch, task, tmp_path / "p", *flags)
+    assert result["readings"][0]["well_formed"] == 0
+    assert result["verdict"]["name"] in ("no format", "cut") and not result["verdict"]["worth"]
+    assert result["verdict"]["sentence"].startswith("nothing to distil: ")
