@@ -393,7 +393,7 @@ class _Queue:
         directory = self.out / RUNS_FOLDER / run.name
         # A checkpoint at every evaluation (.05 s in the lab), of which the selected one and the last stay to be tested.
         saving = {
-            **{"save_strategy": "steps", "save_steps": run.arm.eval_steps, "save_total_limit": 1},
+            **{"save_strategy": "steps", "save_steps": run.arm.eval_steps, "save_total_limit": 2},
             **{"metric_for_best_model": f"eval_{runlog.AVG_AT_K}", "greater_is_better": True},
         }
         return {
