@@ -44,6 +44,7 @@ def texts(rows: list[dict[str, Any]]) -> list[str]:
         ("plain", "2 + 2 = 4", ["2 + 2 = 4", "4"], False),
         ("plain", "a is 1, so b is: 2", ["a is 1, so b is: 2", "2"], False),
         ("plain", "The answer is", ["The answer is"], True),  # cut off
+        ("plain", "2 + 2 = 4\n\nThe sum", ["2 + 2 = 4\n\nThe sum", "4\n\nThe sum", "2 + 2 = 4", "4"], False),
         ("plain", "**", [], True),
         ("boxed", r"so \boxed{ 3 }", ["3"], True),
         ("boxed", r"\boxed{1} or \boxed{2}", ["2"], False),

@@ -3,12 +3,12 @@ r"""Questions with an open answer: how a prompt asks for it, and where it stands
 | style | the prompt asks for            | the answer is                                                             |
 |-------|--------------------------------|---------------------------------------------------------------------------|
 | boxed | reasoning, then \boxed{answer} | what stands in the last complete box                                      |
-| plain | the answer and nothing else    | the whole visible text, or what follows the last "is ", ": " or "= " of   |
-|       |                                | it, whichever scores more; without quotes, stars and a full stop at the   |
-|       |                                | ends                                                                      |
+| plain | the answer and nothing else    | the whole visible text, or its first line; or what follows the last       |
+|       |                                | "is ", ": " or "= " there; whichever scores most; without quotes, stars   |
+|       |                                | and a full stop at the ends                                               |
 
 `plain` is for short answers of small models: they seldom keep a format, and write "2 + 2 = 4" or "The answer is 4."
-whatever they are asked.
+whatever they are asked, and go on in another paragraph.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ _LEAD = re.compile(r".*(?:\bis|[:=])\s+(?=\S)", re.DOTALL)  # up to the last of 
 
 
 def _plain(text: str) -> tuple[Sequence[str], bool]:
-    readings = [bare for bare in map(_bare, (text, _LEAD.sub("", text))) if bare]
+    line = text.strip().partition("\n")[0]
+    readings = [bare for bare in map(_bare, (text, _LEAD.sub("", text), line, _LEAD.sub("", line))) if bare]
     return list(dict.fromkeys(readings)), _LEAD.match(text) is None
 
 
