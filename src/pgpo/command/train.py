@@ -117,12 +117,12 @@ def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
     with tempfile.TemporaryDirectory() as scratch:
         source = model_source(parsed, task, Path(scratch), directory if resume else None)
         model, tokenizer = load(parsed, task, source)
-        if source == Path(scratch) / BASE_FOLDER:
-            model.name_or_path = str(directory / BASE_FOLDER)  # where it will lie; adapters note it as their base
         args.disable_tqdm = True
         args.output_dir = scratch  # write nothing to the run directory before all arguments are checked
         host = Host(say=say, advice=lambda step: run_directory.after_a_lost_rank(directory, step, main))
         trainer = _trainer(parsed, task, model, tokenizer, host)
+        if source == Path(scratch) / BASE_FOLDER:
+            _name_base(trainer.model, str(directory / BASE_FOLDER))
         args.output_dir = str(directory / runlog.CHECKPOINTS_FOLDER)
         host.run_id = run_id = trainer.engine.gather_objects([run_id])[0]
         log = RunLog(directory)
@@ -162,6 +162,14 @@ def load(parsed: Parsed, task: Task, source: Path | str) -> tuple[Any, Any]:
     rows = [*task.train, *task.validation, *task.test]
     check_prompts(tokenizer, rows, args.max_prompt_length, args.chat_template_kwargs)
     return model, tokenizer
+
+
+def _name_base(model: Any, name: str) -> None:
+    """Where the initial model will lie. Until now it was named by its scratch folder, from which vLLM loads it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.name_or_path = name
+    for adapter in getattr(model, "peft_config", {}).values():
+        adapter.base_model_name_or_path = name
 
 
 def _conclude(trainer: PGPOTrainer, directory: Path, status: int) -> int:
