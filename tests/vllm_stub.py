@@ -18,7 +18,7 @@ from trl.generation import vllm_generation
 ENGINE_OPTIONS = {
     *("model", "dtype", "trust_remote_code", "max_model_len", "gpu_memory_utilization", "tensor_parallel_size"),
     *("max_num_seqs", "enable_sleep_mode", "model_impl", "distributed_executor_backend", "seed", "quantization"),
-    *("max_num_batched_tokens", "logprobs_mode", "enforce_eager"),
+    *("max_num_batched_tokens", "logprobs_mode", "enforce_eager", "tokenizer", "enable_lora", "max_lora_rank"),
 }
 
 
@@ -69,6 +69,7 @@ class Engine:
     Attributes:
         syncs: how often its weights were renewed.
         asked: the sampling parameters of each request.
+        adapters: folders that requests named; they change nothing here.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -81,7 +82,7 @@ class Engine:
         ).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.generator = torch.Generator().manual_seed(0)
-        self.syncs, self.asked = 0, []
+        self.syncs, self.asked, self.adapters = 0, [], set()
         runner = types.SimpleNamespace(model=types.SimpleNamespace(load_weights=self._load))
         executor = types.SimpleNamespace(driver_worker=types.SimpleNamespace(model_runner=runner))
         config = types.SimpleNamespace(max_model_len=options.get("max_model_len") or 128)
@@ -99,14 +100,19 @@ class Engine:
     def get_tokenizer(self) -> Any:
         return self.tokenizer
 
-    def chat(self, messages: list[Any], parameters: Any, use_tqdm: bool, chat_template_kwargs: dict) -> list[Any]:
+    def chat(
+        self, messages: list[Any], parameters: Any, use_tqdm: bool, chat_template_kwargs: dict, lora_request: Any
+    ) -> list[Any]:
         prompts = [
             self.tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=True, **chat_template_kwargs)
             for m in messages
         ]
-        return self.generate([{"prompt_token_ids": p["input_ids"]} for p in prompts], parameters, use_tqdm)
+        return self.generate(
+            [{"prompt_token_ids": p["input_ids"]} for p in prompts], parameters, use_tqdm, lora_request
+        )
 
-    def generate(self, prompts: list[Any], sampling_params: Any, use_tqdm: bool) -> list[Any]:
+    def generate(self, prompts: list[Any], sampling_params: Any, use_tqdm: bool, lora_request: Any = None) -> list[Any]:
+        self.adapters |= set() if lora_request is None else {lora_request}
         each = sampling_params if isinstance(sampling_params, list) else [sampling_params] * len(prompts)
         self.asked += [vars(p) | {"prompt": prompt} for p, prompt in zip(each, prompts, strict=True)]
         return [
@@ -127,9 +133,8 @@ class Engine:
             ids.append(int(torch.multinomial(policy.exp(), 1, generator=self.generator)))
             logprobs.append({ids[-1]: types.SimpleNamespace(rank=1, logprob=float(policy[ids[-1]]))})
         new = ids[len(prompt) :]
-        return types.SimpleNamespace(
-            token_ids=new, text=self.tokenizer.decode(new, skip_special_tokens=True), logprobs=logprobs
-        )
+        reason = "stop" if new[-1] == end else "length"
+        return types.SimpleNamespace(token_ids=new, logprobs=logprobs, finish_reason=reason, stop_reason=None)
 
 
 @torch.no_grad()
@@ -159,6 +164,10 @@ def install(monkeypatch: Any) -> Log:
     parameters.StructuredOutputsParams = StructuredOutputsParams  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", parameters)
+    lora, request = types.ModuleType("vllm.lora"), types.ModuleType("vllm.lora.request")
+    request.LoRARequest = lambda name, number, path: path  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.lora", lora)
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
     for name, value in (("LLM", LLM), ("SamplingParams", SamplingParams)):
         monkeypatch.setattr(vllm_generation, name, value, raising=False)
     monkeypatch.setattr(vllm_generation, "StructuredOutputsParams", StructuredOutputsParams, raising=False)

@@ -1,6 +1,6 @@
 """vLLM's copy of the weights is that of the model in training whenever it samples; what it samples with; its options.
 
-The engine is a stub that TRL's own code fills and asks (tests/vllm_stub.py); tests/vllm/ has the real one.
+The engine is a stub that TRL's own code fills and asks (tests/vllm_stub.py); tests/engine/ has the real one.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 import trainer_kit
 import vllm_stub
 from conftest import build_model, build_tokenizer
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_train_run import pgpo
 from transformers import TrainerCallback
 
-from pgpo.cli import main
+from pgpo.command import eval as evaluation
 from pgpo.command import session
-from pgpo.runlog import read_run
+from pgpo.runlog import RunLog, read_run
 
 SAME = 1e-5  # nats: LoRA is merged for the engine, which rounds
 QUICK = dict(use_vllm=True, eval_k=1, max_steps=2, learning_rate=3e-2, rollout=None, bf16=False)
@@ -47,7 +47,7 @@ def move(model, by=0.05):
             parameter.add_(by)
 
 
-# The weights that it samples from --------------------------------------------------------------------------------------
+# The weights that it samples from -------------------------------------------------------------------------------------
 
 
 def test_the_weights_are_renewed_once_per_step_and_per_evaluation(log, tmp_path):
@@ -137,7 +137,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("story", "options"), CASES, ids=lambda value: getattr(value, "__name__", None) or str([*value]))
+@pytest.mark.parametrize(
+    ("story", "options"), CASES, ids=lambda value: getattr(value, "__name__", None) or str([*value])
+)
 def test_it_samples_from_the_weights_as_they_are(story, options, log, tmp_path):
     t = make(tmp_path, **options)
     story(t, tmp_path)
@@ -210,3 +212,75 @@ def test_the_sampling_of_training_is_not_that_of_evaluation(log, tmp_path):
             OF_TRAINING if training else dict(top_k=0, min_p=0.0, repetition_penalty=1.0, top_p=0.95, temperature=0.6)
         )
         assert (p["stop_token_ids"], p["bad_words"], p["max_tokens"]) == ([9], ["w6"], 3)  # hold in both
+
+
+# pgpo eval --use_vllm -------------------------------------------------------------------------------------------------
+
+
+def model_folder(tmp_path):
+    build_model().save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def evaluate(folder, *words):
+    return pgpo("eval", folder, "--use_vllm", "--rows", "1", "--k", "2", "--no_hint", *words)
+
+
+def test_the_engine_of_eval_gets_what_the_flags_say(log, tmp_path):
+    words = ("--dtype", "bfloat16", "--trust_remote_code", "--max_prompt_length", "30", "--max_new_tokens", "4")
+    options = {"enforce_eager": True, "gpu_memory_utilization": 0.5}
+    status, err = evaluate(model_folder(tmp_path), *words, "--vllm_options", json.dumps(options))
+    assert status == 0, err
+    expected = dict(dtype="bfloat16", trust_remote_code=True, max_model_len=34, **options)
+    assert log.engine.options == {"model": str(tmp_path / "model"), **expected}
+    assert log.engine.model.dtype == torch.bfloat16
+    assert [(p["n"], p["max_tokens"], p["temperature"]) for p in log.engine.asked] == [(2, 4, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--max_prompt_length", "2"), "prompt tokens, more than max_prompt_length = 2"),
+        (("--vllm_options", "{"), "vllm_options is no JSON"),
+        (("--vllm_options", "[1]"), "give a JSON object"),
+        (("--vllm_options", '{"no_such_option": 1}'), "unexpected keyword argument 'no_such_option'"),
+        (("--vllm_options", '{"seed": 1}', "--use_vllm", "false"), "add --use_vllm"),
+        (("--max_new_tokens", "128"), "more than the model's 128 positions; set --max_new_tokens to at most"),
+    ],
+)
+def test_what_the_engine_of_eval_cannot_do_is_told_in_one_sentence(words, said, log, tmp_path):
+    status, err = evaluate(model_folder(tmp_path), *words)
+    assert (status, err.count("\n")) == (2, 1) and said in err
+
+
+def test_the_form_of_a_runs_answers_holds_in_eval(log, monkeypatch, tmp_path):
+    """TRL takes it as a field, and as a mapping in generation_kwargs."""
+    for n, stored in enumerate(
+        (
+            dict(vllm_structured_outputs_regex="a+"),
+            dict(generation_kwargs=dict(structured_outputs=dict(regex="a+"), top_k=3)),
+        )
+    ):
+        run = tmp_path / str(n)
+        RunLog.create(run, dict(use_vllm=True, task="lab_world", max_completion_length=3, **stored)).close()
+        (run / "checkpoints").mkdir()
+        monkeypatch.setattr(evaluation, "model_folder", lambda name: str(model_folder(tmp_path)))
+        status, err = evaluate(run)
+        assert status == 0, err
+        (asked,) = log.engine.asked
+        assert asked["structured_outputs"] == vllm_stub.StructuredOutputsParams(regex="a+") and asked["top_k"] == 0
+
+
+def test_adapters_are_served_over_their_base(log, tmp_path):
+    folder = model_folder(tmp_path)
+    config = LoraConfig(r=16, target_modules=["q_proj"], base_model_name_or_path=str(folder), task_type="CAUSAL_LM")
+    get_peft_model(build_model(), config).save_pretrained(tmp_path / "adapters")
+    file = tmp_path / "adapters/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(folder)}))
+    build_tokenizer().save_pretrained(tmp_path / "adapters")
+    status, err = evaluate(tmp_path / "adapters", "--max_new_tokens", "2")
+    assert status == 0, err
+    options = log.engine.options
+    assert (options["model"], options["enable_lora"], options["max_lora_rank"]) == (str(folder), True, 16)
+    assert log.engine.adapters == {str(tmp_path / "adapters")}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PrinterCallback
 from trl import get_peft_config, get_quantization_config
@@ -17,9 +15,9 @@ from trl import get_peft_config, get_quantization_config
 from pgpo import runlog
 from pgpo.command import directory as run_directory
 from pgpo.command.interrupt import INTERRUPTED, TERMINATED, stopped_by_sigterm
-from pgpo.command.models import check_prompts, load_model, model_source
+from pgpo.command.models import check_prompts, load_model, model_source, one_thread
 from pgpo.command.session import Session
-from pgpo.command.terminal import ignore_renamed_fields, quiet, say
+from pgpo.command.terminal import quiet, say
 from pgpo.errors import UserError
 from pgpo.runlog import BASE_FOLDER, RUN_ID, RunLog
 from pgpo.settings.arguments import Parsed, parse
@@ -59,7 +57,7 @@ def main(argv: Sequence[str]) -> tuple[int, Path]:
 
 
 def _main(argv: Sequence[str]) -> tuple[int, Path]:
-    ignore_renamed_fields()
+    quiet()
     argv, resume = take_resume(list(argv))
     if resume is None:
         parsed = parse(argv)
@@ -100,7 +98,6 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
 
 def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
     run, args = parsed.run, parsed.config
-    quiet()
     suit_device(parsed)
     main = args.process_index == 0
     task = run.load()
@@ -144,8 +141,7 @@ def suit_device(parsed: Parsed) -> None:
     args = parsed.config
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # models that fit a CPU gain nothing from more, and spinning threads lose a lot
+        one_thread()
 
 
 def load(parsed: Parsed, task: Task, source: Path | str) -> tuple[Any, Any]:

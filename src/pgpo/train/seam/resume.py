@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from pgpo.errors import UserError
+from pgpo.errors import UserError, reason
 from pgpo.teacher.weights import TEACHER_ADAPTER
 from pgpo.train import checkpoint as checkpoints
 from pgpo.train import zero
@@ -298,8 +298,7 @@ def _explained(checkpoint: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
-            f"the checkpoint {Path(checkpoint).name} cannot be continued ({type(error).__name__}: {reason}); remove "
-            "its folder to continue from the one before."
+            f"the checkpoint {Path(checkpoint).name} cannot be continued "
+            f"({type(error).__name__}: {reason(error, 200)}); remove its folder to continue from the one before."
         ) from error
