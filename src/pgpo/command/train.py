@@ -14,6 +14,7 @@ from trl import get_peft_config, get_quantization_config
 
 from pgpo import runlog
 from pgpo.command import directory as run_directory
+from pgpo.command import hours
 from pgpo.command.interrupt import INTERRUPTED, TERMINATED, stopped_by_sigterm
 from pgpo.command.models import check_prompts, load_model, model_source, one_thread
 from pgpo.command.session import Session
@@ -117,6 +118,10 @@ def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
         args.disable_tqdm = True
         args.output_dir = scratch  # write nothing to the run directory before all arguments are checked
         host = Host(say=say, advice=lambda step: run_directory.after_a_lost_rank(directory, step, main))
+        if main and args.device.type == "cpu" and parsed.model.model_name_or_path:
+            evaluated = task.test[: run.test_rows] + ([] if resume else task.validation[: run.eval_rows])
+            if (text := hours.warning(model, args, parsed.model.use_peft, len(evaluated))) is not None:
+                say(text)
         trainer = _trainer(parsed, task, model, tokenizer, host)
         if source == Path(scratch) / BASE_FOLDER:
             _name_base(trainer.model, str(directory / BASE_FOLDER))
