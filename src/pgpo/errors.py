@@ -17,6 +17,19 @@ class LostRankError(RuntimeError):
     """Another process of the job has died, failed or fallen silent; the sentence names it. Exit status 1."""
 
 
+def reason(error: BaseException, characters: int = 300) -> str:
+    """What an exception says, on one line, without the full stop; cut behind a sentence, else between words."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        return "no reason given"
+    if len(text) > characters:
+        cut = text[:characters]
+        end = cut.rfind(". ")
+        text = cut[:end] if end > 0 else cut.rpartition(" ")[0] + " …"
+    return text.rstrip(".")
+
+
 class SentenceParser(ArgumentParser):
     """Argparse without a page of usage after a mistake, and without guessing which flag a shorter one may mean."""
 

@@ -66,6 +66,11 @@ def hide_secrets(name: str, value: Any) -> Any:
     return "***" if _is_secret(name) else _without_secrets(value)
 
 
+def public(text: str) -> str:
+    """A text without secrets, as far as their form tells, and without the user's home."""
+    return str(_without_home(_without_secrets(text)))
+
+
 def _without_secrets(text: str) -> str:
     return _SECRETS_IN_TEXT.sub(lambda match: f"{match[1] or ''}***", text)
 

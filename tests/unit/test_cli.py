@@ -319,9 +319,11 @@ def test_eval_of_a_run_samples_with_its_stops(monkeypatch, capsys, science, tmp_
 
     monkeypatch.setattr(evaluation, "model_folder", lambda name: name)
     monkeypatch.setattr(
-        evaluation, "load_model", lambda *_, **__: (types.SimpleNamespace(to=lambda device: None), None)
+        evaluation, "load_model", lambda *_, **__: (types.SimpleNamespace(to=lambda device: None, config=None), None)
     )
-    monkeypatch.setattr(evaluation, "check_prompts", lambda *_: None)
+    monkeypatch.setattr(evaluation, "check_prompts", lambda *_: 1)
+    monkeypatch.setattr(evaluation, "positions", lambda config: None)
+    monkeypatch.setattr(evaluation, "_progress", lambda *_: None)
     monkeypatch.setattr(evaluation, "TransformersRunner", runner)
     assert main(["eval", str(tmp_path / "run"), *science, "--prompt_style", "boxed", "--k", "1", "--no_hint"]) == 0
     assert given["chat_template_kwargs"] == dict(loud=True)

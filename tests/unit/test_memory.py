@@ -471,7 +471,7 @@ def test_the_table_adds_up_and_the_file_says_the_same(folder, tmp_path, capsys):
     assert printed == pytest.approx([v / 2**20 for v in sums.values()], abs=0.01)
     columns = re.findall(r"^ +rollout +teacher +loss +backward +step *$", out, re.M)
     assert len(columns) == 1
-    assert "fit; largest max_tokens_per_microbatch" in out and "16384: fits in 2048 MiB" in out
+    assert "fit, one row at a time" in out and "16384 the peak is " in out and "fits in 2048 MiB" in out
 
 
 def advised(line: str) -> tuple[list[str], list[str]]:
@@ -507,7 +507,7 @@ def test_it_advises_what_fits_and_what_keeps_the_method_first(memory, gpus, flag
         assert re.search("--lora|--teacher|--max-completion-length", change)
     assert not others or not same or all(change.startswith("--gpus") for change in same)
     for change in same + others:
-        assert "fit; largest" in told(capsys, [*words, *change.split()]), change
+        assert "fit, one row" in told(capsys, [*words, *change.split()]), change
 
 
 def test_more_gpus_alone_are_enough_where_all_is_sharded(capsys, monkeypatch):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import sys
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import pytest
@@ -299,29 +299,52 @@ def test_vllm_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         VLLMRunner("some/model", max_new_tokens=8)
 
 
-def test_vllm_is_asked_for_independent_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Engine:
-        def __init__(self, **options: Any) -> None:
-            self.options = options
+class AskedEngine:
+    """vllm.LLM that answers with what it was asked: [w(seed), w(number of the completion), the end]."""
 
-        def chat(self, messages: Any, parameters: list[Any], **options: Any) -> list[Any]:
-            assert options == {"use_tqdm": False, "chat_template_kwargs": {"enable_thinking": False}}
-            assert self.options == {"model": "some/model", "max_model_len": 64}
-            return [
-                # vLLM gives completion i of a request the seed seed + i.
-                types.SimpleNamespace(
-                    outputs=[
-                        types.SimpleNamespace(text=f"{message[0]['content']} {one['seed'] + i} {one['temperature']}")
-                        for i in range(one["n"])
-                    ]
-                )
-                for message, one in zip(messages, parameters, strict=True)
-            ]
+    ends: ClassVar[list[tuple[int, str, Any]]] = [(1, "stop", None)]  # token, finish_reason, stop_reason
 
+    def __init__(self, **options: Any) -> None:
+        assert options == {"model": "some/model", "max_model_len": 64}
+        self.get_tokenizer = _tokenizer
+
+    def chat(self, messages: Any, parameters: list[Any], **options: Any) -> list[Any]:
+        assert options == dict(use_tqdm=False, lora_request=None, chat_template_kwargs={"enable_thinking": False})
+        assert {one["temperature"] for one in parameters} == {0.6}
+        first = WORDS.index("w0")
+        return [
+            types.SimpleNamespace(
+                prompt_token_ids=[2],
+                outputs=[
+                    # vLLM gives completion i of a request the seed seed + i.
+                    types.SimpleNamespace(
+                        token_ids=[first + one["seed"] + i, *([end] if end else [])],
+                        text="not as in training",
+                        finish_reason=why,
+                        stop_reason=what,
+                    )
+                    for i, (end, why, what) in zip(range(one["n"]), self.ends * one["n"])
+                ],
+            )
+            for one in parameters
+        ]
+
+
+@pytest.fixture
+def vllm_runner(monkeypatch: pytest.MonkeyPatch) -> VLLMRunner:
     fake = types.ModuleType("vllm")
-    fake.LLM, fake.SamplingParams = Engine, dict  # type: ignore[attr-defined]
+    fake.LLM, fake.SamplingParams = AskedEngine, dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    runner = VLLMRunner(
-        "some/model", max_new_tokens=8, chat_template_kwargs={"enable_thinking": False}, max_model_len=64
-    )
-    assert runner([_prompt("w1"), _prompt("w2")], 2, 10) == [["w1 10 0.6", "w1 11 0.6"], ["w2 12 0.6", "w2 13 0.6"]]
+    return VLLMRunner("some/model", max_new_tokens=8, chat_template_kwargs={"enable_thinking": False}, max_model_len=64)
+
+
+def test_vllm_is_asked_for_independent_samples(vllm_runner: VLLMRunner) -> None:
+    assert vllm_runner([_prompt("w1"), _prompt("w2")], 2, 10) == [["w10", "w11"], ["w12", "w13"]]
+
+
+def test_vllms_completions_are_decoded_as_in_training(monkeypatch: pytest.MonkeyPatch, vllm_runner: VLLMRunner) -> None:
+    """A stop token goes, also one that is no special token; a stop string and a cut completion's last token stay."""
+    word = WORDS.index("w7")
+    ends = [(word, "stop", word), (word, "stop", "w7"), (word, "length", None), (0, "length", None)]
+    monkeypatch.setattr(AskedEngine, "ends", ends)
+    assert vllm_runner([_prompt("w1")], 4, 0) == [["w0", "w1 w7", "w2 w7", "w3"]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,16 @@ import torch
 
 from pgpo import runlog
 from pgpo.command.directory import last_checkpoint
-from pgpo.command.models import check_prompts, load_model
-from pgpo.command.terminal import quiet, say
+from pgpo.command.models import check_prompts, load_config, load_model, load_tokenizer, one_thread
+from pgpo.command.terminal import Heartbeat, console, quiet, say
 from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import RIGHT, Record, summarize
 from pgpo.evaluate.run import Generate, evaluate, write_records
-from pgpo.evaluate.runners import TEMPERATURE, TOP_P, TransformersRunner, VLLMRunner
+from pgpo.evaluate.runners import TEMPERATURE, TOP_P, TransformersRunner, VLLMRunner, render_prompt
+from pgpo.forward.batching import positions
 from pgpo.settings.arguments import PRESETS, Parser, TaskArguments, make
 from pgpo.tasks import Row
-from pgpo.teacher import build_contexts
+from pgpo.teacher import TeacherContext, build_contexts
 
 _OF_THE_RUN = ("domain", "variant", "data_path", "data_revision", "prompt_style", "data_check", "task_options")
 
@@ -39,16 +41,32 @@ class EvalArguments(TaskArguments):
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
     hint: bool = field(default=True, metadata={"help": "Also evaluate the hinted self-teacher."})
     use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM."})
-    dtype: str | None = field(default=None, metadata={"help": "Weights in this torch dtype; default float32."})
+    vllm_options: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON object of options of vllm.LLM, such as "
+            '\'{"tensor_parallel_size": 2, "gpu_memory_utilization": 0.8}\'.'
+        },
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "Weights in this torch dtype; default float32, with vLLM its own choice."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     records: str | None = field(default=None, metadata={"help": "Write the graded completions to this JSONL file."})
 
     # Of the run that is evaluated, if it is one: options of generation and of the chat template.
     generation: dict[str, Any] = field(default_factory=dict, init=False)
     template: dict[str, Any] = field(default_factory=dict, init=False)
+    # Of the model: how long a hinted prompt may be, as build_contexts takes it.
+    fit: dict[str, Any] = field(default_factory=dict, init=False)
+    engine: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.engine = _json_object(self.vllm_options) if self.vllm_options is not None else {}
+        if self.engine and not self.use_vllm:
+            raise UserError("vllm_options are given, but use_vllm is off; add --use_vllm, or leave them out.")
+        self.as_many_as_fit = self.max_new_tokens is None
         if self.split not in ("test", "validation", "train"):
             raise UserError(f"split is {self.split!r}; choose test, validation or train.")
         if self.rows is not None and self.rows < 1:
@@ -88,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
     args.generation, args.template = generation, stored.get("chat_template_kwargs") or {}
     quiet()
     if not torch.cuda.is_available():
-        torch.set_num_threads(1) if args.task == "lab_world" else None
+        one_thread()
     task = args.load()
     rows = getattr(task, args.split)[: args.rows]
     if not rows:
@@ -101,8 +119,13 @@ def main(argv: Sequence[str]) -> int:
     written = [{**r, "reader": "student"} for r in student]
     if args.hint:
         solutions = right_solutions(rows, student, right)
-        prompts = {row["id"]: hinted_prompt(row, solutions[row["id"]]) for row in rows if row["id"] in solutions}
+        contexts = {
+            row["id"]: hinted_context(row, solutions[row["id"]], **args.fit) for row in rows if row["id"] in solutions
+        }
+        prompts = {name: context.prompt for name, context in contexts.items()}
         hinted = [row for row in rows if prompts.get(row["id"])]
+        if shortened := sum(context.truncated for context in contexts.values()):
+            say(f"{shortened} hints are shortened, so that the prompt has at most {args.fit['max_length']} tokens.")
         if hinted:
             teacher = evaluate(hinted, generate, task.grade, args.k, args.seed, lambda row: prompts[row["id"]])
             _report("hinted", teacher, args.k, right)
@@ -111,8 +134,8 @@ def main(argv: Sequence[str]) -> int:
             written += [{**r, "reader": "hinted"} for r in teacher]
         if len(hinted) < len(rows):
             say(
-                f"no right solution is known for {len(rows) - len(hinted)} of {len(rows)} questions: no hint for them, "
-                "and student* is the student on the others."
+                f"no right solution is known for {len(rows) - len(hinted)} of {len(rows)} questions: no hint for them"
+                + (", and student* is the student on the others." if hinted else ", so no hinted line.")
             )
     if args.records:
         write_records(args.records, written)  # type: ignore[arg-type]
@@ -139,37 +162,112 @@ def right_solutions(rows: Sequence[Row], records: Sequence[Record], right: float
     return found | {row["id"]: row["solution"] for row in rows if row.get("solution")}
 
 
+def hinted_context(row: Row, solution: str, **limit: Any) -> TeacherContext:
+    """What the self-teacher reads: the question with a right solution. limit: max_length and length, for its prompt."""
+    return build_contexts([row["prompt"]] * 2, [solution, ""], [1.0, 0.0], 2, **limit)[1]
+
+
 def hinted_prompt(row: Row, solution: str) -> Any:
-    """The self-teacher's prompt: the question with a right solution; None if that is nothing but thinking."""
-    return build_contexts([row["prompt"]] * 2, [solution, ""], [1.0, 0.0], 2)[1].prompt
+    """The self-teacher's prompt; None if the solution is nothing but thinking."""
+    return hinted_context(row, solution).prompt
 
 
 def generation_of(stored: Mapping[str, Any], use_vllm: bool) -> dict[str, Any]:
     """A run's `generation_kwargs`; none for an evaluation with the other engine, which has other names for them."""
-    options = stored.get("generation_kwargs") or {}
+    options = dict(stored.get("generation_kwargs") or {})
+    if stored.get("use_vllm") and (regex := stored.get("vllm_structured_outputs_regex")) is not None:
+        options["structured_outputs"] = {"regex": regex}
     if options and use_vllm != bool(stored.get("use_vllm")):
         say(
             f"the run's generation_kwargs ({', '.join(options)}) are of another engine and are ignored; see --use_vllm."
         )
         return {}
-    return dict(options)
+    return options
 
 
 def _generator(model: str, args: EvalArguments, rows: Sequence[Row]) -> Generate:
+    template = args.template or {"enable_thinking": False}  # paper: thinking off; other templates ignore it
+    loaded: Any = None
+    if args.use_vllm:
+        tokenizer = load_tokenizer(model, trust_remote_code=args.trust_remote_code)
+        config = load_config(model, args.trust_remote_code)
+    else:
+        loaded, tokenizer = load_model(model, args.dtype, trust_remote_code=args.trust_remote_code)
+        config = loaded.config
+    longest, most = check_prompts(tokenizer, rows, args.max_prompt_length, template), positions(config)
+    tokens = args.max_new_tokens = _fitting_tokens(args, longest, most)
+    limit = args.max_prompt_length if most is None else min(args.max_prompt_length, most - tokens)
+    args.fit = {"max_length": limit, "length": lambda prompt: len(render_prompt(tokenizer, prompt, **template))}
     sampling: dict[str, Any] = {
         "temperature": args.temperature,
         "top_p": args.top_p,
-        "max_new_tokens": args.max_new_tokens,
-        # paper: thinking off; other templates ignore it
-        "chat_template_kwargs": args.template or {"enable_thinking": False},
+        "max_new_tokens": tokens,
+        "chat_template_kwargs": template,
         "generation": args.generation,
     }
     if args.use_vllm:
-        return VLLMRunner(model, **sampling)
-    loaded, tokenizer = load_model(model, args.dtype, trust_remote_code=args.trust_remote_code)
-    check_prompts(tokenizer, rows, args.max_prompt_length, sampling["chat_template_kwargs"])
+        options: dict[str, Any] = {"dtype": args.dtype or "auto", "trust_remote_code": args.trust_remote_code}
+        options |= {"max_model_len": limit + tokens, **args.engine}
+        return VLLMRunner(model, progress=console.is_terminal, **sampling, **options)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    return TransformersRunner(loaded, tokenizer, batch_size=args.batch_size, **sampling)
+    return TransformersRunner(
+        loaded, tokenizer, batch_size=args.batch_size, progress=_progress(loaded, tokens), **sampling
+    )
+
+
+def _fitting_tokens(args: EvalArguments, longest: int, most: int | None) -> int:
+    """max_new_tokens, or fewer where it was not given and the model has not the positions for it; says so.
+
+    longest: tokens of the longest prompt. most: the model's positions, None where nothing limits them.
+    """
+    tokens = args.max_new_tokens or 1
+    if most is None or longest + tokens <= most:
+        return tokens
+    room = most - longest
+    if room < 1:
+        raise UserError(
+            f"the longest question has {longest} prompt tokens, which leave no place for an answer in the model's "
+            f"{most} positions; take a model with more, or --rows before it."
+        )
+    if not args.as_many_as_fit:
+        raise UserError(
+            f"max_new_tokens is {tokens}, which with the longest prompt of {longest} tokens is more than "
+            f"the model's {most} positions; set --max_new_tokens to at most {room}."
+        )
+    shorter = max(1, room // 2) if args.hint else room  # a hint is as long as an answer
+    say(
+        f"completions end after {shorter} tokens, not {tokens}: the model has {most} positions, of which "
+        f"a prompt takes up to {longest}{' and a hint as many as the answer' if args.hint else ''}."
+    )
+    return shorter
+
+
+def _progress(model: Any, tokens: int) -> Callable[[int, int], None]:
+    """Says every half minute how many completions are done, and how far those at work are: a forward is a token."""
+    beat = Heartbeat()
+    state = {"done": 0, "forwards": 0}
+
+    def forward(*_: Any) -> None:
+        state["forwards"] += 1
+        of = f" of at most {tokens}" if state["forwards"] <= tokens else ""
+        beat(lambda: f"{state['done']} completions are done, the next ones are at token {state['forwards']}{of}")
+
+    def batch(done: int, total: int) -> None:
+        state.update(done=done % total, forwards=0)
+        beat(lambda: f"{done} of {total} completions are done")
+
+    model.register_forward_hook(forward)
+    return batch
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"vllm_options is no JSON ({error}); give an object: '{{\"enforce_eager\": true}}'.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"vllm_options is {text}; give a JSON object: '{{\"enforce_eager\": true}}'.")
+    return value
 
 
 def _report(reader: str, records: Sequence[Record], k: int, right: float) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pgpo.command.terminal import progress, say
-from pgpo.errors import UserError
+from pgpo.errors import UserError, reason
+from pgpo.hub import is_hub_id, require_model
 from pgpo.runlog import BASE_FOLDER
 from pgpo.settings.arguments import Parsed
-from pgpo.settings.field_types import is_hub_id
 from pgpo.tasks import Row, Task, lab_world
 from pgpo.train.seam import nonfinite_parameter
 
@@ -46,26 +49,59 @@ def model_source(parsed: Parsed, task: Task, scratch: Path, resumed: Path | None
 
 def load_model(source: Path | str, dtype: str | None = None, **options: Any) -> tuple[Any, Any]:
     """Model (float32 by default) and tokenizer. Raises UserError with the reason if they cannot be loaded."""
-    if not Path(source).exists() and not is_hub_id(str(source)):
-        raise UserError(f"there is no model folder {source}; give one with config, weights and tokenizer, or a hub id.")
-    shared = {k: options[k] for k in ("revision", "trust_remote_code") if k in options}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **shared)
+    tokenizer = load_tokenizer(source, **{k: options[k] for k in ("revision", "trust_remote_code") if k in options})
+    with _explained(source):
         precision = "auto" if dtype == "auto" else getattr(torch, dtype or "float32")
         model = AutoModelForCausalLM.from_pretrained(source, dtype=precision, **options)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"the model {str(source)!r} cannot be loaded ({type(error).__name__}: {reason}); give a folder or hub id "
-            "with config, weights and tokenizer."
-        ) from error
     if (weight := nonfinite_parameter(model)) is not None:
         raise UserError(f"the weight {weight} of the model {str(source)!r} holds nan or inf; give an intact copy.")
     return model, tokenizer
 
 
-def check_prompts(tokenizer: Any, rows: Sequence[Row], limit: int | None, template: dict[str, Any]) -> None:
-    """Raise UserError without a chat template or a pad token, or if a prompt has more than `limit` tokens."""
+def load_tokenizer(source: Path | str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer, padding on the left. Raises UserError if there is no such model, or it cannot be loaded."""
+    if not Path(source).exists():
+        if not is_hub_id(str(source)):
+            raise UserError(
+                f"there is no model folder {source}; give one with config, weights and tokenizer, or a hub id."
+            )
+        require_model(str(source), revision)
+    with _explained(source):
+        return AutoTokenizer.from_pretrained(
+            source, padding_side="left", revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+
+
+def load_config(source: Path | str, trust_remote_code: bool = False) -> Any:
+    """The config of a model, or of the model that adapters belong to. Raises UserError if it cannot be loaded."""
+    with _explained(source):
+        return AutoConfig.from_pretrained(base_of(source), trust_remote_code=trust_remote_code)
+
+
+def base_of(source: Path | str) -> str:
+    """The model of a folder of adapters; any other name unchanged."""
+    file = Path(source) / "adapter_config.json"
+    if not file.is_file() or (Path(source) / "config.json").exists():
+        return str(source)
+    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+@contextmanager
+def _explained(source: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"the model {str(source)!r} cannot be loaded ({type(error).__name__}: {reason(error)}); give a folder or "
+            "hub id with config, weights and tokenizer."
+        ) from error
+
+
+def check_prompts(tokenizer: Any, rows: Sequence[Row], limit: int | None, template: dict[str, Any]) -> int:
+    """Tokens of the longest prompt.
+
+    Raises UserError without a chat template or a pad token, or if a prompt has more than `limit` tokens.
+    """
     if not tokenizer.chat_template:
         raise UserError("the model's tokenizer has no chat template; use an instruction-tuned model or set one.")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
@@ -79,3 +115,11 @@ def check_prompts(tokenizer: Any, rows: Sequence[Row], limit: int | None, templa
             raise UserError(
                 f"question {row['id']} has {len(ids)} prompt tokens, more than max_prompt_length = {limit}; raise it."
             )
+    return max(map(len, encoded))
+
+
+def one_thread() -> None:
+    """On a CPU, unless OMP_NUM_THREADS says how many: small models gain nothing from more, and threads that wait for
+    each other lose a lot where others compute, too."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)

@@ -28,7 +28,7 @@ from pgpo.command.eval import model_folder
 from pgpo.command.hints import Sampler
 from pgpo.command.interrupt import stopped_by_sigterm
 from pgpo.command.models import model_source
-from pgpo.command.terminal import ignore_renamed_fields, progress, quiet, say
+from pgpo.command.terminal import progress, quiet, say
 from pgpo.command.train import build_trainer, load, suit_device, take_resume
 from pgpo.errors import UserError
 from pgpo.evaluate.probe import Line, gains, read, table
@@ -65,7 +65,7 @@ class ProbeArguments(TaskArguments):
 
 def main(argv: Sequence[str]) -> tuple[int, Path]:
     """Run `pgpo probe [MODEL] --flags of the run`, or `--resume FOLDER`; exit status and folder."""
-    ignore_renamed_fields()
+    quiet()
     words, resume = take_resume(list(argv))
     parse = partial(parse_as, ProbeArguments, "pgpo probe")
     if resume is not None:

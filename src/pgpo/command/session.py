@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from pgpo import runlog
 from pgpo.command.interrupt import Interruption
-from pgpo.command.terminal import progress, say
+from pgpo.command.terminal import Heartbeat, console, progress, say
 from pgpo.evaluate.run import write_records
 from pgpo.files import json_line, write_atomically
 from pgpo.runlog import RunLog
@@ -33,11 +33,24 @@ class Session(TrainerCallback):
         self.untouched = False  # neither trained nor evaluated yet
         self.interruption = Interruption()
         self.bar: Progress | None = None
+        self.steps_shown, self.shown = Heartbeat(), Heartbeat()
+        self.doing, self.forwards = "", 0
         rows = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
         host = trainer.host
         host.before_seal, host.alarm = log.sync, self._alarm
         host.watched = set(self._sampled_rows(rows * trainer.accelerator.num_processes))
         trainer.add_callback(self)
+        if self.main:
+            trainer.model.register_forward_hook(self._forward)
+
+    def _begin(self, what: str) -> None:
+        self.doing, self.forwards = what, 0
+
+    def _forward(self, *_: Any) -> None:
+        """A sign that something long is under way, where no bar shows it."""
+        self.forwards += 1
+        if self.bar is None or not console.is_terminal:
+            self.shown(lambda: f"{self.doing}: {self.forwards} forwards so far")
 
     def go(self, checkpoint: tuple[int, Path] | None) -> int:
         """Evaluate, train from the checkpoint (step, path) if there is one, evaluate again; the exit status."""
@@ -114,6 +127,7 @@ class Session(TrainerCallback):
         return [line for line in runlog.read_run(self.log.directory).evaluations if line[runlog.SPLIT] in splits]
 
     def _evaluate(self, rows: list[Row], split: str, step: int, file: str | None = None) -> None:
+        self._begin(f"evaluating {len(rows)} {split} questions")
         records = self.trainer.held_out_records(rows)
         if file is not None and self.main:  # before the line that says that it is done
             write_records(self.log.directory / file, records)
@@ -146,12 +160,14 @@ class Session(TrainerCallback):
         values = {names.get(k, k): v for k, v in logs.items()}
         self.log.metrics(state.global_step, {k: values[k] for k in (*runlog.METRICS, "success_share") if k in values})
         self.log.samples(state.global_step, self._samples())
+        shown = f"acc {self.accuracy:.3f}"
+        for name, form in (("reward", ".2f"), ("information", "+.3f"), ("rho", ".3f")):
+            if name in values:  # no reward on a step that reuses completions, no rho with GRPO
+                shown += f"  {name} {values[name]:{form}}"
         if self.bar is not None:
-            shown = f"acc {self.accuracy:.3f}"
-            for name, form in (("reward", ".2f"), ("information", "+.3f"), ("rho", ".3f")):
-                if name in values:  # no reward on a step that reuses completions, no rho with GRPO
-                    shown += f"  {name} {values[name]:{form}}"
             self.bar.update(self.line, total=state.max_steps, completed=state.global_step, shown=shown)
+        if not console.is_terminal:
+            self.steps_shown(lambda: f"step {state.global_step:4d} of {state.max_steps}  {shown}")
 
     def _sampled_rows(self, count: int) -> list[int]:
         """Indices of the completions of a rollout that are logged, evenly spaced."""
@@ -185,7 +201,11 @@ class Session(TrainerCallback):
         self.log.alarm(line[runlog.STEP], line)
         say(text)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begin(f"step {state.global_step + 1} of {state.max_steps}")
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begin(f"after step {state.global_step}")
         self.interruption.asked = self.trainer.engine.on_any_rank(
             self.interruption.asked
         )  # ranks stop after the same step

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -21,15 +23,30 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def ignore_renamed_fields() -> None:
-    """Hide transformers 5's warning on a field that TRL still sets by its old name; a user cannot change that."""
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-
-
 def quiet() -> None:
-    """Silence the warnings and the progress bars of transformers."""
+    """Silence the warnings and the progress bars of transformers, and what the libraries below say of their own future,
+    such as of fields that TRL sets by an old name: who calls a command cannot change it."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+class Heartbeat:
+    """Lines that say how far something long has come: one every half minute, from the first half minute on.
+
+    seconds: ours.
+    """
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        self.seconds = seconds
+        self.start = self.last = time.monotonic()
+
+    def __call__(self, text: Callable[[], str]) -> None:
+        """`text` gives the line, to which the minutes since the beginning are added; it is called if one is due."""
+        now = time.monotonic()
+        if now - self.last >= self.seconds:
+            self.last = now
+            say(f"{text()} ({(now - self.start) / 60:.1f} min)")
 
 
 class progress:

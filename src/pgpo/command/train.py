@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PrinterCallback
 from trl import get_peft_config, get_quantization_config
 
 from pgpo import runlog
 from pgpo.command import directory as run_directory
+from pgpo.command import hours
 from pgpo.command.interrupt import INTERRUPTED, TERMINATED, stopped_by_sigterm
-from pgpo.command.models import check_prompts, load_model, model_source
+from pgpo.command.models import check_prompts, load_model, model_source, one_thread
 from pgpo.command.session import Session
-from pgpo.command.terminal import ignore_renamed_fields, quiet, say
+from pgpo.command.terminal import quiet, say
 from pgpo.errors import UserError
 from pgpo.runlog import BASE_FOLDER, RUN_ID, RunLog
 from pgpo.settings.arguments import Parsed, parse
@@ -59,7 +58,7 @@ def main(argv: Sequence[str]) -> tuple[int, Path]:
 
 
 def _main(argv: Sequence[str]) -> tuple[int, Path]:
-    ignore_renamed_fields()
+    quiet()
     argv, resume = take_resume(list(argv))
     if resume is None:
         parsed = parse(argv)
@@ -100,7 +99,6 @@ def train(parsed: Parsed, directory: Path, resume: bool = False) -> tuple[int, P
 
 def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
     run, args = parsed.run, parsed.config
-    quiet()
     suit_device(parsed)
     main = args.process_index == 0
     task = run.load()
@@ -117,12 +115,16 @@ def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
     with tempfile.TemporaryDirectory() as scratch:
         source = model_source(parsed, task, Path(scratch), directory if resume else None)
         model, tokenizer = load(parsed, task, source)
-        if source == Path(scratch) / BASE_FOLDER:
-            model.name_or_path = str(directory / BASE_FOLDER)  # where it will lie; adapters note it as their base
         args.disable_tqdm = True
         args.output_dir = scratch  # write nothing to the run directory before all arguments are checked
         host = Host(say=say, advice=lambda step: run_directory.after_a_lost_rank(directory, step, main))
+        if main and args.device.type == "cpu" and parsed.model.model_name_or_path:
+            evaluated = task.test[: run.test_rows] + ([] if resume else task.validation[: run.eval_rows])
+            if (text := hours.warning(model, args, parsed.model.use_peft, len(evaluated))) is not None:
+                say(text)
         trainer = _trainer(parsed, task, model, tokenizer, host)
+        if source == Path(scratch) / BASE_FOLDER:
+            _name_base(trainer.model, str(directory / BASE_FOLDER))
         args.output_dir = str(directory / runlog.CHECKPOINTS_FOLDER)
         host.run_id = run_id = trainer.engine.gather_objects([run_id])[0]
         log = RunLog(directory)
@@ -144,8 +146,7 @@ def suit_device(parsed: Parsed) -> None:
     args = parsed.config
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # models that fit a CPU gain nothing from more, and spinning threads lose a lot
+        one_thread()
 
 
 def load(parsed: Parsed, task: Task, source: Path | str) -> tuple[Any, Any]:
@@ -162,6 +163,14 @@ def load(parsed: Parsed, task: Task, source: Path | str) -> tuple[Any, Any]:
     rows = [*task.train, *task.validation, *task.test]
     check_prompts(tokenizer, rows, args.max_prompt_length, args.chat_template_kwargs)
     return model, tokenizer
+
+
+def _name_base(model: Any, name: str) -> None:
+    """Where the initial model will lie. Until now it was named by its scratch folder, from which vLLM loads it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.name_or_path = name
+    for adapter in getattr(model, "peft_config", {}).values():
+        adapter.base_model_name_or_path = name
 
 
 def _conclude(trainer: PGPOTrainer, directory: Path, status: int) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pgpo.errors import UserError
+from pgpo.errors import UserError, reason
 from pgpo.evaluate.run import Messages
 from pgpo.visible import opens_thinking
 
@@ -25,6 +27,7 @@ SAMPLING = frozenset(
         *("repetition_penalty", "encoder_repetition_penalty", "presence_penalty", "frequency_penalty"),
         *("guidance_scale", "penalty_alpha", "dola_layers", "num_beams", "num_beam_groups", "diversity_penalty"),
         *("length_penalty", "early_stopping", "use_beam_search", "num_return_sequences", "n", "best_of", "seed"),
+        *("watermarking", "watermarking_config"),
     )
 )
 # Of transformers' options, what a runner sets itself, or what changes the form of what `generate` returns.
@@ -207,10 +210,7 @@ def _text(tokenizer: Any, prompt: Any, prompt_ids: list[int], ids: list[int], st
 
 
 class VLLMRunner:
-    """Samples with vLLM, the engine of the paper, from a model on disk or on the hub.
-
-    The test suite does not run it: it covers only what happens without vLLM.
-    """
+    """Samples with vLLM, the engine of the paper, from a model or LoRA adapters, on disk or on the hub."""
 
     def __init__(
         self,
@@ -221,13 +221,15 @@ class VLLMRunner:
         max_new_tokens: int,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
+        progress: bool = False,
         **engine_options: Any,
     ) -> None:
         """`engine_options` go to `vllm.LLM`: max_model_len, gpu_memory_utilization, tensor_parallel_size, ...
 
         `generation`: options of vLLM's SamplingParams that training uses (stop, bad_words, ...), without `SAMPLING`.
+        `progress`: show vLLM's own bar.
 
-        Raises UserError when vLLM is not installed, and for settings out of range.
+        Raises UserError when vLLM is not installed, for settings out of range, and for what vLLM refuses.
         """
         _check_sampling(temperature, top_p, max_new_tokens)
         try:
@@ -237,11 +239,31 @@ class VLLMRunner:
                 "The vLLM runner needs vLLM, which is not installed; run: pip install 'pgpo[vllm]'"
             ) from error
         self._new_parameters = SamplingParams
-        self._engine = LLM(model=model_path, **engine_options)
+        base, adapters, lora = model_path, {}, None
+        file = Path(model_path) / "adapter_config.json"
+        if file.is_file() and not (file.parent / "config.json").exists():
+            from vllm.lora.request import LoRARequest
+
+            config = json.loads(file.read_text(encoding="utf-8"))
+            base = config["base_model_name_or_path"]
+            adapters = {"tokenizer": model_path, "enable_lora": True, "max_lora_rank": max(8, config["r"])}
+            lora = LoRARequest("adapters", 1, model_path)
+        try:
+            self._engine = LLM(model=base, **(adapters | engine_options))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"vLLM cannot serve the model {model_path!r} ({type(error).__name__}: {reason(error)}); look at its "
+                "options and at the memory that they leave."
+            ) from error
         self._sampling = {
             **shared_options(generation or {}),
             **{"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens},
         }
+        if isinstance(form := self._sampling.get("structured_outputs"), Mapping):  # as TRL takes it
+            from vllm.sampling_params import StructuredOutputsParams
+
+            self._sampling["structured_outputs"] = StructuredOutputsParams(**form)
+        self._options = {"use_tqdm": progress, "lora_request": lora}
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def opens_thinking(self, messages: Messages) -> bool:
@@ -252,19 +274,31 @@ class VLLMRunner:
         return opens_thinking(str(text))
 
     def __call__(self, prompts: list[Messages], k: int, seed: int) -> list[list[str]]:
-        """k completion texts per prompt."""
+        """k completion texts per prompt, decoded as in training: vLLM's own keep the space before the first word."""
         # vLLM seeds completion i of a request with seed + i. One seed for all prompts would give completion i of
         # every question the same random numbers: an error shared by all, which no interval by question would see.
         parameters = [
             self._new_parameters(n=k, seed=seed + k * prompt, **self._sampling) for prompt in range(len(prompts))
         ]
         if isinstance(prompts[0], str):
-            outputs = self._engine.generate(prompts, parameters, use_tqdm=False)
+            outputs = self._engine.generate(prompts, parameters, **self._options)
         else:
             outputs = self._engine.chat(
-                prompts, parameters, use_tqdm=False, chat_template_kwargs=self._chat_template_kwargs
+                prompts, parameters, chat_template_kwargs=self._chat_template_kwargs, **self._options
             )
-        return [[completion.text for completion in output.outputs] for output in outputs]
+        tokenizer = self._engine.get_tokenizer()
+        return [
+            [
+                _text(tokenizer, prompt, output.prompt_token_ids, list(completion.token_ids), _by_token(completion))
+                for completion in output.outputs
+            ]
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]
+
+
+def _by_token(completion: Any) -> bool:
+    """Whether a stop token ended a completion of vLLM, and not a string or its length."""
+    return completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
 
 
 def _check_sampling(temperature: float, top_p: float, max_new_tokens: int) -> None:

@@ -155,10 +155,10 @@ def execute(job: Job) -> Result:
     """Do one job: {"base": ...} builds a base model, any other job trains and tests one run."""
     if "base" in job:
         return _build_base(**job["base"])
-    from pgpo.command.terminal import ignore_renamed_fields
+    from pgpo.command.terminal import quiet
     from pgpo.settings.arguments import parse
 
-    ignore_renamed_fields()
+    quiet()
     started = time.monotonic()
     directory = Path(job["directory"])
     shutil.rmtree(directory, ignore_errors=True)  # what a killed run left
@@ -480,9 +480,9 @@ def main(
     """Run or continue a study, then write its summary and tables. Exit status 1 if a run failed."""
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}; it must be at least 1.")
-    from pgpo.command.terminal import ignore_renamed_fields
+    from pgpo.command.terminal import quiet
 
-    ignore_renamed_fields()
+    quiet()
     study = read_study(path)
     out = out or Path("runs") / f"study-{study.name}"
     if out.exists() and not out.is_dir():

@@ -186,6 +186,15 @@ def _fits(model: ModelShape, setting: TrainingSetting, memory: float) -> bool:
     return peak(Step(model, fitted(model, setting), 1), memory)[1] <= memory
 
 
+def _largest(result: Plan, largest: int) -> str:
+    """What to set max_tokens_per_microbatch to."""
+    step = Step(result.model, result.setting, 1)
+    if largest == step.rows * step.row:
+        return f"so do all rows of a step together, {largest} tokens: max_tokens_per_microbatch needs no limit"
+    lower = f", so lower it from {result.budget}" if largest < result.budget else ""
+    return f"the largest max_tokens_per_microbatch that fits is {largest}{lower}"
+
+
 def _print(result: Plan) -> None:
     from rich import box
     from rich.console import Console
@@ -208,12 +217,12 @@ def _print(result: Plan) -> None:
     console.print(table)
     verdict = "fits" if result.peak <= result.memory else "does not fit"
     lines = [
-        f"peak {result.peak / unit:.2f} {name} ({result.peak_moment}) at max_tokens_per_microbatch = {result.budget}: "
-        f"{verdict} in {result.memory / unit:g} {name}",
+        f"at max_tokens_per_microbatch = {result.budget} the peak is {result.peak / unit:.2f} {name} "
+        f"({result.peak_moment}), which {verdict} in {result.memory / unit:g} {name}",
     ]
     row = f"a prompt of {s.max_prompt_length} and a completion of {s.max_completion_length} tokens"
     if result.largest_budget is None:
         lines.append(f"{row} do not fit: {result.advice}")
     else:
-        lines.append(f"{row} fit; largest max_tokens_per_microbatch: {result.largest_budget}")
+        lines.append(f"{row} fit, one row at a time; {_largest(result, result.largest_budget)}")
     console.print("\n".join(lines), highlight=False, soft_wrap=True)

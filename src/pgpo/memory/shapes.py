@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pgpo.errors import UserError
+from pgpo.errors import UserError, reason
 from pgpo.forward.batching import positions
+from pgpo.hub import is_hub_id, require_model
 
 # Decoder blocks whose saved tensors tests/unit/test_memory.py compares with autograd's, to the byte.
 BLOCKS = ("llama", "mistral", "qwen2", "qwen3")
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GIB = 2**30
 FP32, FP64 = 4, 8  # bytes
-_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -210,16 +209,18 @@ def _config(source: str) -> Any:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"the folder {source} has no config.json; give a model's folder or a hub id.")
-    elif not _HUB_ID.fullmatch(source):
+    elif not is_hub_id(source):
         raise UserError(f"there is no model folder {source}; give one with a config.json, or a hub id.")
+    else:
+        require_model(source)
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(source)
     except Exception as error:
         raise UserError(
-            f"the config of {source!r} cannot be read ({_reason(error)}); give a folder with a config.json, or a hub "
-            "id."
+            f"the config of {source!r} cannot be read ({type(error).__name__}: {reason(error, 200)}); give "
+            "a folder with a config.json, or a hub id."
         ) from error
     kind = str(config.model_type)
     if getattr(config, "is_encoder_decoder", False):
@@ -244,12 +245,9 @@ def _skeleton(source: str, config: Any) -> tuple[Any, Any]:
         return model, model.base_model.layers[0]
     except Exception as error:
         raise UserError(
-            f"no model can be made from the config of {source!r} ({_reason(error)}); correct it."
+            f"no model can be made from the config of {source!r} ({type(error).__name__}: {reason(error, 200)}); "
+            "correct it."
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200].rstrip('.')}"
 
 
 def _attends_to_all(config: Any) -> bool:

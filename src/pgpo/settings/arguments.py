@@ -16,9 +16,9 @@ from typing import Any, Generic, TypeVar
 from transformers import HfArgumentParser
 from trl import ModelConfig
 
-from pgpo.errors import SentenceParser, UserError
+from pgpo.errors import SentenceParser, UserError, reason
 from pgpo.settings.config import PAPER, PGPOConfig, yielding
-from pgpo.settings.field_types import fit, huge, reason, shown
+from pgpo.settings.field_types import fit, huge, shown
 from pgpo.settings.yaml_file import read_yaml
 from pgpo.tasks import Task, family, load_task
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import GRPOConfig
 
 from pgpo.alarms import choose_limits
@@ -281,6 +282,7 @@ class PGPOConfig(GRPOConfig):
         self._fold_batch()
         check_combinations(self)
         self._refuse_unused()
+        self.precision_note = self._choose_precision()
         if self.chat_template_kwargs is None:  # type: ignore[has-type]
             self.chat_template_kwargs = {"enable_thinking": False}  # paper: thinking off; other templates ignore it
         # TRL wants eval batches in multiples of the group; evaluation does not go through its loop.
@@ -330,6 +332,19 @@ class PGPOConfig(GRPOConfig):
     def _refuse_unused(self) -> None:
         defaults = {f.name: f.default for f in fields(PGPOConfig)}
         refuse_unused(vars(self), defaults, self.distills, self.follows_rewards)
+
+    def _choose_precision(self) -> str | None:
+        """TRL's default is bf16, which transformers refuses without a device that has it. A sentence if it is fp32."""
+        bf16 = is_torch_bf16_gpu_available() or is_torch_xla_available()
+        if self.bf16 is False or self.fp16 or self.use_cpu or bf16:
+            return None
+        if self.bf16:
+            raise UserError(
+                "bf16 is True, but no device here computes in bf16; leave it out for fp32, or set use_cpu for bf16 on "
+                "the CPU."
+            )
+        self.bf16: bool | None = False
+        return "no device here computes in bf16, so the matmuls are in fp32."
 
     def _translate(self) -> None:
         for names in (_TRANSLATED, _UNFILTERED) if self.use_vllm else (_TRANSLATED,):

@@ -110,14 +110,6 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__} with a huge number"
 
 
-def reason(error: BaseException, characters: int = 300) -> str:
-    """What an exception says, on one line, without the full stop."""
-    try:
-        return " ".join(str(error).split())[:characters].rstrip(".")
-    except Exception:
-        return "no reason given"
-
-
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
@@ -126,11 +118,6 @@ def _hints(cls: type) -> dict[str, Any]:
 def file_name(text: str) -> str:
     """The text as a part of a file's name: no separators, no leading dot."""
     return re.sub(r"[^\w.-]+", "_", text).lstrip(".") or "_"
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether the text may name a model on the hub: `name` or `owner/name`."""
-    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", text) is not None
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

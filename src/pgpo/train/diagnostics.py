@@ -45,8 +45,9 @@ class Diagnostics:
             step,
             active == 0,
             f"no completion had a teacher, so that nothing was learned (largest reward {best:g}, "
-            f"success_threshold = {self.config.success_threshold:g}); lower the threshold, take easier questions or "
-            f"more num_generations, or give feedback_funcs or a column {CONTEXT_COLUMN!r}.",
+            f"success_threshold = {self.config.success_threshold:g}); take a lower temperature, easier questions, a "
+            f"lower threshold or more num_generations, give feedback_funcs or a column {CONTEXT_COLUMN!r}, or use "
+            "objective='grpo', for which rewards need only differ.",
         )
 
     def far(self, step: int, ratio: float) -> None:

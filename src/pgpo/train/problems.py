@@ -285,6 +285,8 @@ def check_model(trainer: Any, train: Data) -> tuple[Prompts, int | None]:
         raise UserError("the tokenizer has no pad token and no eos token; set tokenizer.pad_token.")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token, by which a completion ends; set tokenizer.eos_token.")
+    if trainer.args.precision_note is not None and trainer.accelerator.is_main_process:
+        trainer.host.say(trainer.args.precision_note)
     if (tags := trainer.unseen_thinking_tags) and trainer.accelerator.is_main_process:
         trainer.host.say(
             f"the tokenizer has {' and '.join(tags)} as special tokens, which decoded completions do not show: "

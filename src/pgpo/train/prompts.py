@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pgpo.errors import UserError
-from pgpo.settings.field_types import reason, shown
+from pgpo.errors import UserError, reason
+from pgpo.settings.field_types import shown
 
 _FIRST, _SECOND = "Xq1first", "Xq2second"  # stand for a text in a rendered conversation
 _CONTROL = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,}\]")  # as templates mark turns: <|user|>, [INST]

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Set, Sized
 from typing import Any
 
-from pgpo.errors import UserError
-from pgpo.settings.field_types import reason, shown
+from pgpo.errors import UserError, reason
+from pgpo.settings.field_types import shown
 
 CONTEXT_COLUMN = "privileged_context"  # TRL's name: a text per row that the teacher reads as feedback
 # What TRL hands to reward functions beside the dataset's columns: a column of that name collides, or is hidden.

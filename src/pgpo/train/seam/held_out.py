@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trl.models import unwrap_model_for_generation
 
 from pgpo.evaluate.runners import TransformersRunner, shared_options
-from pgpo.train.seam.rollouts import Batch, HeldOutSampler, Ids, Prompt, RolloutSeam, sampling_explained
+from pgpo.train.seam.rollouts import STALE, Batch, HeldOutSampler, Ids, Prompt, RolloutSeam, sampling_explained
 from pgpo.train.user_functions import (
     is_async,
 )
@@ -61,7 +61,13 @@ class HeldOutSeam(RolloutSeam):
 
     @contextlib.contextmanager
     def held_out(self, sampler: HeldOutSampler) -> Iterator[None]:
-        """Inside, `complete` and `score` work on held-out rows; afterwards training is as it was before."""
+        """Inside, `complete` and `score` work on held-out rows; afterwards training is as it was before.
+
+        TRL renews vLLM's copy of the weights once per step, but they also change between steps: a checkpoint is loaded,
+        the guard rolls back, a callback swaps in an average. So the copy is renewed here, and before what comes after.
+        """
+        if self.use_vllm:
+            self.vllm_generation.sync_weights()
         modes = [(module, module.training) for module in self.model.modules()]
         before = {name: getattr(self, name) for name in ("rollout_func", "num_generations_eval")}
         self.rollout_func: Any = None  # it has its own sampling
@@ -71,6 +77,7 @@ class HeldOutSeam(RolloutSeam):
         try:
             yield
         finally:
+            self._last_loaded_step: int = STALE
             self._held_out = None
             self.rollout_func, self.num_generations_eval = before.values()
             for module, training in modes:
@@ -123,7 +130,7 @@ class HeldOutSeam(RolloutSeam):
 
     @contextlib.contextmanager
     def _vllm_sampling(self, temperature: float, top_p: float) -> Iterator[Any]:
-        """TRL's vLLM engine with other sampling parameters and the current weights."""
+        """TRL's vLLM engine with other sampling parameters."""
         engine = self.vllm_generation
         other: dict[str, Any] = {
             "temperature": temperature,
@@ -132,9 +139,6 @@ class HeldOutSeam(RolloutSeam):
             "generation_kwargs": shared_options(self.args.generation_kwargs or {}),
         }
         before = {name: getattr(engine, name, None) for name in other}
-        if self.state.global_step != self._last_loaded_step:
-            engine.sync_weights()
-            self._last_loaded_step: int = self.state.global_step
         try:
             for name, value in other.items():
                 setattr(engine, name, value)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from pgpo.errors import UserError
+from pgpo.errors import UserError, reason
 from pgpo.teacher.weights import TEACHER_ADAPTER
 from pgpo.train import checkpoint as checkpoints
 from pgpo.train import zero
-from pgpo.train.seam.rollouts import Rollout
+from pgpo.train.seam.rollouts import STALE, Rollout
 from pgpo.train.seam.step import StepSeam
 
 _OWN = "pgpo_"  # begin of the names of our own files in a checkpoint
@@ -54,6 +54,7 @@ class SeamTrainer(StepSeam):
         """As transformers', but a checkpoint is verified first, and True is the newest one that is whole."""
         if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
             raise UserError("DeepSpeed's engine trains once; make a new trainer and resume from a checkpoint.")
+        self._last_loaded_step = STALE  # the steps are counted anew, or go on from a checkpoint's
         with self.rank_watch():
             checkpoint = self._verified(resume_from_checkpoint)
             if checkpoint is not None and self.is_deepspeed_enabled:
@@ -297,8 +298,7 @@ def _explained(checkpoint: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
-            f"the checkpoint {Path(checkpoint).name} cannot be continued ({type(error).__name__}: {reason}); remove "
-            "its folder to continue from the one before."
+            f"the checkpoint {Path(checkpoint).name} cannot be continued "
+            f"({type(error).__name__}: {reason(error, 200)}); remove its folder to continue from the one before."
         ) from error

@@ -36,6 +36,7 @@ from pgpo.visible import is_thinking_tag, opens_thinking
 Batch = dict[str, Any]
 Prompt = Any  # a list of chat messages, or a plain string
 Ids = list[list[int]]  # one list of tokens per completion or prompt
+STALE = -1  # as TRL's `_last_loaded_step`: vLLM's copy of the weights is renewed before anything is sampled
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
