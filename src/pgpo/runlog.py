@@ -154,6 +154,7 @@ VALIDATION, TEST = "validation", "test"
 TEST_SELECTED = "test_selected"  # test questions at the step that the validation questions select
 K = "k"
 QUESTIONS = "questions"
+STEMS = "stems"
 AVG_AT_K = "avg_at_k"
 PASS_AT_K = "pass_at_k"
 MAJ_AT_K = "maj_at_k"
@@ -161,12 +162,13 @@ WELL_FORMED_SHARE = "well_formed_share"
 LOW = "_low"
 HIGH = "_high"
 
-# The same for evaluations.jsonl; `low` and `high` bound the 95 % interval clustered by question.
+# The same for evaluations.jsonl; `low` and `high` bound the 95 % interval clustered by question, or by stem.
 EVALUATIONS: dict[str, tuple[str, str]] = {
     STEP: ("1", "optimizer steps done before the evaluation; 0 is the model at the start"),
     SPLIT: ("", "which questions, for example validation or test"),
     K: ("1", "completions per question"),
     QUESTIONS: ("1", "number of questions"),
+    STEMS: ("1", "number of stems among them; questions that share one are one unit of the intervals"),
     AVG_AT_K: ("1", "mean reward over the k completions, then over the questions"),
     AVG_AT_K + LOW: ("1", "lower end of its interval"),
     AVG_AT_K + HIGH: ("1", "upper end of its interval"),
