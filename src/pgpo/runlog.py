@@ -13,6 +13,7 @@
     test_records.jsonl the graded completions of the last test evaluation (evaluate.run.write_records)
     result.json        with protocol "strict" or "paper": test evaluations of the last and of the selected step
     checkpoints/       written by the trainer
+    tensorboard/       with report_to tensorboard, of all its resumptions
     base/              the initial model, where `pgpo train` made it
     figure.png         written by the report
 
@@ -51,6 +52,7 @@ TEST_RECORDS_FILE = "test_records.jsonl"
 RESULT_FILE = "result.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 BASE_FOLDER = "base"
+TENSORBOARD_FOLDER = "tensorboard"
 FIGURE_FILE = "figure.png"
 LOCK_FILE = ".lock"  # there while a process works in the folder
 
@@ -454,8 +456,9 @@ def _remove_run(directory: Path) -> None:
             path.unlink()
         return
     _read_config(directory)
-    if (directory / CHECKPOINTS_FOLDER).exists():  # first: a log without its checkpoints is never continued
-        shutil.rmtree(directory / CHECKPOINTS_FOLDER)
+    for folder in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER):  # first: a log without its checkpoints is never continued
+        if (directory / folder).exists():
+            shutil.rmtree(directory / folder)
     for name in (*LOG_FILES, FIGURE_FILE):
         (directory / name).unlink(missing_ok=True)
 

@@ -35,7 +35,7 @@ from pgpo.settings.config import PGPOConfig
 from pgpo.settings.field_types import file_name
 from pgpo.teacher import Teacher, build_contexts
 from pgpo.teacher.contexts import TeacherContext
-from pgpo.train import problems, state, zero
+from pgpo.train import model_card, problems, state, zero
 from pgpo.train.diagnostics import Diagnostics
 from pgpo.train.distill import Distillation, TokenDetail
 from pgpo.train.forwards import Forwards, release
@@ -383,6 +383,12 @@ class PGPOTrainer(SeamTrainer):
     def held_out_records(self, rows: Sequence[Mapping[str, Any]], seed: int | None = None) -> list[Record]:
         """`eval_k` graded completions for every row, gathered from all ranks, in the order of the rows."""
         return self.held_out_evaluation.run(rows, seed).records
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card, with method, settings and evaluations."""
+        self._name, self._paper = model_card.BASELINES.get(self.args.objective, (self._name, self._paper))
+        super().create_model_card(*args, **kwargs)
+        model_card.extend(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but a `metric_for_best_model` that no evaluation gives is found before the first step."""
