@@ -166,3 +166,21 @@ def test_the_report_says_where_diversity_was_lost(tmp_path: Path) -> None:
     assert sentence in (tmp_path / "r.html").read_text(encoding="utf-8")
     more = [diversity_run(tmp_path, f"n{i}", True) for i in range(4)]
     assert "In 4 of 5 runs pass@k fell while avg@k rose" in markdown(*more, kept, out=tmp_path / "m.md")
+
+
+def test_the_log_of_a_run_says_it_when_diversity_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against the first evaluation on the same split, also after a resumption, when only the log knows it."""
+    from pgpo.command.session import Session
+
+    kept = {"avg_at_k_low": 0.4, "avg_at_k_high": 0.8, "pass_at_k_low": 0.8, "k": 4, "questions": 9}
+    for resumed in (False, True):
+        session = Session.__new__(Session)
+        session.main, session.first = True, {}
+        session.log = RunLog(tmp_path) if resumed else RunLog.create(tmp_path, {}, {})
+        lines = [("validation", 0.5, 0.9), ("test", 0.5, 0.7), ("test", 0.6, 0.7), ("validation", 0.6, 0.7)]
+        for split, average, passed in lines[3:] if resumed else lines:
+            session._write_evaluation(5, {"split": split, "avg_at_k": average, "pass_at_k": passed} | kept)
+        session.log.close()
+        err = capsys.readouterr().err
+        assert err.count("pass@4 fell from 0.900 to 0.700 while avg@4 rose from 0.500 to 0.600") == 1
+        assert "validation pass@4 fell" in err

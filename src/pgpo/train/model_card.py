@@ -12,10 +12,13 @@ from pgpo import runlog
 from pgpo.settings.config import PGPOConfig
 from pgpo.train.seam import SeamTrainer
 
-# objective -> (name, paper) in TRL's template; PGPO's are the class's own.
-BASELINES = {
-    "sdpo": ("SDPO", {"title": "Reinforcement Learning via Self-Distillation", "id": "2601.20802"}),
-    "grpo": ("GRPO", GRPOTrainer._paper),
+# objective -> what TRL's template calls it, and its paper; PGPO's are the class's own.
+BASELINES: dict[str, dict[str, Any]] = {
+    "sdpo": {
+        "_name": "SDPO",
+        "_paper": {"title": "Reinforcement Learning via Self-Distillation", "id": "2601.20802"},
+    },
+    "grpo": {"_name": "GRPO", "_paper": GRPOTrainer._paper},
 }
 MOST_EVALUATIONS = 12  # rows: the first ones and the last
 

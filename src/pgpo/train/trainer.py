@@ -386,7 +386,7 @@ class PGPOTrainer(SeamTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card, with method, settings and evaluations."""
-        self._name, self._paper = model_card.BASELINES.get(self.args.objective, (self._name, self._paper))
+        self.__dict__.update(model_card.BASELINES.get(self.args.objective, {}))
         super().create_model_card(*args, **kwargs)
         model_card.extend(self)
 
