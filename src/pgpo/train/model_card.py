@@ -23,6 +23,16 @@ BASELINES: dict[str, dict[str, Any]] = {
 MOST_EVALUATIONS = 12  # rows: the first ones and the last
 
 
+class CardTrainer(SeamTrainer):
+    """A trainer whose model card has our section."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card, with method, settings and evaluations."""
+        self.__dict__.update(BASELINES.get(self.args.objective, {}))
+        super().create_model_card(*args, **kwargs)
+        extend(self)
+
+
 def extend(trainer: SeamTrainer) -> None:
     """Adds our section to the trainer's card, before the versions, or at its end; on the main process."""
     if not trainer.is_world_process_zero():

@@ -35,18 +35,19 @@ from pgpo.settings.config import PGPOConfig
 from pgpo.settings.field_types import file_name
 from pgpo.teacher import Teacher, build_contexts
 from pgpo.teacher.contexts import TeacherContext
-from pgpo.train import model_card, problems, state, zero
+from pgpo.train import problems, state, zero
 from pgpo.train.diagnostics import Diagnostics
 from pgpo.train.distill import Distillation, TokenDetail
 from pgpo.train.forwards import Forwards, release
 from pgpo.train.guard import GuardActions
 from pgpo.train.held_out import HeldOut
 from pgpo.train.host import Host
+from pgpo.train.model_card import CardTrainer
 from pgpo.train.multiplier import StepSignal
 from pgpo.train.policy import PolicyLoss
 from pgpo.train.prompts import Rendered
 from pgpo.train.rows import Sample, Sums, active_samples
-from pgpo.train.seam import Batch, Rollout, SeamTrainer
+from pgpo.train.seam import Batch, Rollout
 from pgpo.train.sharding import keep_precision, shard
 from pgpo.train.trust import Trust
 from pgpo.train.user_functions import CONTEXT_COLUMN
@@ -54,7 +55,7 @@ from pgpo.train.user_functions import CONTEXT_COLUMN
 _TRL_METRICS = {"completion_length": "completions/mean_length", "clipped_share": "completions/clipped_ratio"}
 
 
-class PGPOTrainer(SeamTrainer):
+class PGPOTrainer(CardTrainer):
     """Train a causal language model with PGPO, or with its baselines SDPO and GRPO (`args.objective`).
 
     A drop-in for trl.GRPOTrainer: the same arguments, plus
@@ -383,12 +384,6 @@ class PGPOTrainer(SeamTrainer):
     def held_out_records(self, rows: Sequence[Mapping[str, Any]], seed: int | None = None) -> list[Record]:
         """`eval_k` graded completions for every row, gathered from all ranks, in the order of the rows."""
         return self.held_out_evaluation.run(rows, seed).records
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's card, with method, settings and evaluations."""
-        self.__dict__.update(model_card.BASELINES.get(self.args.objective, {}))
-        super().create_model_card(*args, **kwargs)
-        model_card.extend(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but a `metric_for_best_model` that no evaluation gives is found before the first step."""
