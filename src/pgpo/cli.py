@@ -25,7 +25,7 @@ usage: pgpo COMMAND [arguments]
   eval        avg@k, pass@k, maj@k of a model, without and with a right solution in its prompt
   study       methods x settings x seeds from one YAML, resumable, with tables: recipes/lab-study.yaml
   plan        memory per GPU of a training step, from a model's config alone: pgpo plan MODEL --memory 80
-  report      one HTML page, and figures, from run directories and study folders
+  report      one HTML page or Markdown, and figures, from run directories and study folders
   sde         check the order of weak approximation of the real step
   env         versions, devices and paths for a bug report, without secrets
   lab-base    rebuild the lab's base checkpoint from a seed
@@ -229,14 +229,17 @@ def _dashed(word: str) -> str:
 
 
 def _report(argv: list[str]) -> int:
-    parser = _parser("report", "Write one self-contained HTML page about runs and studies.")
+    parser = _parser("report", "Write one self-contained HTML page, or Markdown, about runs and studies.")
     parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="run directories and study folders")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page; replaced if it exists")
+    parser.add_argument("--out", type=Path, default=None, help="replaced if it exists; default: report.html or .md")
+    parser.add_argument(
+        "--format", choices=("html", "markdown"), default=None, help="default: markdown if --out ends in .md, else html"
+    )
     parser.add_argument("--figures", type=Path, default=None, help="folder for a PNG and an SVG of each setting")
     args = parser.parse_args(argv)
     from pgpo.report.page import main as report
 
-    return report(args.paths, out=args.out, figures=args.figures)
+    return report(args.paths, out=args.out, figures=args.figures, form=args.format)
 
 
 def _sde(argv: list[str]) -> int:

@@ -13,6 +13,7 @@
     test_records.jsonl the graded completions of the last test evaluation (evaluate.run.write_records)
     result.json        with protocol "strict" or "paper": test evaluations of the last and of the selected step
     checkpoints/       written by the trainer
+    tensorboard/       with report_to tensorboard, of all its resumptions
     base/              the initial model, where `pgpo train` made it
     figure.png         written by the report
 
@@ -51,6 +52,7 @@ TEST_RECORDS_FILE = "test_records.jsonl"
 RESULT_FILE = "result.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 BASE_FOLDER = "base"
+TENSORBOARD_FOLDER = "tensorboard"
 FIGURE_FILE = "figure.png"
 LOCK_FILE = ".lock"  # there while a process works in the folder
 
@@ -154,6 +156,7 @@ VALIDATION, TEST = "validation", "test"
 TEST_SELECTED = "test_selected"  # test questions at the step that the validation questions select
 K = "k"
 QUESTIONS = "questions"
+STEMS = "stems"
 AVG_AT_K = "avg_at_k"
 PASS_AT_K = "pass_at_k"
 MAJ_AT_K = "maj_at_k"
@@ -161,12 +164,13 @@ WELL_FORMED_SHARE = "well_formed_share"
 LOW = "_low"
 HIGH = "_high"
 
-# The same for evaluations.jsonl; `low` and `high` bound the 95 % interval clustered by question.
+# The same for evaluations.jsonl; `low` and `high` bound the 95 % interval clustered by question, or by stem.
 EVALUATIONS: dict[str, tuple[str, str]] = {
     STEP: ("1", "optimizer steps done before the evaluation; 0 is the model at the start"),
     SPLIT: ("", "which questions, for example validation or test"),
     K: ("1", "completions per question"),
     QUESTIONS: ("1", "number of questions"),
+    STEMS: ("1", "number of stems among them; questions that share one are one unit of the intervals"),
     AVG_AT_K: ("1", "mean reward over the k completions, then over the questions"),
     AVG_AT_K + LOW: ("1", "lower end of its interval"),
     AVG_AT_K + HIGH: ("1", "upper end of its interval"),
@@ -452,8 +456,9 @@ def _remove_run(directory: Path) -> None:
             path.unlink()
         return
     _read_config(directory)
-    if (directory / CHECKPOINTS_FOLDER).exists():  # first: a log without its checkpoints is never continued
-        shutil.rmtree(directory / CHECKPOINTS_FOLDER)
+    for folder in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER):  # first: a log without its checkpoints is never continued
+        if (directory / folder).exists():
+            shutil.rmtree(directory / folder)
     for name in (*LOG_FILES, FIGURE_FILE):
         (directory / name).unlink(missing_ok=True)
 

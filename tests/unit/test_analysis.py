@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from typing import Any
 
 import pytest
@@ -129,7 +130,7 @@ def test_differences_are_paired_by_seed_and_question() -> None:
         records += [record("a", seed, scores), record("b", seed, [s + 0.25 for s in scores])]
     rng.shuffle(records)
     versus = methods_of(records, {"a": ["b"]})["b"]["versus"]["a"]
-    assert versus == {"value": 0.25, "low": 0.25, "high": 0.25, "runs": 8, "questions": 30}
+    assert versus == {"value": 0.25, "low": 0.25, "high": 0.25, "detectable": 0.0, "runs": 8, "questions": 30}
     assert methods_of(records, {"a": ["b"]})["b"]["versus_selected"]["a"]["value"] == 0.125
     back = methods_of(records, {"b": ["a"]})["a"]["versus"]["b"]
     assert (back["value"], back["low"]) == (-0.25, -0.25)
@@ -145,13 +146,12 @@ def test_the_interval_has_the_width_of_runs_and_questions() -> None:
     found = paired_difference(b, a)
     assert found is not None
 
-    def variance(values: list[float]) -> float:
-        mean = sum(values) / len(values)
-        return sum((v - mean) ** 2 for v in values) / len(values)
-
-    half = 1.96 * math.sqrt(variance(runs) / 40 + variance(questions) / 50)
+    of_runs, of_questions = statistics.variance(runs) / 40, statistics.variance(questions) / 50
+    freedom = (of_runs + of_questions) ** 2 / (of_runs**2 / 39 + of_questions**2 / 49)  # Satterthwaite
+    assert 67 < freedom < 68
+    half = 1.996 * math.sqrt(of_runs + of_questions)  # Student's t, 67 degrees of freedom
     assert found["value"] == pytest.approx(sum(runs) / 40 + sum(questions) / 50, abs=1e-5)
-    assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.05)
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.001)
 
 
 def test_only_seeds_that_both_have_are_compared() -> None:
@@ -166,7 +166,9 @@ def test_questions_are_matched_by_their_names_not_their_places() -> None:
     turned = record("b", 1, [])
     turned["test_scores"] = {"q1": 1.0, "q0": 0.25}
     found = paired_difference([turned], [record("a", 1, [0.25, 1.0])])
-    assert found is not None and (found["value"], found["low"], found["high"]) == (0.0, 0.0, 0.0)
+    assert found is not None and found["value"] == 0.0
+    # No difference in two questions, t = 12.7062 for one degree of freedom: t^2 / (2 + t^2).
+    assert (found["low"], found["high"]) == (-0.98776, 0.98776)
 
 
 def test_settings_are_kept_apart() -> None:
@@ -198,10 +200,10 @@ def test_the_tables_show_the_summary() -> None:
     text = tables_markdown(summarize_study(records, "s", {}, {"a": ["b", "base"]}))
     lines = text.splitlines()
     assert lines[0] == "# Study s"
-    assert "| b | +0.250 [+0.250, +0.250] | -0.250 [-0.250, -0.250]† |" in lines  # † one seed
+    assert "| b | +0.250 [+0.250, +0.250] (0.000) | -0.250 [-0.250, -0.250]† (0.000) |" in lines  # † one seed
     rows = [line for line in lines if line.startswith(("| a |", "| b |", "| base |"))]
     b = "| b | 8 | 0.500 | 0.750 (0.000) | 0.375 (0.000) | 0.900 | 0.750 | 8/8 | 1.200 | 0.25 | 0.12 | +0.250 "
-    assert b + "[+0.250, +0.250] |" in rows
+    assert b + "[+0.250, +0.250] (0.000) |" in rows
     assert any(row.startswith("| b | 1 (1 failed) | 0.500 | 0.250 | 0.125 |") for row in rows)
     # mean .35, sd sqrt(.06) = .245; nothing measured where nothing was trained
     assert any(row.startswith("| base | 8 | 0.500 | 0.350 (0.245) | ") and "| - | - | - |" in row for row in rows)

@@ -8,14 +8,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from pgpo import runlog
+from pgpo import intervals, runlog
 from pgpo.errors import UserError
 from pgpo.evaluate import (
     Record,
     avg_scores,
     estimate,
     maj_scores,
-    paired_bootstrap,
+    paired_difference,
     pass_scores,
     summarize,
 )
@@ -39,16 +39,49 @@ def _records(
     ]
 
 
+T3 = 3.182446  # Student's t, 95 %, 3 degrees of freedom: printed tables
+
+
+def wilson_ends(mean: float, variance: float, t: float) -> tuple[float, float]:
+    """The shares p that lie t standard errors from the mean, each with the standard error that p itself would have.
+
+    (p - mean)^2 = t^2 p (1 - p) / m with the effective number m = mean (1 - mean) / variance.
+    """
+    m = mean * (1 - mean) / variance
+    roots = np.roots([1 + t**2 / m, -2 * mean - t**2 / m, mean**2])
+    return float(roots.min()), float(roots.max())
+
+
 def test_avg_and_its_interval_by_hand() -> None:
-    # Question means 1, 1/2, 0, 1/2: mean 1/2, sample variance (1/4 + 0 + 1/4 + 0) / 3 = 1/6, standard error
-    # sqrt(1/6 / 4) = 0.204124, times 1.959964 = 0.400076.
+    # Question means 1, 1/2, 0, 1/2: mean 1/2, sample variance (1/4 + 0 + 1/4 + 0) / 3 = 1/6, of the mean 1/24.
     summary = summarize(_records({"a": [1, 1], "b": [1, 0], "c": [0, 0], "d": [0, 1]}), k=2)
     assert summary.avg_at_k.value == 0.5
-    assert summary.avg_at_k.low == pytest.approx(0.5 - 0.400076, abs=1e-6)
-    assert summary.avg_at_k.high == pytest.approx(0.5 + 0.400076, abs=1e-6)
+    ends = wilson_ends(0.5, 1 / 24, T3)
+    assert (summary.avg_at_k.low, summary.avg_at_k.high) == pytest.approx(ends, abs=1e-6)
     assert summary.pass_at_k.value == 0.75  # a, b and d have a right one
+    assert (summary.pass_at_k.low, summary.pass_at_k.high) == pytest.approx(wilson_ends(0.75, 0.25 / 4, T3), abs=1e-6)
     assert summary.well_formed_share == 0.5
-    assert (summary.k, summary.questions) == (2, 4)
+    assert (summary.k, summary.questions, summary.stems) == (2, 4, 4)
+
+
+def test_questions_of_one_stem_are_one_cluster() -> None:
+    # Two pairs with the same scores say as much as two questions: means of clusters 1 and 0, variance 1/2, / 2 = 1/4.
+    records = _records({"a": [1], "b": [1], "c": [0], "d": [0], "e": [1]})
+    for record, stem in zip(records, ("s", "s", "t", "t", "u")):
+        record["stem"] = stem
+    four = summarize(records[:4], k=1)
+    assert (four.questions, four.stems, four.avg_at_k.value) == (4, 2, 0.5)
+    assert (four.avg_at_k.low, four.avg_at_k.high) == pytest.approx(wilson_ends(0.5, 0.25, 12.7062), abs=1e-5)
+    # Unequal clusters, jackknife by hand: without s 1/3, without t 1, without u 2/4; mean 3/5.
+    five = summarize(records, k=1).avg_at_k
+    variance = 2 / 3 * ((1 / 3 - 0.6) ** 2 + (1 - 0.6) ** 2 + (0.5 - 0.6) ** 2)
+    assert (five.low, five.high) == pytest.approx(wilson_ends(0.6, variance, 4.302653), abs=1e-6)
+    alone = summarize(records[:2], k=1)
+    assert alone.stems == 1 and math.isnan(alone.avg_at_k.low)
+    without = [{**record, "stem": ""} for record in records]
+    assert summarize(without, k=1).stems == 5  # an empty stem is none
+    paired = paired_difference(records, _records({q: [0] for q in "abcde"}), k=1)
+    assert paired.high - paired.value == pytest.approx(4.302653 * math.sqrt(variance), abs=1e-6)
 
 
 def test_questions_count_alike_and_in_any_order_of_records() -> None:
@@ -106,57 +139,46 @@ def test_an_answer_is_right_if_one_completion_with_it_was_graded_right() -> None
 
 
 def test_no_certainty_from_a_flawless_or_hopeless_sample() -> None:
-    # Wilson with n questions all alike: the other end lies z^2 / (n + z^2) away; 3.841459 / 23.841459 = 0.161125.
-    right = estimate({str(i): 1.0 for i in range(20)})
-    wrong = estimate({str(i): 0.0 for i in range(20)}, bootstrap_seed=0)
-    assert (right.value, right.high) == (1.0, 1.0) and right.low == pytest.approx(1 - 0.161125, abs=1e-6)
-    assert (wrong.value, wrong.low) == (0.0, 0.0) and wrong.high == pytest.approx(0.161125, abs=1e-6)
+    # Wilson with n questions all alike: the other end lies t^2 / (n + t^2) away; t = 2.093024 for 19 degrees.
+    margin = 2.093024**2 / (20 + 2.093024**2)
+    right, wrong = estimate({str(i): 1.0 for i in range(20)}), estimate({str(i): 0.0 for i in range(20)})
+    assert (right.value, right.high) == (1.0, 1.0) and right.low == pytest.approx(1 - margin, abs=1e-6)
+    assert (wrong.value, wrong.low) == (0.0, 0.0) and wrong.high == pytest.approx(margin, abs=1e-6)
+    half = estimate({str(i): 0.5 for i in range(20)})  # no spread between questions, not no uncertainty
+    assert half.low < 0.3 and half.high > 0.7
 
 
 def test_bounds_stay_within_the_scale_and_one_question_has_none() -> None:
     few = estimate({"a": 1.0, "b": 1.0, "c": 0.0})
-    assert few.high == 1.0 and 0.0 <= few.low < few.value
-    wide = estimate({"a": 3.0, "b": -1.0})  # not shares: nothing to clip; sd 2.828427, half width 1.959964 * 2
-    assert (wide.low, wide.high) == pytest.approx((1 - 3.919928, 1 + 3.919928), abs=1e-6)
+    assert few.high < 1.0 and 0.0 < few.low < few.value
+    wide = estimate({"a": 3.0, "b": -1.0})  # not shares: mean +- t se; sd 2.828427, so se 2, t = 12.7062
+    assert (wide.low, wide.high) == pytest.approx((1 - 25.4124, 1 + 25.4124), abs=1e-4)
     one = estimate({"a": 0.5})
     assert one.value == 0.5 and math.isnan(one.low) and math.isnan(one.high)
 
 
-def _simulated_coverage(seed: int) -> tuple[float, float, float]:
-    """Coverage of the clustered normal, the bootstrap, and a naive interval that takes completions as independent.
+def _simulated_coverage(seed: int, p: float, questions: int) -> tuple[float, float, float]:
+    """Coverage of our interval, of the normal one, and of one that takes completions as independent.
 
-    400 data sets of 60 questions with 16 completions; the chance of a right one is Beta(1, 1) over questions, mean 1/2.
-    Variance of a mean of 60: (1/12 + 1/6 / 16) / 60, naive (1/4) / 960, the true one is 6.0 times as large.
+    600 data sets with 16 completions a question; the chance of a right one is Beta with mean p and a + b = 1.
     """
     rng = np.random.default_rng(seed)
-    clustered = bootstrap = naive = 0
-    for trial in range(400):
-        chance = rng.uniform(size=60)
-        rewards = (rng.uniform(size=(60, 16)) < chance[:, None]).astype(float)
-        scores = {str(i): value for i, value in enumerate(rewards.mean(axis=1))}
-        interval = estimate(scores)
-        clustered += interval.low <= 0.5 <= interval.high
-        if trial % 4 == 0:
-            interval = estimate(scores, bootstrap_seed=trial)
-            bootstrap += interval.low <= 0.5 <= interval.high
-        half = 1.96 * rewards.std(ddof=1) / np.sqrt(rewards.size)
-        naive += abs(rewards.mean() - 0.5) <= half
-    return clustered / 400, bootstrap / 100, naive / 400
+    ours = normal = naive = 0
+    for _ in range(600):
+        rewards = rng.binomial(16, rng.beta(p, 1 - p, size=questions)) / 16
+        interval = estimate({str(i): value for i, value in enumerate(rewards)})
+        ours += interval.low <= p <= interval.high
+        normal += abs(rewards.mean() - p) <= 1.959964 * rewards.std(ddof=1) / np.sqrt(questions)
+        naive += abs(rewards.mean() - p) <= 1.959964 * np.sqrt(p * (1 - p) / (16 * questions))
+    return ours / 600, normal / 600, naive / 600
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says_and_the_naive_one_does_not() -> None:
-    clustered, bootstrap, naive = _simulated_coverage(seed=0)
-    assert 0.92 <= clustered <= 0.98
-    assert 0.88 <= bootstrap <= 0.99  # of 100 only
-    assert naive < 0.75
-
-
-def test_bootstrap_agrees_with_the_normal_interval_and_repeats_with_its_seed() -> None:
-    scores = {str(i): value for i, value in enumerate(np.random.default_rng(1).uniform(size=200))}
-    normal, one, same, other = estimate(scores), estimate(scores, 1), estimate(scores, 1), estimate(scores, 2)
-    assert one == same != other
-    assert (one.low, one.high) == pytest.approx((normal.low, normal.high), abs=0.1 * (normal.high - normal.low))
-    assert one.value == normal.value
+def test_the_interval_covers_the_truth_as_often_as_it_says_and_the_others_do_not() -> None:
+    """The standard error of a coverage is .009; benchmarks/interval_coverage.py has more cells."""
+    middle = _simulated_coverage(seed=0, p=0.5, questions=60)
+    assert 0.92 <= middle[0] <= 0.98 and middle[2] < 0.75
+    edge = _simulated_coverage(seed=1, p=0.93, questions=50)
+    assert 0.92 <= edge[0] <= 0.98 and edge[1] < 0.92
 
 
 def _simulated_pair(
@@ -172,18 +194,20 @@ def _simulated_pair(
 def test_paired_difference_by_hand() -> None:
     a = _records({"p": [1, 1], "q": [1, 0], "r": [0, 0]})
     b = _records({"r": [0, 1], "p": [0, 0], "q": [1, 0]})  # another order: questions pair by id
-    difference = paired_bootstrap(a, b, k=2)
+    difference = paired_difference(a, b, k=2)
     assert difference.value == pytest.approx((1 + 0 - 0.5) / 3)
-    # 27 equally likely draws of (1, 0, -1/2); the extreme means, -1/2 and 1, come once each: 3.7 % > 2.5 %.
-    assert (difference.low, difference.high) == (-0.5, 1.0)
+    # Of 1, 0, -1/2 the variance is 7/12, of their mean 7/36; t = 4.302653 for 2 degrees, 1.060660 with 20 % above it.
+    half = 4.302653 * math.sqrt(7 / 36)
+    assert (difference.low, difference.high) == pytest.approx((1 / 6 - half, 1 / 6 + half), abs=1e-6)
+    assert difference.detectable == pytest.approx((4.302653 + 1.060660) * math.sqrt(7 / 36), abs=1e-6)
     assert (difference.questions, difference.runs) == (3, 1)
-    swapped = paired_bootstrap(b, a, k=2)
-    assert (swapped.low, swapped.high) == (-difference.high, -difference.low)
+    swapped = paired_difference(b, a, k=2)
+    assert (swapped.low, swapped.high) == pytest.approx((-difference.high, -difference.low))
 
 
 def test_pairing_removes_the_difficulty_that_both_share() -> None:
     a, b = _simulated_pair(np.random.default_rng(0), gain=0.1)
-    paired = paired_bootstrap(a, b, k=8)
+    paired = paired_difference(a, b, k=8)
     unpaired = math.hypot(*(est.high - est.low for est in (summarize(a, 8).avg_at_k, summarize(b, 8).avg_at_k)))
     # Within-question variance only: sqrt(2 * .2 / 8) against sqrt(2 * (.04 + .2 / 8)) for the unpaired, a ratio of .62.
     assert 0.5 < (paired.high - paired.low) / unpaired < 0.75
@@ -194,7 +218,7 @@ def test_paired_interval_covers_the_truth() -> None:
     rng = np.random.default_rng(3)
     covered = 0
     for _ in range(200):
-        interval = paired_bootstrap(*_simulated_pair(rng, gain=0.1, questions=40, k=4), k=4, resamples=1_000)
+        interval = paired_difference(*_simulated_pair(rng, gain=0.1, questions=40, k=4), k=4)
         covered += interval.low <= 0.1 <= interval.high
     assert 0.90 <= covered / 200 <= 0.985
 
@@ -205,34 +229,68 @@ def test_the_spread_between_runs_enters_when_several_runs_are_given() -> None:
         return _records({f"q{i}": [1.0] * right + [0.0] * (10 - right) for i in range(50)})
 
     ours, theirs = [run(9), run(7), run(3), run(5)], [run(5)] * 4
-    difference = paired_bootstrap(ours, theirs, k=10)
+    difference = paired_difference(ours, theirs, k=10)
     assert difference.value == pytest.approx(0.1)
     assert (difference.questions, difference.runs) == (50, 4)
-    # Runs differ by .4, .2, -.2, 0: sd of a bootstrap mean sqrt(.05 / 4) = .112, so about +- .219.
-    assert difference.low == pytest.approx(0.1 - 0.219, abs=0.04)
-    assert difference.high == pytest.approx(0.1 + 0.219, abs=0.04)
-    single = paired_bootstrap(ours[0], theirs[0], k=10)
+    # Runs differ by .4, .2, -.2, 0: variance of their mean (.2 / 3) / 4 = 1/60, three degrees of freedom.
+    half = T3 * math.sqrt(1 / 60)
+    assert (difference.low, difference.high) == pytest.approx((0.1 - half, 0.1 + half), abs=1e-5)
+    single = paired_difference(ours[0], theirs[0], k=10)
     assert single.low == pytest.approx(0.4) and single.high == pytest.approx(0.4)
+    same = paired_difference(theirs[0], theirs[0], k=10)  # no difference anywhere is not no uncertainty
+    margin = 2.009575**2 / (50 + 2.009575**2)
+    assert (same.value, same.high) == pytest.approx((0.0, margin), abs=1e-6)
 
 
-def test_paired_bootstrap_of_other_measures() -> None:
+def test_runs_and_questions_are_crossed() -> None:
+    """Against the textbook's mean squares: EMS of a two-way layout without replication, all effects random."""
+    rng = np.random.default_rng(4)
+    runs, questions = 5, 12
+    table = rng.normal(0, 0.2, (runs, 1)) + rng.normal(0, 0.3, questions) + rng.normal(0, 0.1, (runs, questions))
+    found = intervals.paired_difference(table)
+    mean = table.mean()
+    square_runs = questions * sum((row.mean() - mean) ** 2 for row in table) / (runs - 1)
+    square_questions = runs * sum((column.mean() - mean) ** 2 for column in table.T) / (questions - 1)
+    rest = sum(
+        (table[r, q] - table[r].mean() - table[:, q].mean() + mean) ** 2
+        for r, q in itertools.product(range(runs), range(questions))
+    ) / ((runs - 1) * (questions - 1))
+    total = square_runs + square_questions - rest
+    terms = (square_runs, runs - 1), (square_questions, questions - 1), (rest, (runs - 1) * (questions - 1))
+    freedom = total**2 / sum(square**2 / degrees for square, degrees in terms)
+    half = intervals.student_t(int(freedom)) * math.sqrt(total / (runs * questions))
+    assert (found.low, found.high) == pytest.approx((mean - half, mean + half), abs=1e-12)
+
+
+def test_the_detectable_effect_is_found_four_times_of_five() -> None:
+    rng = np.random.default_rng(7)
+    noise = rng.normal(0, 0.3, (4000, 1, 25))
+    # The expected one, for its own standard error is that of one sample: (2.0639 + .8569) * .3 / 5.
+    effect = (2.0639 + 0.8569) * 0.3 / 5
+    single = intervals.paired_difference(noise[0])
+    assert single.detectable / (single.high - single.value) == pytest.approx((2.0639 + 0.8569) / 2.0639, abs=1e-4)
+    found = np.mean([intervals.paired_difference(sample + effect).low > 0 for sample in noise[:1500]])
+    assert 0.76 <= found <= 0.84
+
+
+def test_paired_difference_of_other_measures() -> None:
     a = _records({"p": [1, 0], "q": [1, 0]}, {"p": ["A", "B"], "q": ["A", "B"]})
     b = _records({"p": [0, 0], "q": [1, 1]}, {"p": ["B", "C"], "q": ["A", "A"]})
-    assert paired_bootstrap(a, b, k=2).value == 0.0
-    assert paired_bootstrap(a, b, k=2, scores=pass_scores).value == 0.5
-    assert paired_bootstrap(a, b, k=2, scores=maj_scores).value == 0.0
+    assert paired_difference(a, b, k=2).value == 0.0
+    assert paired_difference(a, b, k=2, scores=pass_scores).value == 0.5
+    assert paired_difference(a, b, k=2, scores=maj_scores).value == 0.0
 
 
 def test_runs_that_cannot_be_compared_are_refused() -> None:
     a, b = _records({"p": [1], "q": [0]}), _records({"p": [1], "r": [0]})
     with pytest.raises(UserError, match=r"do not share their questions, 2 of them are missing in one .*'q'"):
-        paired_bootstrap(a, b, k=1)
+        paired_difference(a, b, k=1)
     with pytest.raises(UserError, match="do not share their questions, 1 of them"):
-        paired_bootstrap([a, a], [a, a[:1]], k=1)
+        paired_difference([a, a], [a, a[:1]], k=1)
     with pytest.raises(UserError, match="2 runs of a and 1 of b cannot be paired"):
-        paired_bootstrap([a, a], [a], k=1)
+        paired_difference([a, a], [a], k=1)
     with pytest.raises(UserError, match="no records to compare"):
-        paired_bootstrap([], a, k=1)
+        paired_difference([], a, k=1)
 
 
 def test_records_that_do_not_make_an_average_are_refused() -> None:

@@ -257,11 +257,11 @@ def test_eval_prints_what_the_completions_say(monkeypatch, capsys, science, tmp_
     out, err = capsys.readouterr()
     student, hinted, compared = out.splitlines()
     assert re.fullmatch(
-        r"student  avg@4 0\.333 \[0\.000, 0\.765\]  pass@4 0\.667 \[0\.013, 1\.000\]  maj@4 0\.333 "
-        r"\[0\.000, 0\.987\]  well-formed 0\.833  3 questions \(95 % intervals clustered by question\)",
+        r"student  avg@4 0\.333 \[0\.024, 0\.910\]  pass@4 0\.667 \[0\.044, 0\.989\]  maj@4 0\.333 "
+        r"\[0\.011, 0\.956\]  well-formed 0\.833  3 questions \(95 % intervals clustered by question\)",
         student,
     )
-    assert hinted.startswith("hinted   avg@4 1.000 [0.342, 1.000]  pass@4 1.000")  # Wilson: 1 - 3.841 / (2 + 3.841)
+    assert hinted.startswith("hinted   avg@4 1.000 [0.012, 1.000]  pass@4 1.000")  # 2 / (2 + t^2), t = 12.706
     assert "2 questions" in hinted
     assert compared.startswith("student* avg@4 0.500") and "2 questions" in compared  # (3/4 + 1/4) / 2, same questions
     assert "known for 1 of 3 questions" in err and err.count("\n") == 1
@@ -271,9 +271,23 @@ def test_eval_prints_what_the_completions_say(monkeypatch, capsys, science, tmp_
 
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [r["reader"] for r in records] == ["student"] * 12 + ["hinted"] * 8
-    keys = {"question_id", "domain", "sample", "reward", "answer", "well_formed", "completion", "reader"}
+    keys = {"question_id", "domain", "sample", "reward", "answer", "well_formed", "completion", "reader", "stem"}
     assert all(r.keys() == keys for r in records)
     assert [r["completion"] for r in records[:4]] == [A, A, B, A]
+
+
+def test_eval_writes_what_other_tools_read(monkeypatch, capsys, science, tmp_path):
+    evaluate_with(monkeypatch, [[A, A], [B, A], [B, NOTHING]], hinted=A)
+    words = ["eval", "a/model", *science, "--prompt_style", "boxed", "--k", "2", "--no-hint"]
+    log, samples = tmp_path / "log.json", tmp_path / "samples"
+    assert main([*words, "--inspect_log", str(log), "--lm_eval_folder", str(samples)]) == 0
+    found = json.loads(log.read_text())
+    assert (found["eval"]["model"], len(found["samples"])) == ("a/model", 6)
+    assert found["eval"]["model_generate_config"] == {"temperature": 0.6, "top_p": 0.95, "max_tokens": 8192}
+    (path,) = samples.glob("a__model/samples_science-qa-physics-test_*.jsonl")
+    assert len(path.read_text().splitlines()) == 3 and str(path) in capsys.readouterr().err
+    assert main([*words, "--inspect_log", str(tmp_path / "log.txt")]) == 2
+    assert "inspect-ai reads it if it ends in .json" in capsys.readouterr().err
 
 
 def test_eval_of_a_run_asks_as_the_run_did(monkeypatch, tmp_path):

@@ -218,7 +218,7 @@ def test_the_table_names_every_hint():
     text = table(read(lines, law=lambda i: 1.07))
     assert text[0] == "temperature 1: 32 questions x 20 completions"
     assert [row.split()[0] for row in text[5:9]] == ["right", "wrong", "placebo", "feedback"]
-    assert "pass@1 0.30 [0.30, 0.30]" in text[1] and "rho 1.070" in text[3]
+    assert "pass@1 0.30 [0.17, 0.48]" in text[1] and "rho 1.070" in text[3]
     assert text[8].split()[2:] == ["-", "-", "-", "-", "+0.000", "-", "-", "-"]
 
 

@@ -456,9 +456,16 @@ def test_the_boxed_prompt_is_the_papers(tmp_path: Path) -> None:
         "prompt": [{"role": "user", "content": content}],
         "answer": "ABCD"[number % 4],
         "domain": "physics",
+        "stem": row["stem"],
         "labels": ["A", "B", "C", "D"],
         "options": [f"{number}.{i} m" for i in range(4)],
     }
+
+
+def test_questions_with_one_text_share_a_stem_whatever_their_options() -> None:
+    one, other = question(1, "How far is it?", "pqrs"), question(2, "how  far is\nIT?", "tu")
+    assert one.stem == other.stem != question(3, "How far is he?", "pqrs").stem
+    assert one.id != other.id and one.stem.startswith("physics-")
 
 
 def test_the_sdpo_prompt_names_exactly_the_options_there_are(tmp_path: Path) -> None:
@@ -615,6 +622,12 @@ def test_the_published_overlap_is_what_the_documentation_says() -> None:
         kept = load(domain, path=PUBLISHED, validation_fraction=0, drop_overlap=True).train
         assert len(kept) == len(published_records(domain, "train")) - found[domain][1]
     assert found == {"biology": (4, 4, 0), "chemistry": (0, 0, 0), "materials": (3, 10, 1), "physics": (5, 8, 0)}
+
+
+@needs_published
+def test_the_published_stems_are_as_many_as_the_documentation_says() -> None:
+    found = {domain: len({q.stem for q in load_split(domain, path=PUBLISHED)[1]}) for domain in FILE_STEMS}
+    assert found == {"biology": 36, "chemistry": 210, "materials": 93, "physics": 79}
 
 
 def damaged_copy(folder: Path, damage: Any) -> Path:

@@ -16,6 +16,7 @@ from pgpo.command.models import check_prompts, load_config, load_model, load_tok
 from pgpo.command.terminal import Heartbeat, console, quiet, say
 from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import RIGHT, Record, summarize
+from pgpo.evaluate.exports import inspect_log, lm_eval_samples, write_inspect_log, write_lm_eval_samples
 from pgpo.evaluate.run import Generate, evaluate, write_records
 from pgpo.evaluate.runners import TEMPERATURE, TOP_P, TransformersRunner, VLLMRunner, render_prompt
 from pgpo.forward.batching import positions
@@ -53,6 +54,12 @@ class EvalArguments(TaskArguments):
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     records: str | None = field(default=None, metadata={"help": "Write the graded completions to this JSONL file."})
+    inspect_log: str | None = field(
+        default=None, metadata={"help": "Write the student's as a log of inspect-ai, .json."}
+    )
+    lm_eval_folder: str | None = field(
+        default=None, metadata={"help": "Write the student's as samples of lm-eval here."}
+    )
 
     # Of the run that is evaluated, if it is one: options of generation and of the chat template.
     generation: dict[str, Any] = field(default_factory=dict, init=False)
@@ -75,8 +82,12 @@ class EvalArguments(TaskArguments):
             raise UserError(f"k is {self.k}; it must be at least 1 completion per question.")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}; a seed must be between 0 and 4294967295.")
-        if self.records and not Path(self.records).parent.is_dir():
-            raise UserError(f"the folder of {self.records} does not exist; create it, or choose another --records.")
+        for name in ("records", "inspect_log"):
+            path = getattr(self, name)
+            if path and not Path(path).parent.is_dir():
+                raise UserError(f"the folder of {path} does not exist; create it, or choose another --{name}.")
+        if self.inspect_log and Path(self.inspect_log).suffix != ".json":
+            raise UserError(f"inspect_log is {self.inspect_log}; inspect-ai reads it if it ends in .json.")
         lab = PRESETS["lab_world"] if self.task == "lab_world" else {}  # otherwise the paper's validation settings
         if self.max_new_tokens is None:
             self.max_new_tokens = lab.get("max_completion_length", 8192)
@@ -139,7 +150,20 @@ def main(argv: Sequence[str]) -> int:
             )
     if args.records:
         write_records(args.records, written)  # type: ignore[arg-type]
+    _export(args, name, rows, student, right)
     return 0
+
+
+def _export(args: EvalArguments, model: str, rows: Sequence[Row], records: Sequence[Record], right: float) -> None:
+    """The student's completions for the tools that were named."""
+    task = " ".join(filter(None, (args.task, args.domain, args.split)))
+    if args.inspect_log:
+        sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens}
+        log = inspect_log(records, rows, task=task, model=model, k=args.k, right=right, sampling=sampling)
+        write_inspect_log(Path(args.inspect_log), log)
+    if args.lm_eval_folder:
+        samples = lm_eval_samples(records, rows, k=args.k, right=right)
+        say(f"samples: {write_lm_eval_samples(Path(args.lm_eval_folder), samples, task=task, model=model)}")
 
 
 def model_folder(name: str) -> str:
@@ -279,4 +303,6 @@ def _report(reader: str, records: Sequence[Record], k: int, right: float) -> Non
     ]
     if s.well_formed_share is not None:
         cells.append(f"well-formed {s.well_formed_share:.3f}")
-    print(f"{reader:8s} {'  '.join(cells)}  {s.questions} questions (95 % intervals clustered by question)")
+    units = "stem" if s.stems < s.questions else "question"
+    count = f"{s.questions} questions" + (f" with {s.stems} stems" if s.stems < s.questions else "")
+    print(f"{reader:8s} {'  '.join(cells)}  {count} (95 % intervals clustered by {units})")

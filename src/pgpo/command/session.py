@@ -15,7 +15,7 @@ from pgpo.evaluate.run import write_records
 from pgpo.files import json_line, write_atomically
 from pgpo.runlog import RunLog
 from pgpo.settings.arguments import RunArguments
-from pgpo.study_files import accuracy_curve, selected_step
+from pgpo.study_files import accuracy_curve, narrowed, narrowing, selected_step
 from pgpo.tasks import Row, Task
 from pgpo.train.trainer import PGPOTrainer
 
@@ -30,6 +30,7 @@ class Session(TrainerCallback):
         self.main = trainer.accelerator.is_main_process
         self.curve = runlog.TEST if run.protocol == "paper" else runlog.VALIDATION
         self.accuracy = float("nan")
+        self.first: dict[str, dict[str, Any]] = {}  # split -> the first evaluation of the run on it
         self.untouched = False  # neither trained nor evaluated yet
         self.interruption = Interruption()
         self.bar: Progress | None = None
@@ -147,6 +148,11 @@ class Session(TrainerCallback):
             f"step {step:4d}  {values['split']:10s} avg@{k} {self.accuracy:.3f}  95 % [{low:.3f}, {high:.3f}]  "
             f"{values['questions']} questions"
         )
+        split = values[runlog.SPLIT]
+        if split not in self.first:
+            self.first[split] = self._evaluations(split)[0]
+        if narrowed(self.first[split], values):
+            say(f"step {step:4d}  {split:10s} {narrowing(self.first[split], values)}")
 
     # Trainer callbacks ----------------------------------------------------------------------------------------------
 

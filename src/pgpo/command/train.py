@@ -19,6 +19,7 @@ from pgpo.command.interrupt import INTERRUPTED, TERMINATED, stopped_by_sigterm
 from pgpo.command.models import check_prompts, load_model, model_source, one_thread
 from pgpo.command.session import Session
 from pgpo.command.terminal import quiet, say
+from pgpo.command.tracking import one_run
 from pgpo.errors import UserError
 from pgpo.runlog import BASE_FOLDER, RUN_ID, RunLog
 from pgpo.settings.arguments import Parsed, parse
@@ -132,7 +133,12 @@ def _train(parsed: Parsed, directory: Path, resume: bool) -> tuple[int, Path]:
             base = Path(scratch) / BASE_FOLDER
             log = run_directory.open_log(parsed, directory, base, run_id, None if checkpoint is None else checkpoint[0])
         try:
-            with trainer.rank_watch(), run_directory.full_disk_explained(directory), log:
+            with (
+                trainer.rank_watch(),
+                run_directory.full_disk_explained(directory),
+                one_run(trainer, directory, run_id),
+                log,
+            ):
                 status = Session(trainer, log, run, task).go(checkpoint)
         except BaseException:
             if main and checkpoint is None and trainer.state.global_step == 0:

@@ -14,7 +14,7 @@ from pgpo.evaluate.avg_at_k import (
     avg_scores,
     estimate,
     maj_scores,
-    paired_bootstrap,
+    paired_difference,
     pass_scores,
     summarize,
 )
@@ -29,7 +29,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "maj_scores",
-    "paired_bootstrap",
+    "paired_difference",
     "pass_scores",
     "read_records",
     "summarize",

@@ -1,9 +1,9 @@
 """From graded completions to numbers with error bars.
 
-k completions of one question share its difficulty, so the question, not the completion, is the independent unit.
-Each measure is first a score per question, and its interval comes from the spread of these scores. With equally
-many completions per question this is the cluster-robust standard error (Miller 2024, Adding Error Bars
-to Evals, arXiv 2411.00640).
+k completions of one question share its difficulty, so the question, not the completion, is the independent unit;
+where questions share a stem, the stem is. Each measure is first a score per question, and its interval comes from
+the spread of these scores, the cluster-robust standard error of Miller 2024 (Adding Error Bars to Evals, arXiv
+2411.00640). How the interval is made of it, and what it covers: `pgpo.intervals`, docs/EVALUATION.md.
 """
 
 from __future__ import annotations
@@ -12,27 +12,17 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any, TypedDict
 
 import numpy as np
-import numpy.typing as npt
 
-from pgpo import runlog
+from pgpo import intervals, runlog
 from pgpo.errors import UserError
 
-LEVEL = 0.95
-Z = NormalDist().inv_cdf((1 + LEVEL) / 2)  # 1.95996
-RESAMPLES = 10_000  # ours: an end of the interval then has a standard error of .7 % of its width
 RIGHT = 1.0  # SDPO's threshold for a successful attempt: reward >= 1.0
 
 
-class Record(TypedDict):
-    """One graded completion.
-
-    answer: what it votes for, None if it gives none. well_formed: None where the grader does not judge the form.
-    """
-
+class _Record(TypedDict):
     question_id: str
     domain: str
     sample: int
@@ -42,9 +32,19 @@ class Record(TypedDict):
     completion: str
 
 
+class Record(_Record, total=False):
+    """One graded completion.
+
+    answer: what it votes for, None if it gives none. well_formed: None where the grader does not judge the form.
+    stem: what its question shares with others, which then are no independent questions; may be missing.
+    """
+
+    stem: str
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over questions and its 95 % interval; nan bounds where one question gives no interval."""
+    """A mean over questions and its 95 % interval; nan bounds where one question, or one stem, gives no interval."""
 
     value: float
     low: float
@@ -53,11 +53,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of a minus mean of b over paired questions (and runs), with its 95 % bootstrap interval."""
+    """Mean of a minus mean of b over paired questions (and runs), with its 95 % interval.
+
+    detectable: the minimum detectable effect, the true difference that would be told from 0 in 80 % of the cases.
+    """
 
     value: float
     low: float
     high: float
+    detectable: float
     questions: int
     runs: int
 
@@ -72,13 +76,14 @@ class Summary:
 
     k: int
     questions: int
+    stems: int
     avg_at_k: Estimate
     pass_at_k: Estimate | None
     maj_at_k: Estimate | None
     well_formed_share: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        values: dict[str, Any] = {runlog.K: self.k, runlog.QUESTIONS: self.questions}
+        values: dict[str, Any] = {runlog.K: self.k, runlog.QUESTIONS: self.questions, runlog.STEMS: self.stems}
         measures = {
             runlog.AVG_AT_K: self.avg_at_k,
             runlog.PASS_AT_K: self.pass_at_k,
@@ -93,28 +98,32 @@ class Summary:
 Scores = Callable[[Sequence[Record], int], dict[str, float]]
 
 
-def summarize(
-    records: Sequence[Record], k: int, bootstrap_seed: int | None = None, right: float | None = RIGHT
-) -> Summary:
+def summarize(records: Sequence[Record], k: int, right: float | None = RIGHT) -> Summary:
     """avg@k, pass@k and maj@k of records with exactly k completions a question.
 
-    `bootstrap_seed` replaces the normal interval by a percentile bootstrap over questions. `right` is the reward from
-    which a completion is right; None if none says so.
+    `right` is the reward from which a completion is right; None if none says so.
     Raises UserError when there are no records, or a question has not k completions.
     """
     questions = len(_by_question(records, k))
+    stems = stems_of(records)
     forms = [record["well_formed"] for record in records if record["well_formed"] is not None]
-    passed = None if right is None else estimate(pass_scores(records, k, right), bootstrap_seed)
+    passed = None if right is None else estimate(pass_scores(records, k, right), stems)
     judged = bool(forms) or any(record["answer"] is not None for record in records)
-    voted = None if right is None or not judged else estimate(maj_scores(records, k, right), bootstrap_seed)
+    voted = None if right is None or not judged else estimate(maj_scores(records, k, right), stems)
     return Summary(
         k=k,
         questions=questions,
-        avg_at_k=estimate(avg_scores(records, k), bootstrap_seed),
+        stems=len(set(stems.values())),
+        avg_at_k=estimate(avg_scores(records, k), stems),
         pass_at_k=passed,
         maj_at_k=voted,
         well_formed_share=float(np.mean(forms)) if forms else None,
     )
+
+
+def stems_of(records: Sequence[Record]) -> dict[str, str]:
+    """The stem of each question, by default the question itself."""
+    return {record["question_id"]: record.get("stem") or record["question_id"] for record in records}
 
 
 def avg_scores(records: Sequence[Record], k: int) -> dict[str, float]:
@@ -162,64 +171,43 @@ def maj_scores(records: Sequence[Record], k: int, right: float = RIGHT) -> dict[
     return scores
 
 
-def estimate(scores: Mapping[str, float], bootstrap_seed: int | None = None) -> Estimate:
-    """Mean of the scores per question with a 95 % interval over questions.
+def estimate(scores: Mapping[str, float], stems: Mapping[str, str] | None = None) -> Estimate:
+    """Mean of the scores per question with its 95 % interval (`pgpo.intervals.mean_interval`).
 
-    Normal, mean +- 1.96 * sd / sqrt(questions), or with a seed a percentile bootstrap. Scores within [0, 1]
-    have bounds within [0, 1]. Where all scores are 0 or all are 1 both would have no width and claim
-    certainty: Wilson's interval for that many questions is given instead. Raises UserError when there are no
-    scores.
+    `stems`: question -> what it shares with others; questions of one stem count as one cluster. Scores within
+    [0, 1] have bounds within [0, 1]. Raises UserError when there are no scores.
     """
     if not scores:
         raise UserError("There are no questions to average over; give at least one record.")
     values = np.array(list(scores.values()), dtype=np.float64)
-    mean, count = float(values.mean()), len(values)
-    if count == 1:
-        return Estimate(mean, math.nan, math.nan)
-    if np.all(values == 0.0) or np.all(values == 1.0):
-        margin = Z**2 / (count + Z**2)
-        return Estimate(mean, max(0.0, mean - margin), min(1.0, mean + margin))
-    if bootstrap_seed is not None:
-        weights = _resample(np.random.default_rng(bootstrap_seed), count, RESAMPLES)
-        low, high = _percentiles(weights @ values)
-        return Estimate(mean, low, high)
-    half = Z * float(values.std(ddof=1)) / math.sqrt(count)
-    low, high = mean - half, mean + half
-    if values.min() >= 0.0 and values.max() <= 1.0:
-        low, high = max(0.0, low), min(1.0, high)
-    return Estimate(mean, low, high)
+    low, high = intervals.mean_interval(values, None if stems is None else [stems[question] for question in scores])
+    return Estimate(float(values.mean()), low, high)
 
 
-def paired_bootstrap(
+def paired_difference(
     records_a: Sequence[Record] | Sequence[Sequence[Record]],
     records_b: Sequence[Record] | Sequence[Sequence[Record]],
     k: int,
     scores: Scores = avg_scores,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
 ) -> Difference:
     """Difference a - b of a measure (`avg_scores`, `pass_scores` or `maj_scores`) on the same questions.
 
-    One record list each: questions are drawn with replacement, a and b together, so that their shared
-    difficulty cancels. A list of record lists each, run i of a and run i of b having the same training seed:
-    runs are drawn as well, independently of the questions. Crossing the two errs a little to the wide side
-    (Owen 2007, The pigeonhole bootstrap, Annals of Applied Statistics 1); drawing from few runs errs to the
-    narrow side, so use at least 8. Raises UserError when the runs cannot be paired, or the question sets
-    differ.
+    One record list each: questions are paired, so that their shared difficulty cancels; the noise of training seeds
+    is not in the interval. A list of record lists each, run i of a and run i of b having the same training seed: the
+    spread between runs is in it too (`pgpo.intervals.paired_difference`), however few they are. Raises UserError when
+    the runs cannot be paired, or the question sets differ.
     """
     runs_a, runs_b = _runs(records_a), _runs(records_b)
-    return paired_scores_bootstrap(
-        [scores(run, k) for run in runs_a], [scores(run, k) for run in runs_b], seed, resamples
-    )
+    stems = stems_of(runs_a[0])
+    return paired_scores([scores(run, k) for run in runs_a], [scores(run, k) for run in runs_b], stems)
 
 
-def paired_scores_bootstrap(
+def paired_scores(
     runs_a: Sequence[Mapping[str, float]],
     runs_b: Sequence[Mapping[str, float]],
-    seed: int = 0,
-    resamples: int = RESAMPLES,
+    stems: Mapping[str, str] | None = None,
 ) -> Difference:
-    """`paired_bootstrap` from scores per question, one mapping per run, as `avg_scores` gives them."""
+    """`paired_difference` from scores per question, one mapping per run, as `avg_scores` gives them."""
     if not runs_a or len(runs_a) != len(runs_b):
         raise UserError(
             f"{len(runs_a)} runs of a and {len(runs_b)} of b cannot be paired; give one run of each per seed."
@@ -234,12 +222,9 @@ def paired_scores_bootstrap(
                 " evaluate all runs on the same rows."
             )
     table = np.array([[run[question] for question in questions] for run in scored], dtype=np.float64)
-    differences = table[: len(runs_a)] - table[len(runs_a) :]
-    rng = np.random.default_rng(seed)
-    run_weights = _resample(rng, len(runs_a), resamples)
-    question_weights = _resample(rng, len(questions), resamples)
-    low, high = _percentiles(np.sum((run_weights @ differences) * question_weights, axis=1))
-    return Difference(float(differences.mean()), low, high, len(questions), len(runs_a))
+    clusters = None if stems is None else [stems[question] for question in questions]
+    found = intervals.paired_difference(table[: len(runs_a)] - table[len(runs_a) :], clusters)
+    return Difference(found.value, found.low, found.high, found.detectable, len(questions), len(runs_a))
 
 
 def _by_question(records: Sequence[Record], k: int | None = None) -> dict[str, list[Record]]:
@@ -264,13 +249,3 @@ def _runs(records: Sequence[Record] | Sequence[Sequence[Record]]) -> list[Sequen
     if isinstance(records[0], Mapping):
         return [records]  # type: ignore[list-item]
     return list(records)  # type: ignore[arg-type]
-
-
-def _resample(rng: np.random.Generator, count: int, resamples: int) -> npt.NDArray[np.float64]:
-    """Weights [resamples, count] of means over `count` units drawn with replacement."""
-    return rng.multinomial(count, np.full(count, 1.0 / count), size=resamples) / count
-
-
-def _percentiles(means: npt.NDArray[np.float64]) -> tuple[float, float]:
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TypedDict
 
-from pgpo.evaluate.avg_at_k import Estimate, Z, estimate
+from pgpo.evaluate.avg_at_k import Estimate, estimate
+from pgpo.intervals import student_t
 
 KINDS = ("right", "wrong", "placebo", "feedback")
 
@@ -237,7 +238,8 @@ def _mean(values: Sequence[float]) -> float:
 def _signed(scores: Mapping[str, float]) -> Estimate:
     """`estimate` of what is no share: zeros alone are no rare successes."""
     values = list(scores.values())
-    mean, half = fmean(values), Z * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    mean, half = fmean(values), student_t(max(1, len(values) - 1)) * error
     return Estimate(mean, mean - half, mean + half)
 
 

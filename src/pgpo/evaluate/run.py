@@ -78,7 +78,7 @@ def graded(row: Mapping[str, Any], sample: int, text: str, grade: Grade) -> Reco
         ) from None
     if not math.isfinite(reward):
         raise UserError(f"grade returned the reward {reward} for question {row['id']!r}; a reward must be finite.")
-    return Record(
+    record = Record(
         question_id=row["id"],
         domain=row["domain"],
         sample=sample,
@@ -87,6 +87,12 @@ def graded(row: Mapping[str, Any], sample: int, text: str, grade: Grade) -> Reco
         well_formed=well_formed,
         completion=text,
     )
+    return with_stem(record, row)
+
+
+def with_stem(record: Record, row: Mapping[str, Any]) -> Record:
+    """The record with the stem of its row, if that has one."""
+    return record if row.get("stem") is None else Record(**record, stem=str(row["stem"]))
 
 
 def write_records(path: str | os.PathLike[str], records: Sequence[Record]) -> None:

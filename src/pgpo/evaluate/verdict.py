@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pgpo.evaluate.avg_at_k import Estimate, paired_scores_bootstrap
+from pgpo.evaluate.avg_at_k import Estimate, paired_scores
 from pgpo.evaluate.probe import HintReading, Reading
 
 # Ours: hinted samples below which a step has no batch to learn from: 3 of the lab's 64.
@@ -226,7 +226,7 @@ def judge(readings: Sequence[Reading], gains: Sequence[Mapping[str, float]], max
             larger than that of the run's by more than noise (95 % interval, paired by question).
     """
     best = max(range(len(readings)), key=lambda i: readings[i].gain.value)
-    if best and paired_scores_bootstrap([gains[best]], [gains[0]]).low <= 0:
+    if best and paired_scores([gains[best]], [gains[0]]).low <= 0:
         best = 0
     situation = Situation(readings[best], readings[0].temperature, max_completion_length)
     facts = situation.facts() | {

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pgpo import runlog, study_files
-from pgpo.evaluate.avg_at_k import paired_scores_bootstrap
+from pgpo.evaluate.avg_at_k import paired_scores
 from pgpo.study_files import COLLAPSE, ENOUGH_RUNS, accuracy_curve, area, collapsed
 
 Record = Mapping[str, Any]
@@ -29,7 +29,7 @@ def summarize_study(
     """The summary of a study; its lists have one entry per finished run, in the order of `seeds`.
 
     `compare`: reference method -> methods compared with it, on final and selected test accuracy, paired by seed and
-    by question: mean difference method - reference with its 95 % interval (runs and questions both drawn).
+    by question: mean difference method - reference with its 95 % interval and the minimum detectable effect.
     """
     settings: dict[str, dict[str, list[Record]]] = {}
     for record in records:
@@ -91,11 +91,12 @@ def paired_difference(a: Sequence[Record], b: Sequence[Record], scores: str = "t
     seeds = sorted(of_a.keys() & of_b.keys())
     if not seeds:
         return None
-    found = paired_scores_bootstrap([of_a[seed] for seed in seeds], [of_b[seed] for seed in seeds])
+    found = paired_scores([of_a[seed] for seed in seeds], [of_b[seed] for seed in seeds])
     return {
         "value": round(found.value, 5),
         "low": round(found.low, 5),
         "high": round(found.high, 5),
+        "detectable": round(found.detectable, 5),
         "runs": found.runs,
         "questions": found.questions,
     }
@@ -152,11 +153,11 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
         "Test accuracies are avg@k on the test questions, mean over seeds (sd over seeds); *selected* is that of the",
         "step which the validation questions select. Peak, area (AUC) and collapse come from the validation curve; a",
         f"run collapsed if the curve ends more than {COLLAPSE:.2f} below its own peak. Differences are paired by seed",
-        "and by question, with 95 % bootstrap intervals (seeds and questions both drawn); from fewer than "
-        f"{ENOUGH_RUNS} seeds",
-        f"(marked †) they are too narrow. Of the {len(enough)} others on final accuracy {apart} exclude 0; about "
-        f"{0.05 * len(enough):.0f} would",
-        "do so by chance alone if no method differed.",
+        "and by question: mean [95 % interval] (minimum detectable effect: the true difference that such a comparison",
+        "tells from 0 four times of five). Seeds and questions are both random (Student's t); with one seed (marked †)",
+        "the noise of seeds is not in the interval. "
+        f"Of the {len(enough)} others on final accuracy {apart} exclude 0; about {0.05 * len(enough):.0f} would do",
+        "so by chance alone if no method differed.",
     ]
 
 
@@ -218,7 +219,7 @@ def _difference(d: Mapping[str, Any] | None) -> str:
     if d is None:
         return "-"
     few = "†" if d["runs"] < ENOUGH_RUNS else ""
-    return f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]{few}"
+    return f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]{few} ({d['detectable']:.3f})"
 
 
 def _mean(values: Sequence[float | None], form: str = ".3f") -> str:

@@ -106,6 +106,7 @@ def comparison_section(
         _hero(shared, comparison, hero, last) if not hero.empty else no_curve,
         method_table(comparison, shared.styles),
         el("p", "Failed: ", "; ".join(failed), ".", class_="note") if failed else None,
+        *(el("p", sentence, class_="note") for sentence in m.narrowed_runs(comparison)),
         difference_table(comparison, shared.styles),
         el("h3", "Signals"),
         el("div", *drawn[:open_], class_="charts") if drawn else el("p", "No signals were recorded.", class_="note"),

@@ -16,7 +16,7 @@ from pgpo.runlog import LoggedRun
 
 MOST_ALARMS = 200
 _TEXTS = ("signal", "action", "reason")
-_NOT_TOLD = ("seed", "output_dir", "logging_dir")
+NOT_TOLD = ("seed", "output_dir", "logging_dir", "run_id")
 
 
 def mapping(value: object) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def configuration_section(runs: Sequence[LoggedRun], labels: Sequence[str]) -> H
     given = [mapping(run.config.get("arguments")) for run in runs]
     environments = [flat(run.environment) | {"pgpo": run.version} for run in runs]
     names = [label if labels.count(label) == 1 else f"{label} ({run.name})" for label, run in zip(labels, runs)]
-    told = [name for name in m.differing(configs) if name not in _NOT_TOLD[1:]]
+    told = [name for name in m.differing(configs) if name not in NOT_TOLD[1:]]
     changed = m.differing(environments)
     parts: list[Html] = []
     if told:
@@ -145,7 +145,7 @@ def _arguments(study: StudySource, comparison: Comparison) -> Html | None:
                     seen.append(written)
     names = [method for method in comparison.methods if method in values]
     columns = [{name: _listed(seen) for name, seen in values[method].items()} for method in names]
-    told = [name for name in m.differing(columns) if name not in _NOT_TOLD]
+    told = [name for name in m.differing(columns) if name not in NOT_TOLD]
     return settings_table(f"Arguments that differ in {comparison.name}", names, columns, told) if told else None
 
 

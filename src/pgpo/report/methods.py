@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgpo import runlog
-from pgpo.intervals import student_t
+from pgpo.intervals import paired_difference, student_t
 from pgpo.report.sources import Array, RunCurves, StudySource, number, numbers
 from pgpo.runlog import LoggedRun
 from pgpo.study_files import (
@@ -28,11 +28,15 @@ from pgpo.study_files import (
     SELECTED,
     area,
     multipliers,
+    narrowed,
+    narrowing,
 )
 from pgpo.study_files import collapsed as is_collapsed
 
 SMOOTHING_SHARE = 0.05  # ours: the window of the smoothed line as a share of the run
 POINTS = 100  # ours: a chart of signals is 300 px wide; a point every 3 px draws the same line
+
+MOST_NAMED = 3  # runs that lost diversity, each with its numbers
 
 ACCURACIES = (INITIAL, PEAK, FINAL_VALIDATION, FINAL, SELECTED, AUC)  # shares: their intervals end at 0 and 1
 MEASURES = (*ACCURACIES, MEAN_RHO, NEGATIVE_INFORMATION_SHARE, SECONDS_PER_STEP)
@@ -49,13 +53,17 @@ _NOT_METHOD_PREFIXES = (
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Difference in final accuracy from another method, on paired runs and questions, with its 95 % interval."""
+    """Difference in final accuracy from another method, on paired runs and questions, with its 95 % interval.
+
+    detectable: the minimum detectable effect; nan in summaries that do not have it.
+    """
 
     value: float
     low: float
     high: float
     runs: float
     questions: float
+    detectable: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -134,8 +142,45 @@ def comparison_of_runs(runs: Sequence[LoggedRun], name: str) -> Comparison:
     labels = method_labels([run.config for run in runs], [run.name for run in runs])
     curves = [RunCurves.of_run(run, label) for run, label in zip(runs, labels)]
     split = curve_split(curves)
-    results = [_result([run for run in curves if run.method == label], split) for label in dict.fromkeys(labels)]
+    groups = [[run for run in curves if run.method == label] for label in dict.fromkeys(labels)]
+    results = [_result(group, split, _difference(group, groups[0])) for group in groups]
     return Comparison(name, curves, results, split)
+
+
+def _difference(runs: Sequence[RunCurves], reference: Sequence[RunCurves]) -> dict[str, PairedDifference]:
+    """Test accuracy less that of the reference, paired by seed and by question; of two runs whatever their seeds.
+
+    None without test records, without a common seed, or where the questions are not the same.
+    """
+    if runs[0].method == reference[0].method:
+        return {}
+    of_reference = {run.seed: run for run in reference}
+    pairs = [(run, of_reference[run.seed]) for run in runs if run.seed in of_reference]
+    if not pairs and len(runs) == len(reference) == 1:
+        pairs = [(runs[0], reference[0])]
+    questions = list(pairs[0][0].scores) if pairs else []
+    if not questions or any(run.scores.keys() != set(questions) for pair in pairs for run in pair):
+        return {}
+    table = np.array([[run.scores[q][0] - other.scores[q][0] for q in questions] for run, other in pairs])
+    found = paired_difference(table, [pairs[0][0].scores[q][1] for q in questions])
+    return {
+        reference[0].method: PairedDifference(
+            found.value, found.low, found.high, len(pairs), len(questions), found.detectable
+        )
+    }
+
+
+def narrowed_runs(comparison: Comparison) -> list[str]:
+    """Sentences about the runs that lost diversity: pass@k fell while avg@k rose; one for all if they are many."""
+    curves = {run.name: evaluated(run, comparison.split) for run in comparison.runs}
+    lost = {name: lines for name, lines in curves.items() if len(lines) > 1 and narrowed(lines[0], lines[-1])}
+    if len(lost) <= MOST_NAMED:
+        return [f"{name}: {narrowing(lines[0], lines[-1])}" for name, lines in lost.items()]
+    named = ", ".join(list(lost)[:MOST_NAMED])
+    return [
+        f"In {len(lost)} of {len(curves)} runs pass@k fell while avg@k rose: fewer questions are solved at all, in "
+        f"{named} and {len(lost) - MOST_NAMED} more."
+    ]
 
 
 def method_labels(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
@@ -238,12 +283,15 @@ def accuracy(lines: Sequence[Mapping[str, Any]]) -> tuple[Array, Array]:
     return numbers([line[runlog.STEP] for line in lines]), numbers([line[runlog.AVG_AT_K] for line in lines])
 
 
-def _result(runs: Sequence[RunCurves], split: str | None) -> MethodResult:
+def _result(
+    runs: Sequence[RunCurves], split: str | None, versus: dict[str, PairedDifference] | None = None
+) -> MethodResult:
     measured = [_measures(run, split) for run in runs]
     values = {name: np.array([values[name] for values in measured], dtype=np.float64) for name in MEASURES}
     collapsed = [is_collapsed(accuracy(evaluated(run, split))[1].tolist()) for run in runs]
     bounds = _question_bounds(runs[0], split) if len(runs) == 1 else {}
-    return MethodResult(runs[0].method, [run.seed or run.name for run in runs], values, collapsed, bounds)
+    seeds = [run.seed or run.name for run in runs]
+    return MethodResult(runs[0].method, seeds, values, collapsed, bounds, versus=versus or {})
 
 
 def _measures(run: RunCurves, split: str | None) -> dict[str, float]:
@@ -333,6 +381,7 @@ def _summarized_result(method: str, values: Mapping[str, Any], reference: float)
                 high=number(found.get("high")),
                 runs=number(found.get("runs")),
                 questions=number(found.get("questions")),
+                detectable=number(found.get("detectable")),
             )
             for other, found in (versus if isinstance(versus, dict) else {}).items()
             if isinstance(found, dict) and math.isfinite(number(found.get("value")))

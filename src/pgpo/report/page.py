@@ -1,4 +1,4 @@
-"""`pgpo report`: one self-contained HTML page, which opens from disk and needs no network.
+"""`pgpo report`: one self-contained HTML page, which opens from disk and needs no network; or Markdown (markdown.py).
 
     paths --sources--> runs, studies --methods--> comparisons of methods --comparison, tables--> HTML --page--> file
 
@@ -20,10 +20,11 @@ from typing import Any
 from pgpo import __version__, runlog
 from pgpo.errors import UserError
 from pgpo.files import write_atomically
+from pgpo.report import markdown
 from pgpo.report import methods as m
 from pgpo.report.charts import styles_of
 from pgpo.report.comparison import SIGNAL_CHARTS, Shared, comparison_section
-from pgpo.report.details import alarm_marks, alarm_section, configuration_section, mapping, plan_section
+from pgpo.report.details import NOT_TOLD, alarm_marks, alarm_section, configuration_section, mapping, plan_section
 from pgpo.report.markup import Html, data_block, el, join
 from pgpo.report.methods import Comparison
 from pgpo.report.samples import sample_section
@@ -53,11 +54,18 @@ EXPLAINED = (  # the metrics that the page draws
 )
 
 
-def main(paths: Sequence[Path], out: Path, figures: Path | None = None) -> int:
-    """Write the page, and with `figures` a PNG and an SVG of each setting into that folder; returns the exit status.
+FORMATS = {"html": ".html", "markdown": ".md"}  # name -> ending of its files
+
+
+def main(paths: Sequence[Path], out: Path | None = None, figures: Path | None = None, form: str | None = None) -> int:
+    """Write the report, and with `figures` a PNG and an SVG of each setting into that folder; returns the exit status.
+
+    `form` is of FORMATS, by default what the ending of `out` says; `out` by default report.html or report.md.
 
     Raises UserError when nothing can be reported, `out` or `figures` cannot be written, or matplotlib is missing.
     """
+    form = form or ("markdown" if out is not None and out.suffix in (".md", ".markdown") else "html")
+    out = out or Path("report" + FORMATS[form])
     if out.is_dir():
         raise UserError(f"{out} is a folder; give --out a file, such as {out / 'report.html'}.")
     if figures is not None:
@@ -65,13 +73,15 @@ def main(paths: Sequence[Path], out: Path, figures: Path | None = None) -> int:
 
         require_matplotlib()
     report = Report.of(*read_sources(paths))
-    text = page(report)
+    text = page(report) if form == "html" else as_markdown(report)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, text)
     except OSError as error:
         raise UserError(f"the report {out} cannot be written ({error.strerror}); choose another --out.") from error
-    print(f"report: {out} ({len(text.encode()) / 1e6:.1f} MB)", file=sys.stderr)
+    size = len(text.encode("utf-8", "backslashreplace"))
+    amount = f"{size / 1e6:.1f} MB" if form == "html" else f"{size / 1e3:.0f} kB"
+    print(f"report: {out} ({amount})", file=sys.stderr)
     if figures is not None:
         from pgpo.report.figures import plot_comparisons
 
@@ -143,6 +153,23 @@ def page(report: Report) -> str:
         el("script", Html(script)),
     )
     return f"<!doctype html>\n{el('html', head, body, lang='en')}\n"
+
+
+def as_markdown(report: Report) -> str:
+    """The whole report as Markdown; the same files give the same text."""
+    settings: list[list[str]] = []
+    if report.of_runs is not None and len(report.runs) > 1:
+        labels = [run.method for run in report.of_runs.runs]
+        names = [
+            label if labels.count(label) == 1 else f"{label} ({run.name})" for label, run in zip(labels, report.runs)
+        ]
+        configs = [{k: v for k, v in run.config.items() if k != "arguments"} for run in report.runs]
+        told = [name for name in m.differing(configs) if name not in NOT_TOLD]
+        rows = [[name, *(m.short(config.get(name)) for config in configs)] for name in told]
+        settings = [[markdown.plain(cell) for cell in row] for row in (["setting", *names], *rows)] if rows else []
+    commands = [" ".join(map(str, run.command)) for run in report.runs]
+    told_facts = facts(report) | {"Command": "; ".join(dict.fromkeys(commands))}
+    return markdown.document(_title(report), told_facts, report.comparisons, settings)
 
 
 Section = tuple[str, str, Html]  # id, what the contents call it, markup
@@ -239,6 +266,12 @@ def _lead() -> Html:
 
 
 def _facts(report: Report) -> Html:
+    told = [el("div", el("dt", name), el("dd", text)) for name, text in facts(report).items() if text]
+    return el("dl", *told, class_="facts")
+
+
+def facts(report: Report) -> dict[str, str]:
+    """What was run, in words; an empty text where nothing is known."""
     runs = [run for comparison in report.comparisons for run in comparison.runs]
     lines = [line for run in runs for line in run.evaluations]
     last = [max([*run.steps[-1:], *(line[runlog.STEP] for line in run.evaluations)], default=0) for run in runs]
@@ -246,7 +279,7 @@ def _facts(report: Report) -> Html:
     environments += [mapping(study.summary.get("environment")) for study in report.studies]
     ks, questions = (_span(line.get(name) for line in lines) for name in (runlog.K, runlog.QUESTIONS))
     seeds = {run.seed for run in runs if run.seed}
-    facts = {
+    return {
         "Task": _listed(_tasks(report), 4),
         "Settings": str(len(report.comparisons)) if report.studies else "",
         "Methods": str(len(report.methods)),
@@ -256,9 +289,6 @@ def _facts(report: Report) -> Html:
         "Device": _listed(_values(environments, "device"), 2),
         "Commit": _listed([_commit(value) for value in _commits(environments)], 2),
     }
-    return el(
-        "dl", *(el("div", el("dt", name), el("dd", text)) for name, text in facts.items() if text), class_="facts"
-    )
 
 
 def _tasks(report: Report) -> list[str]:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pgpo import runlog
 from pgpo.errors import UserError
-from pgpo.files import NON_FINITE
+from pgpo.files import NON_FINITE, read_lines
 from pgpo.runlog import LoggedRun
 from pgpo.study_files import RECORDS_FILE, SUMMARY_FILE, read_summary, readable_records, run_name
 
@@ -40,6 +40,7 @@ class RunCurves:
         steps: [n] optimizer steps, rising.
         series: metric name -> [n] values, nan where a step has none.
         evaluations: lines of evaluations.jsonl.
+        scores: question -> mean reward, and its stem, of the last test evaluation of a run; empty without one.
     """
 
     name: str
@@ -48,6 +49,7 @@ class RunCurves:
     steps: Array
     series: dict[str, Array]
     evaluations: list[dict[str, Any]]
+    scores: dict[str, tuple[float, str]] = field(default_factory=dict)
 
     @classmethod
     def of_run(cls, run: LoggedRun, method: str) -> RunCurves:
@@ -61,6 +63,7 @@ class RunCurves:
             steps=np.array(steps, dtype=np.float64),
             series={name: numbers(lines[step].get(name) for step in steps) for name in names},
             evaluations=_evaluations(run.evaluations),
+            scores=_scores(run.directory / runlog.TEST_RECORDS_FILE),
         )
 
     @classmethod
@@ -187,6 +190,23 @@ def _evaluations(lines: Iterable[Any]) -> list[dict[str, Any]]:
         and abs(line[runlog.STEP]) <= LARGEST_STEP
         and math.isfinite(number(line.get(runlog.AVG_AT_K)))
     ]
+
+
+def _scores(path: Path) -> dict[str, tuple[float, str]]:
+    if not path.exists():
+        return {}
+    rewards: dict[str, list[float]] = {}
+    stems: dict[str, str] = {}
+    try:
+        for line in read_lines(path):
+            question = str(line["question_id"])
+            rewards.setdefault(question, []).append(number(line["reward"]))
+            stems[question] = str(line.get("stem") or question)
+    except (UserError, KeyError, OSError):
+        _warn(f"{path} cannot be read; its run is compared with none.")
+        return {}
+    found = {question: (float(np.mean(values)), stems[question]) for question, values in rewards.items()}
+    return found if all(math.isfinite(score) for score, _ in found.values()) else {}
 
 
 def _read_study(path: Path) -> StudySource:

@@ -209,7 +209,8 @@ def _bounds(found: PairedDifference) -> str:
 
 
 def _size(found: PairedDifference) -> str:
-    return f"{found.runs:g} pairs of runs, {found.questions:g} questions"
+    size = f"{found.runs:g} pair{'s' if found.runs != 1 else ''} of runs, {found.questions:g} questions"
+    return size + (f", detects {percent(found.detectable)} points" if math.isfinite(found.detectable) else "")
 
 
 # Differences -----------------------------------------------------------------------------------------------------
@@ -225,20 +226,21 @@ def difference_table(comparison: Comparison, styles: Styles) -> Html | None:
     body: list[Html] = []
     for reference in others:
         heading = f"minus {reference}"
-        body.append(el("tr", el("th", heading, colspan=5, class_="left muted", scope="colgroup")))
+        body.append(el("tr", el("th", heading, colspan=6, class_="left muted", scope="colgroup")))
         for other, result, found in pairs:
             if other == reference:
                 body.append(_difference(result, found, domain, styles[result.method]))
-    titles = {"Method": "left", "\xa0": None, "Points": None, "Interval": "left", "Pairs": None}
+    titles = {"Method": "left", "\xa0": None, "Points": None, "Interval": "left", "MDE": None, "Pairs": None}
     heads = el("thead", el("tr", *(el("th", text, scope="col", class_=side) for text, side in titles.items())))
-    foot = el("tr", el("th"), el("td", scale_strip(domain, FOREST)), el("td"), el("td"), el("td"))
+    foot = el("tr", el("th"), el("td", scale_strip(domain, FOREST)), *[el("td")] * 4)
     table = el("table", heads, el("tbody", *body), el("tfoot", foot, aria_hidden="true"), class_="pairs")
     note = (
         "Difference in final accuracy, percentage points, with its 95 % interval from paired runs and questions."
-        " Filled: the interval excludes zero; among many comparisons some do so by chance."
+        " Filled: the interval excludes zero; among many comparisons some do so by chance. MDE: the minimum detectable"
+        " effect, the true difference that such a comparison tells from zero four times of five."
     )
     if any(found.runs < ENOUGH_RUNS for *_, found in pairs):
-        note += f" With fewer than {ENOUGH_RUNS} pairs of runs the interval is too narrow."
+        note += " The interval of a single pair of runs does not hold the noise of seeds."
     return join(
         [el("h3", "Differences"), el("p", note, class_="note"), scrolling(table, f"Differences in {comparison.name}")]
     )
@@ -252,6 +254,7 @@ def _difference(result: MethodResult, found: PairedDifference, domain: tuple[flo
         el("td", drawn),
         el("td", points(found.value), el("span", f" {_bounds(found)}", class_="muted")),
         el("td", verdict, class_="left no"),
+        el("td", percent(found.detectable) if math.isfinite(found.detectable) else "–", class_="no"),
         el("td", f"{found.runs:g}", title=_size(found)),
     ]
     return el("tr", *cells)

@@ -18,8 +18,9 @@ __all__ = ["Grade", "Row", "Task", "family", "load_task"]
 Row = dict[str, Any]
 """One question: "id" (str, stable across runs and machines), "prompt" (chat messages), "answer" (str), "domain" (str).
 Optional: "solution" (str, a right solution's text), "labels" (list of str, the option letters), "options" (list of
-str, their texts). The trainer and `evaluate` add "thinking_opened" (True) where the rendered prompt ends inside a
-thinking block, so that the completion begins there."""
+str, their texts), "stem" (str, the same for questions that share their text; intervals count these as one cluster).
+The trainer and `evaluate` add "thinking_opened" (True) where the rendered prompt ends inside a thinking block, so that
+the completion begins there."""
 
 
 @dataclass(frozen=True)

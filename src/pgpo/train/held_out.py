@@ -21,7 +21,7 @@ from torch import Tensor
 from pgpo import runlog
 from pgpo.errors import UserError
 from pgpo.evaluate.avg_at_k import Record, Summary, summarize
-from pgpo.evaluate.run import check_ids, graded
+from pgpo.evaluate.run import check_ids, graded, with_stem
 from pgpo.evaluate.runners import answer_text
 from pgpo.settings.field_types import shown
 from pgpo.train.problems import evaluation_prompts
@@ -232,17 +232,16 @@ class HeldOut:
         records = []
         for n, (i, text, value) in enumerate(zip(places, texts, values, strict=True)):
             row = identified(rows[i], i)
-            records.append(
-                Record(
-                    question_id=row["id"],
-                    domain=row["domain"],
-                    sample=n % self.args.eval_k,
-                    reward=0.0 if math.isnan(value) else value,
-                    answer=None,
-                    well_formed=None,
-                    completion=text,
-                )
+            record = Record(
+                question_id=row["id"],
+                domain=row["domain"],
+                sample=n % self.args.eval_k,
+                reward=0.0 if math.isnan(value) else value,
+                answer=None,
+                well_formed=None,
+                completion=text,
             )
+            records.append(with_stem(record, row))
         return records
 
     def _records_of_grades(self, rows: list[dict[str, Any]], places: list[int], texts: list[str]) -> list[Record]:

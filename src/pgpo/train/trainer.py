@@ -42,11 +42,12 @@ from pgpo.train.forwards import Forwards, release
 from pgpo.train.guard import GuardActions
 from pgpo.train.held_out import HeldOut
 from pgpo.train.host import Host
+from pgpo.train.model_card import CardTrainer
 from pgpo.train.multiplier import StepSignal
 from pgpo.train.policy import PolicyLoss
 from pgpo.train.prompts import Rendered
 from pgpo.train.rows import Sample, Sums, active_samples
-from pgpo.train.seam import Batch, Rollout, SeamTrainer
+from pgpo.train.seam import Batch, Rollout
 from pgpo.train.sharding import keep_precision, shard
 from pgpo.train.trust import Trust
 from pgpo.train.user_functions import CONTEXT_COLUMN
@@ -54,7 +55,7 @@ from pgpo.train.user_functions import CONTEXT_COLUMN
 _TRL_METRICS = {"completion_length": "completions/mean_length", "clipped_share": "completions/clipped_ratio"}
 
 
-class PGPOTrainer(SeamTrainer):
+class PGPOTrainer(CardTrainer):
     """Train a causal language model with PGPO, or with its baselines SDPO and GRPO (`args.objective`).
 
     A drop-in for trl.GRPOTrainer: the same arguments, plus
