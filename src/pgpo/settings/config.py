@@ -224,6 +224,16 @@ class PGPOConfig(GRPOConfig):
         None,
         "Pack the rows of a micro-batch into one, without padding; None = with flash or flex attention on CUDA. Ours.",
     )
+    sampler: str = _option(
+        "auto",
+        "Without vLLM: 'auto' samples with a loop that computes a prompt once and drops what has ended, or, where it "
+        "cannot serve the model, with transformers' generate(); 'generate' always with that. Ours.",
+    )
+    max_tokens_per_sampling: int | None = _option(
+        None,
+        "Tokens sampled at once, prompts and the longest possible completions, at most; a single row may exceed it. "
+        "None = a step's completions at once, in evaluation eval_batch_size. Ours.",
+    )
     max_prompt_length: int | None = _option(None, "Tokens; a longer prompt is an error; None = no limit. Paper: 2048.")
     max_teacher_prompt_length: int | None = _option(
         10240, "Tokens; demonstration and feedback are shortened to fit, question and instruction never. SDPO: 10240."
