@@ -197,6 +197,10 @@ class PGPOConfig(GRPOConfig):
         "its name; 0 = wait as long as torch does (ddp_timeout).",
     )
 
+    profile: bool = _option(
+        False, "Log seconds and peak memory of each part of a step, and a table of them at the end of training. Ours."
+    )
+
     # Batch and lengths ----------------------------------------------------------------------------------------
     prompts_per_step: int = _option(
         None, "Questions per optimizer step, over all ranks; None = what per_device_train_batch_size makes. Paper: 32."

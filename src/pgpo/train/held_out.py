@@ -24,6 +24,7 @@ from pgpo.evaluate.avg_at_k import Record, Summary, summarize
 from pgpo.evaluate.run import check_ids, graded
 from pgpo.evaluate.runners import answer_text
 from pgpo.settings.field_types import shown
+from pgpo.train import profile
 from pgpo.train.problems import evaluation_prompts
 from pgpo.train.prompts import Prompts
 from pgpo.train.seam import SeamTrainer
@@ -172,6 +173,10 @@ class HeldOut:
 
     def run(self, data: Any, seed: int | None = None) -> Outcome:
         """`eval_k` graded completions for every row."""
+        with profile.part("evaluation"):
+            return self._run(data, seed)
+
+    def _run(self, data: Any, seed: int | None) -> Outcome:
         t, k = self.trainer, self.args.eval_k
         if t.accelerator.is_fsdp2 and not hasattr(t.model, "reshard"):
             raise UserError("FSDP shards the model when training begins, so evaluate after it, or set eval_on_start.")

@@ -20,6 +20,7 @@ from pgpo.forward import batching
 from pgpo.forward.open_model import Head
 from pgpo.forward.passes import States
 from pgpo.teacher.weights import frozen, reshard
+from pgpo.train import profile
 from pgpo.train.forwards import Forwards
 from pgpo.train.rows import Sample, idle_sample, own_places, student_samples
 from pgpo.train.seam import Batch
@@ -85,10 +86,11 @@ class Probe:
 
     def _each(self, finishes: Sequence[Callable[[States], T]]) -> list[T]:
         """What each makes of the states of its part's own tokens."""
-        found = [self._run(part, finish) for part, finish in zip(self._parts, finishes, strict=True)]
-        for part in self._idle:
-            self._run(part, lambda states: None)
-        reshard(self.forwards.model)
+        with profile.part("probe"):
+            found = [self._run(part, finish) for part, finish in zip(self._parts, finishes, strict=True)]
+            for part in self._idle:
+                self._run(part, lambda states: None)
+            reshard(self.forwards.model)
         return found
 
     def _run(self, samples: Sequence[Sample], finish: Callable[[States], T]) -> T:

@@ -19,6 +19,7 @@ from pgpo.errors import UserError
 from pgpo.evaluate.runners import answer_text, render_prompt, trimmed
 from pgpo.forward import sampling
 from pgpo.forward.batching import positions
+from pgpo.train import profile
 from pgpo.train.engine import Engine
 from pgpo.train.gate import StepGate
 from pgpo.train.host import Host
@@ -285,16 +286,18 @@ class RolloutSeam(GRPOTrainer):
         self, inputs: list[Batch], prompts: list[Prompt], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> Tensor:
         self._problem = None
-        inputs = self.told_of_thinking(inputs, prompts, completions, completion_ids_list)
-        per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # all ranks
+        with profile.part("grading"):
+            inputs = self.told_of_thinking(inputs, prompts, completions, completion_ids_list)
+            per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # all ranks
         if weighted_sum(per_function, self.reward_weights).isinf().any():
             self._problem = self._problem or f"the weighted sum of the rewards is inf {self._place}"
             if self.args.on_nonfinite == "stop":
                 self.fail(UserError(f"{self._problem}; lower reward_weights, or the rewards."))
         columns = {k: [row[k] for row in inputs] for k in inputs[0] if k not in ("prompt", "completion")}
-        feedback = self._feedback(
-            prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
-        )
+        with profile.part("grading"):
+            feedback = self._feedback(
+                prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
+            )
         if self.reads_contexts:
             given = [row.get(CONTEXT_COLUMN) for row in inputs]
             feedback = [a or b for a, b in zip(feedback or given, given, strict=True)]
@@ -422,6 +425,12 @@ class RolloutSeam(GRPOTrainer):
                 )
 
     def _generate_single_turn(
+        self, prompt_ids: Ids, images: Any, multimodal_fields: Any, num_generations: int, **kwargs: Any
+    ) -> Any:
+        with profile.part("sampling"):
+            return self._sampled(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
+
+    def _sampled(
         self, prompt_ids: Ids, images: Any, multimodal_fields: Any, num_generations: int, **kwargs: Any
     ) -> Any:
         if self._held_out is not None:

@@ -58,6 +58,19 @@ class EndsAsTheFirstTokenSays(LogitsProcessor):
         return scores
 
 
+def ends_by_first_token(model: Any, vocabulary: int, mean: int, most: int) -> None:
+    """Hand the processor to every call of the model's `generate`."""
+    plain = model._get_logits_processor
+
+    def processors(*args: Any, **kwargs: Any) -> Any:
+        found = plain(*args, **kwargs)
+        found.append(EndsAsTheFirstTokenSays(kwargs["input_ids_seq_length"], vocabulary, mean, most))
+        return found
+
+    model._get_logits_processor = processors
+    sampling._BY_ROW.add(EndsAsTheFirstTokenSays)
+
+
 @dataclass
 class Case:
     model: Any
@@ -114,16 +127,8 @@ def wide(ends: bool) -> Case:
     prompts = [question for question in questions for _ in range(GROUP)]
     if not ends:
         return Case(model, prompts, config(64, eos_token_id=None))
-    processor = EndsAsTheFirstTokenSays(max(map(len, prompts)), 32_768, mean=64, most=256)
-    sampling._BY_ROW.add(EndsAsTheFirstTokenSays)
-    plain = model._get_logits_processor
-    model._get_logits_processor = lambda *a, **k: _with(plain(*a, **k), processor)
+    ends_by_first_token(model, 32_768, mean=64, most=256)
     return Case(model, prompts, config(256, eos_token_id=EOS))
-
-
-def _with(processors: Any, last: LogitsProcessor) -> Any:
-    processors.append(last)
-    return processors
 
 
 def main() -> None:
