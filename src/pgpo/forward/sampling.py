@@ -178,7 +178,7 @@ def ready(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
     own = [(module, vars(module)["generation_config"]) for module, _ in modes if "generation_config" in vars(module)]
     model.eval()
     for module, _ in own:
-        module.generation_config = config  # type: ignore[assignment]
+        module.generation_config = config
     try:
         yield
     finally:
@@ -265,7 +265,7 @@ def _check(model: Any, processors: LogitsProcessorList, inputs: dict[str, Any]) 
             raise Unsupported(f"{type(processor).__name__} is not known to treat each row by itself")
     if type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
         raise Unsupported(f"{type(model).__name__} prepares its inputs in its own way")
-    cache = inputs.get("past_key_values")
+    cache: Any = inputs.get("past_key_values")
     if type(cache) is not DynamicCache or cache.offloading or not all(type(each) in _LAYERS for each in cache.layers):
         raise Unsupported(f"the KV cache of {type(model).__name__} ({cache}) cannot drop rows")
     if unknown := inputs.keys() - {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}:
@@ -292,10 +292,10 @@ class _Batch:
         self.logits = outputs.logits[:, -1].float()
         self.cache, self.processors, self.length = outputs.past_key_values, processors, input_ids.shape[1]
         self._ids, self._most = nn.functional.pad(input_ids, (0, most)), most
-        mask = inputs.get("attention_mask")  # None: no prompt is padded
-        self._mask = None if mask is None else nn.functional.pad(mask, (0, most), value=1)
-        if mask is not None and _takes_mask_of_keys(model, self.cache):
-            self._mask = self._mask.bool()[:, None, None]
+        self._mask: Tensor | None = None  # no prompt is padded
+        if (mask := inputs.get("attention_mask")) is not None:
+            mask = nn.functional.pad(mask, (0, most), value=1)
+            self._mask = mask.bool()[:, None, None] if _takes_mask_of_keys(model, self.cache) else mask
         self._positions = inputs["position_ids"].expand(len(input_ids), -1)[:, -1:]
 
     @property

@@ -187,8 +187,8 @@ class HeldOut:
         # Every rank takes part in every call: a short one repeats a question and drops it again.
         filled = [*mine, *[0] * (math.ceil(len(rows) / ranks) - len(mine))]
         places = [i for i in filled for _ in range(k)]
-        streams = [i * k + sample for i in filled for sample in range(k)]
-        with t.held_out(t.held_out_sampler(k, self.args.seed if seed is None else seed, streams)):
+        of_all = [i * k + sample for i in filled for sample in range(k)]
+        with t.held_out(t.held_out_sampler(k, self.args.seed if seed is None else seed, of_all)):
             prompts = [rows[i]["prompt"] for i in places]
             ids, completions = t.complete(prompts)
             texts = [answer_text(completion) for completion in completions]
