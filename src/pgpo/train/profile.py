@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ def part(name: str) -> contextlib.AbstractContextManager[None]:
     return _OFF if _on is None else _on.part(name)
 
 
+def _zeros() -> dict[str, float]:
+    return defaultdict(float)
+
+
 class Profile:
     """Seconds and peak memory of each part on this rank, since `take` and since the beginning.
 
@@ -36,8 +40,8 @@ class Profile:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds, self.total_seconds = Counter[str](), Counter[str]()
-        self.peaks, self.total_peaks = Counter[str](), Counter[str]()
+        self.seconds, self.total_seconds = _zeros(), _zeros()
+        self.peaks, self.total_peaks = _zeros(), _zeros()
         self._stack: list[str] = []
         self._since = 0.0
 
@@ -54,10 +58,10 @@ class Profile:
             self._turn()
             self._stack.pop()
 
-    def take(self) -> tuple[Counter[str], Counter[str]]:
+    def take(self) -> tuple[dict[str, float], dict[str, float]]:
         """(seconds, peaks) since the last call."""
         found = self.seconds, self.peaks
-        self.seconds, self.peaks = Counter[str](), Counter[str]()
+        self.seconds, self.peaks = _zeros(), _zeros()
         return found
 
     def _turn(self) -> None:
@@ -140,7 +144,7 @@ class Profiling(TrainerCallback):
         p = self.profile
         rest = self.step_seconds - sum(s for name, s in p.total_seconds.items() if name != "evaluation")
         rows = [(name, p.total_seconds[name], p.total_peaks[name]) for name in runlog.PROFILE_PARTS]
-        rows = [row for row in rows if row[1]] + [("other", max(rest, 0.0), 0)]
+        rows = [row for row in rows if row[1]] + [("other", max(rest, 0.0), 0.0)]
         whole = sum(seconds for _, seconds, _ in rows)
         lines = [
             f"profile of {self.steps} steps (this process)",
