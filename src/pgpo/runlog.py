@@ -94,6 +94,11 @@ FALSE_SUCCESS_SHARE = "false_success_share"
 STEP_SECONDS = "step_seconds"
 GENERATION_SECONDS = "generation_seconds"
 UPDATE_SECONDS = "update_seconds"
+# With --profile, for each part of a step that has run: its seconds, and the memory held at most, GiB.
+PROFILE, PROFILE_SECONDS, PROFILE_PEAK = "profile/", "_seconds", "_peak_gib"
+PROFILE_PARTS = (
+    *("sampling", "grading", "teacher", "student", "backward", "probe", "optimizer", "average", "evaluation"),
+)
 
 # name -> (unit, meaning). A line of metrics.jsonl may hold more names (a user's own); these mean the same in
 # every run.

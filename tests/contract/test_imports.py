@@ -34,7 +34,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "pgpo.memory": frozenset({"forward", "runlog", "files", "hub"}),
     "pgpo.minimal": frozenset({"core", "teacher", "tasks"}),
     "pgpo.sde": frozenset({"core", "intervals"}),
-    "pgpo.evaluate": frozenset({"intervals", "tasks", "runlog", "files", "visible"}),
+    "pgpo.evaluate": frozenset({"forward", "intervals", "tasks", "runlog", "files", "visible"}),
     "pgpo.report": frozenset({"intervals", *RECORDS}),
     "pgpo.tasks": frozenset(),
     "pgpo.tasks.graders": frozenset({"visible"}),

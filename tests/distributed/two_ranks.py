@@ -89,6 +89,8 @@ CASES: dict[str, dict] = {
         eval_temperature=0.0,
         eval_batch_size=4,
     ),
+    # the sampler's random numbers belong to a completion, whichever rank samples it; evaluation is not greedy here
+    "sampled": dict(rollout=None, prompts_per_step=3, eval_batch_size=4),
     "checkpointed": dict(gradient_checkpointing=True, fused_head=False),
     "lora": dict(peft_config=lora),
     "environment": dict(rollout=trainer_kit.environment_rollout, micro_batch_size=2, watch_demonstrations=True),
@@ -119,7 +121,12 @@ CASES: dict[str, dict] = {
 }
 
 _UNDO = {"trust", "trust_one_rank", "trust_nobody", "trust_lora"}
-REFUSED = {"zero2": {"cross_fit", *_UNDO}, "zero3": {"cross_fit", "trust_region", "lora", *_UNDO}}
+# What a kind refuses; and where layers are gathered, `generate` samples, by each rank's own generator.
+REFUSED = {
+    "fsdp2": {"sampled"},
+    "zero2": {"cross_fit", *_UNDO},
+    "zero3": {"sampled", "cross_fit", "trust_region", "lora", *_UNDO},
+}
 
 
 def shard_on_cpu() -> None:

@@ -582,7 +582,7 @@ def test_tools_are_called_in_evaluation(tmp_path):
 
     options = dict(objective="grpo", tools=[add], eval_k=2, max_completion_length=600, max_prompt_length=None)
     t = make(tmp_path, reward, tokenizer=tokenizer, model=model, **options)
-    t.held_out_sampler = lambda repeats, seed: HeldOutSampler(sample, repeats)
+    t.held_out_sampler = lambda repeats, seed, places: HeldOutSampler(sample, repeats)
     metrics = t.evaluate()
     assert turns == [(8, 2), (8, 1)] and metrics["eval_avg_at_k"] == 1.0
     assert '"name": "add"' in prompts_seen[0] and "42" in prompts_seen[1]

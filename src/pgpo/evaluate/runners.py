@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from pgpo.errors import UserError, reason
 from pgpo.evaluate.run import Messages
+from pgpo.forward import sampling
 from pgpo.visible import opens_thinking
 
 if TYPE_CHECKING:
@@ -60,17 +62,17 @@ def answer_text(completion: Any) -> str:
 
 
 class TransformersRunner:
-    """Samples with `model.generate`, and leaves a model in training unchanged.
+    """Samples with pgpo.forward.sampling, or with `model.generate`, and leaves a model in training unchanged.
 
     The distribution follows the settings given here; sampling options of the model's own generation_config (top_k,
     penalties) are ignored. Its stops and its forbidden words hold. Restored afterwards: the RNG streams of the
     CPU and of the model's CUDA devices, the train/eval mode of each module, the generation_config. The
     KV cache is used even where training switched it off.
 
-    The same seed gives the same completions for the same prompts, k and batch_size; another batch_size draws
-    its random numbers in another order and gives other completions of the same distribution. `model` is the
-    bare model, not a DDP wrapper, with its parameters whole on this rank, or sharded by FSDP2 if all ranks make
-    equally many calls of as many batches (ZeRO-3 shards: use vLLM).
+    The same seed gives the same completions for the same prompts and k, whatever the batch_size. (With `generate`
+    another batch_size draws its random numbers in another order and gives other completions of the same distribution.)
+    `model` is the bare model, not a DDP wrapper, with its parameters whole on this rank, or, with `generate`, sharded
+    by FSDP2 if all ranks make equally many calls of as many batches (ZeRO-3 shards: use vLLM).
     """
 
     def __init__(
@@ -86,14 +88,19 @@ class TransformersRunner:
         generation: Mapping[str, Any] | None = None,
         rendered: bool = False,
         progress: Callable[[int, int], None] | None = None,
+        sampler: str = "auto",
+        max_tokens: int | None = None,
+        say: Callable[[str], Any] = warnings.warn,
     ) -> None:
         """temperature 0 is greedy; batch_size counts sequences, that is prompts x k.
 
         `chat_template_kwargs`: for example {"enable_thinking": False} for Qwen3. `generation`: options of
         transformers' GenerationConfig that training uses (eos_token_id, stop_strings, suppress_tokens, ...); those of
         `SAMPLING` among them are left out. `rendered`: only `sample` is called, so no chat template is needed.
-        `progress(done, total)` is called after each batch, in sequences. Raises UserError for a tokenizer without chat
-        template, or without both pad and eos token, and for settings out of range.
+        `progress(done, total)` is called after each batch, in sequences. `sampler`: "generate" is transformers' own,
+        "auto" only where ours cannot serve the model, which `say` is told. `max_tokens`: in a batch of ours, prompts
+        and the longest possible completions; a single sequence may exceed it. Raises UserError for a tokenizer without
+        chat template, or without both pad and eos token, and for settings out of range.
         """
         if not rendered and not tokenizer.chat_template:
             raise UserError(
@@ -116,6 +123,9 @@ class TransformersRunner:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.generation = dict(generation or {})
         self.progress = progress
+        self.sampler = sampler
+        self.max_tokens = max_tokens
+        self.say = say
 
     def __call__(self, prompts: list[Messages], k: int, seed: int) -> list[list[str]]:
         """k completion texts per prompt, without special tokens."""
@@ -124,20 +134,43 @@ class TransformersRunner:
         texts = [self.text(prompts[i // k], encoded[i // k], ids) for i, ids in enumerate(sampled)]
         return [texts[prompt * k : (prompt + 1) * k] for prompt in range(len(prompts))]
 
-    def sample(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
-        """Token ids of one completion per prompt (token ids too), each with the stop token that ended it, if any."""
-        # Similar lengths share a batch: little padding. The longest go first: if memory runs out, then at once.
-        order = sorted(range(len(prompts)), key=lambda sequence: -len(prompts[sequence]))
-        found: list[list[int]] = [[]] * len(order)
+    def sample(self, prompts: list[list[int]], seed: int, streams: sampling.Streams | None = None) -> list[list[int]]:
+        """Token ids of one completion per prompt (token ids too), each with the stop token that ended it, if any.
+
+        streams: random numbers that `generate` does not take; None = by the seed and the place in the list.
+        """
+        if self.sampler == "auto":
+            try:
+                return self._sample(prompts, streams or sampling.Streams((seed,), range(len(prompts))))
+            except sampling.Unsupported as problem:
+                self.say(str(problem))
+        return self._generate(prompts, seed)
+
+    def _sample(self, prompts: list[list[int]], streams: sampling.Streams) -> list[list[int]]:
         config = self._config()
-        with torch.no_grad(), _isolated_rng(self.model, seed), _ready_to_generate(self.model, config):
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
+        with sampling.ready(self.model, config):  # no gap is filled by the model's own
+            return sampling.sample(
+                self.model,
+                prompts,
+                config,
+                streams,
+                tokenizer=self.tokenizer,
+                most_tokens=self.max_tokens,
+                most_rows=self.batch_size,
+                progress=self.progress,
+            )
+
+    def _generate(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
+        found: list[list[int]] = [[]] * len(prompts)
+        config, done = self._config(), 0
+        with torch.no_grad(), _isolated_rng(self.model, seed), sampling.ready(self.model, config):
+            for batch in sampling.batches(prompts, self.max_new_tokens, most_rows=self.batch_size):
                 completions = self._complete([prompts[sequence] for sequence in batch], config)
                 for sequence, ids in zip(batch, completions, strict=True):
                     found[sequence] = ids
+                done += len(batch)
                 if self.progress:
-                    self.progress(start + len(batch), len(order))
+                    self.progress(done, len(prompts))
         return found
 
     def text(self, prompt: Messages, prompt_ids: list[int], ids: list[int]) -> str:
@@ -177,17 +210,11 @@ class TransformersRunner:
         )
 
     def _complete(self, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
-        width = max(map(len, prompts))
-        input_ids = torch.full((len(prompts), width), config.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            attention_mask[row, width - len(prompt) :] = 1
+        ids, mask = sampling.left_padded(prompts, config.pad_token_id)
         device = self.model.device
-        inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
         strings = {"tokenizer": self.tokenizer} if config.stop_strings else {}
-        output = self.model.generate(**inputs, **strings)
-        return [trimmed(row, config.eos_token_id or [], config) for row in output[:, width:].tolist()]
+        output = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **strings)
+        return [trimmed(row, config.eos_token_id or [], config) for row in output[:, ids.shape[1] :].tolist()]
 
 
 def trimmed(ids: list[int], stops: Sequence[int], config: GenerationConfig) -> list[int]:
@@ -323,23 +350,3 @@ def _isolated_rng(model: PreTrainedModel, seed: int) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _ready_to_generate(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Eval mode, and our generation_config in place of the model's own, which `generate` fills gaps from."""
-    modes = [(module, module.training) for module in model.modules()]
-    # In a PEFT model it is the inner model that holds it.
-    own_configs = [
-        (module, vars(module)["generation_config"]) for module, _ in modes if "generation_config" in vars(module)
-    ]
-    model.eval()
-    for module, _ in own_configs:
-        module.generation_config = config
-    try:
-        yield
-    finally:
-        for module, own_config in own_configs:
-            module.generation_config = own_config
-        for module, training in modes:
-            module.training = training

@@ -2,7 +2,7 @@
 
 A step has five moments; the largest peak is the step's:
 
-    rollout    generation with transformers (KV cache, logits of one token), or vLLM's fixed share
+    rollout    sampling (KV cache, logits of one token), or vLLM's fixed share
     teacher    the teacher's states of a block of completions, the KV cache of its prompts
     loss       the end of the student's forward, heads included: all that autograd has saved, one chunk of logits
     backward   the same without the chunk, and what the first layer to be differentiated needs
@@ -35,7 +35,7 @@ from pgpo.memory.activations import last_activations, layer_activations
 from pgpo.memory.parameters import REDUCE_BUCKET, gradients, static, stored_bytes, trained_parameters
 from pgpo.memory.shapes import FP32, FP64, GIB, ModelShape, TrainingSetting
 
-HELD, CACHED = 8, 4  # train.forwards.HELD, forward.passes._CACHED
+HELD, CACHED, ROOM = 8, 4, 128  # train.forwards.HELD, forward.passes._CACHED, forward.sampling._ROOM
 BUCKET = 2**26  # teacher.weights._BUCKET
 CHUNK_LOGITS = {"cpu": 20_000_000, "cuda": 160_000_000}  # core._head_chunks
 COMPILE_FROM, EAGER_LOGITS = 2**15, 2**18  # core._head_kernels, on a CPU
@@ -201,24 +201,41 @@ class Step:
         return found
 
     def rollout(self) -> dict[str, float]:
-        """transformers' generate on all rows at once (DynamicCache, sampling without top-k or top-p).
+        """All rows at once (sampling without top-k or top-p), by forward/sampling.py; by transformers' generate where
+        layers are gathered. With vLLM, TRL's log-probabilities of what it sampled, a micro-batch at a time.
 
-        KV cache: 2 w K per layer and token, one layer twice while it grows; or the prompts' forward. Logits of one
-        token per row: as computed, in fp32, copied, as probabilities, and multinomial's noise.
-        With vLLM, TRL's log-probabilities of what it sampled, a micro-batch at a time.
+        KV cache: 2 w K per layer and token; and the prompts' forward. Logits of one token per row: as computed, in
+        fp32, as probabilities and summed up (fp64), or copied, as probabilities, and multinomial's noise.
         """
         s, m = self.setting, self.model
         if s.vllm_share is None:
             per_token = m.layers * self._cache()
-            prompts = self.rows * s.max_prompt_length
+            logits = self.rows * m.vocabulary * (s.matmul + 4 * FP32)
+            if s.fsdp or s.zero == 3:
+                prompts = self.rows * s.max_prompt_length
+                last = (per_token + self._cache()) * self.rows * self.row + logits
+            else:
+                prompts = math.ceil(self.rows / s.num_generations) * s.max_prompt_length
+                last = max(self._expanded(per_token, prompts), self._grown(per_token) + logits)
             first = per_token * prompts + self._forward(prompts, prompts, s.max_prompt_length, self.rows > 1)
-            last = (per_token + self._cache()) * self.rows * self.row
-            last += self.rows * m.vocabulary * (s.matmul + 4 * FP32)
             items = {"generation": max(first, last)}
         else:
             n = self.positions
             items = {"log-probabilities": max(self._forward(n, n, self.row, self.fitting > 1), self._tile(12))}
         return items | self._cast_weights(every=s.full) | self._gathered(reduced=False)
+
+    def _expanded(self, per_token: float, prompts: int) -> float:
+        """The KV cache of the prompts, its copies for all rows with room, and the last copy without."""
+        s = self.setting
+        row = s.max_prompt_length + min(ROOM, s.max_completion_length)
+        return per_token * (prompts + self.rows * row) + self._cache() / 2 * self.rows * s.max_prompt_length
+
+    def _grown(self, per_token: float) -> float:
+        """The KV cache with its last room, and keys or values of one layer before they got it."""
+        s, room = self.setting, min(ROOM, self.setting.max_completion_length)
+        times = max(1, math.ceil((s.max_completion_length - 1) / room))
+        before = s.max_prompt_length + (times - 1) * room if times > 1 else 0
+        return self.rows * (per_token * (s.max_prompt_length + times * room) + self._cache() / 2 * before)
 
     def teacher(self) -> dict[str, float]:
         """The teacher's forwards of the last block: gradients and the block before are still held

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pgpo import runlog
 from pgpo.report import methods as m
 from pgpo.report.charts import significant
 from pgpo.report.markup import Html, el, join
@@ -22,6 +23,11 @@ NOT_TOLD = ("seed", "output_dir", "logging_dir", "run_id")
 def mapping(value: object) -> dict[str, Any]:
     """The value if it is a JSON object, else an empty one."""
     return {str(name): item for name, item in value.items()} if isinstance(value, dict) else {}
+
+
+# What each part of a step is drawn with: colours of Okabe and Ito 2008, in the order of runlog.PROFILE_PARTS.
+_PART_COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999", "#7F7F00", "#005F5F")
+_BAR = 720  # wide
 
 
 # Runs ------------------------------------------------------------------------------------------------------------
@@ -60,6 +66,55 @@ def _side(name: str) -> str | None:
 
 def _number_or_text(value: object) -> str:
     return significant(value) if isinstance(value, float) else m.short(value, 200)
+
+
+def profile_section(runs: Sequence[LoggedRun], labels: Sequence[str]) -> Html | None:
+    """Where the seconds of a step went, of the runs with a profile: a bar in proportion, and a table."""
+    found = [(label, parts) for run, label in zip(runs, labels, strict=True) if (parts := profile_of(run))]
+    if not found:
+        return None
+    blocks = [join([el("h3", label), _profile_bar(parts), _profile_table(parts)]) for label, parts in found]
+    note = "Seconds per step and peak memory of the main process. A part inside another one counts for itself alone."
+    return el("section", el("h2", "Profile"), *blocks, el("p", note, class_="note"), id="profile")
+
+
+def profile_of(run: LoggedRun) -> list[tuple[str, float, float]]:
+    """(part, mean seconds per logged step, peak GiB or nan) of the parts that have run."""
+    found = []
+    for name in runlog.PROFILE_PARTS:
+        start = runlog.PROFILE + name
+        seconds = [value for line in run.metrics if (value := number(line.get(start + runlog.PROFILE_SECONDS))) >= 0]
+        peaks = [value for line in run.metrics if (value := number(line.get(start + runlog.PROFILE_PEAK))) >= 0]
+        if seconds:
+            found.append((name, sum(seconds) / len(run.metrics), max(peaks, default=math.nan)))
+    return found
+
+
+def _profile_bar(parts: Sequence[tuple[str, float, float]]) -> Html:
+    whole, x, bars = sum(seconds for _, seconds, _ in parts) or 1.0, 0.0, []
+    for name, seconds, _ in parts:
+        width = _BAR * seconds / whole
+        text = el("title", f"{name}: {significant(seconds)} s per step, {seconds / whole:.1%}")
+        bars.append(el("rect", text, x=f"{x:.1f}", y=0, width=f"{width:.1f}", height=28, fill=_part_color(name)))
+        x += width
+    told = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds, _ in parts)
+    return el("svg", *bars, viewBox=f"0 0 {_BAR} 28", role="img", aria_label=f"share of a step: {told}")
+
+
+def _profile_table(parts: Sequence[tuple[str, float, float]]) -> Html:
+    whole, rows = sum(seconds for _, seconds, _ in parts) or 1.0, []
+    for name, seconds, peak in parts:
+        mark = el(
+            "svg", el("rect", width=10, height=10, fill=_part_color(name)), width=10, height=10, aria_hidden="true"
+        )
+        cells = [significant(seconds), f"{seconds / whole:.1%}", significant(peak) if peak == peak else ""]
+        rows.append(el("tr", el("th", mark, " ", name, scope="row"), *(el("td", cell) for cell in cells)))
+    heads = [el("th", text, scope="col") for text in ("part", "seconds per step", "share", "peak memory, GiB")]
+    return scrolling(el("table", el("thead", el("tr", *heads)), el("tbody", *rows)), "Profile")
+
+
+def _part_color(name: str) -> str:
+    return _PART_COLORS[runlog.PROFILE_PARTS.index(name) % len(_PART_COLORS)]
 
 
 def configuration_section(runs: Sequence[LoggedRun], labels: Sequence[str]) -> Html:

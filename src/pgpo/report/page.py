@@ -24,7 +24,15 @@ from pgpo.report import markdown
 from pgpo.report import methods as m
 from pgpo.report.charts import styles_of
 from pgpo.report.comparison import SIGNAL_CHARTS, Shared, comparison_section
-from pgpo.report.details import NOT_TOLD, alarm_marks, alarm_section, configuration_section, mapping, plan_section
+from pgpo.report.details import (
+    NOT_TOLD,
+    alarm_marks,
+    alarm_section,
+    configuration_section,
+    mapping,
+    plan_section,
+    profile_section,
+)
 from pgpo.report.markup import Html, data_block, el, join
 from pgpo.report.methods import Comparison
 from pgpo.report.samples import sample_section
@@ -184,6 +192,7 @@ def _sections_of_runs(shared: Shared, report: Report) -> list[Section]:
     sections: list[tuple[str, str, Html | None]] = [
         ("runs", "Learning curves", curves),
         ("samples", "Samples", sample_section(report.runs, labels)),
+        ("profile", "Profile", profile_section(report.runs, labels)),
         ("alarms", "Alarms", alarm_section(report.runs)),
         ("configuration", "Configuration", configuration_section(report.runs, labels)),
     ]

@@ -218,6 +218,10 @@ class PGPOConfig(GRPOConfig):
         "its name; 0 = wait as long as torch does (ddp_timeout).",
     )
 
+    profile: bool = _option(
+        False, "Log seconds and peak memory of each part of a step, and a table of them at the end of training. Ours."
+    )
+
     # Batch and lengths ----------------------------------------------------------------------------------------
     prompts_per_step: int = _option(
         None, "Questions per optimizer step, over all ranks; None = from per_device_train_batch_size. Paper: 32."
@@ -244,6 +248,16 @@ class PGPOConfig(GRPOConfig):
     packing: bool | None = _option(
         None,
         "Pack the rows of a micro-batch into one, without padding; None = with flash or flex attention on CUDA. Ours.",
+    )
+    sampler: str = _option(
+        "auto",
+        "Without vLLM: 'auto' samples with a loop that computes a prompt once and drops what has ended, or, where it "
+        "cannot serve the model, with transformers' generate(); 'generate' always with that. Ours.",
+    )
+    max_tokens_per_sampling: int | None = _option(
+        None,
+        "Tokens sampled at once, prompts and the longest possible completions, at most; a single row may exceed it. "
+        "None = a step's completions at once, in evaluation eval_batch_size. Ours.",
     )
     max_prompt_length: int | None = _option(None, "Tokens; a longer prompt is an error; None = no limit. Paper: 2048.")
     max_teacher_prompt_length: int | None = _option(

@@ -82,6 +82,7 @@ RANGES: dict[str, Range] = {
     "eval_batch_size": _FROM_ONE,
     "micro_batch_size": _LIMIT,
     "max_tokens_per_microbatch": _LIMIT,
+    "max_tokens_per_sampling": _LIMIT,
     "max_prompt_length": _LIMIT,
     "max_teacher_prompt_length": _LIMIT,
     "max_completion_length": _LIMIT,
@@ -104,6 +105,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "information_baseline": ("zero", "running_mean"),
     "information_denominator": ("all", "hinted"),
     "modulated_weight_decay": ("scaled", "fixed"),
+    "sampler": ("auto", "generate"),
     "trust": ("off", "measured"),
     "trust_budget": (*BUDGETS, "fixed"),
     "trust_form": ("undo", "lagged", "auto", "kl_adaptive"),
@@ -282,6 +284,18 @@ COMBINATIONS: tuple[Combination, ...] = (
         lambda c: c.adaptive_clip is not None and c.fp16,
         "adaptive_clip is {c.adaptive_clip}, but fp16 scales gradients by a factor that changes; use bf16, or leave it "
         "out.",
+    ),
+    *(
+        (
+            lambda c, name=name: c.use_vllm and _set(c, name),
+            f"{name} is {{c.{name}!r}}, but use_vllm is set, so that vLLM samples; leave it out.",
+        )
+        for name in ("sampler", "max_tokens_per_sampling")
+    ),
+    (
+        lambda c: c.sampler == "generate" and c.max_tokens_per_sampling is not None,
+        "max_tokens_per_sampling is {c.max_tokens_per_sampling}, but sampler='generate' takes all at once; use 'auto', "
+        "or leave it out.",
     ),
     (
         lambda c: c.num_generations == 1 and not _learns_alone(c),

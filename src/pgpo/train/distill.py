@@ -29,6 +29,7 @@ from pgpo.forward.passes import States
 from pgpo.forward.routers import Load
 from pgpo.settings.config import PGPOConfig
 from pgpo.teacher.weights import reshard
+from pgpo.train import profile
 from pgpo.train.engine import Engine
 from pgpo.train.forwards import Block, Forwards, MicroBatch
 from pgpo.train.host import Host
@@ -117,7 +118,8 @@ class Distillation:
                 last = i == rounds - 1 and not more_to_come
                 with engine.exchange(model, last):
                     states = states or self.forwards.teacher_states(part.samples)
-                    loss, stats = self._loss(model, part, states, tokens, idle, load, meter)
+                    with profile.part("student"):
+                        loss, stats = self._loss(model, part, states, tokens, idle, load, meter)
                     # Ranks average their gradients; the loss is a sum over ranks divided by the global token count.
                     engine.backward(model, loss * (self.args.distillation_weight * engine.ranks), last)
                 sums += stats

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgpo.train import zero
+from pgpo.train import profile, zero
 
 
 class Engine:
@@ -84,10 +84,11 @@ class Engine:
 
     def backward(self, model: nn.Module, loss: Tensor, last: bool) -> None:
         """Backward of a micro-batch, the `last` of the step or not."""
-        if self.deepspeed:
-            zero.backward(model, loss, last)
-        else:
-            self.accelerator.backward(loss)
+        with profile.part("backward"):
+            if self.deepspeed:
+                zero.backward(model, loss, last)
+            else:
+                self.accelerator.backward(loss)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """For a forward of the teacher. The prepared student autocasts in its own; under FSDP the weights of both

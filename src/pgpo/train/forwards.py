@@ -20,6 +20,7 @@ from pgpo.forward.passes import Passes, States
 from pgpo.settings.config import PGPOConfig
 from pgpo.teacher import Teacher
 from pgpo.teacher.weights import release_adapter
+from pgpo.train import profile
 from pgpo.train.engine import Engine
 from pgpo.train.gate import torch_optimizer
 from pgpo.train.rows import Sample, own_places
@@ -202,7 +203,7 @@ class Forwards:
 
     def teacher_states(self, samples: list[Sample], join: bool = True) -> States:
         """Of the tokens that count, sample after sample."""
-        with self.engine.autocast():
+        with profile.part("teacher"), self.engine.autocast():
             states = self.passes.teacher(
                 self.teacher,
                 [s.teacher_prompt for s in samples],

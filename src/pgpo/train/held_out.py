@@ -24,6 +24,7 @@ from pgpo.evaluate.avg_at_k import Record, Summary, summarize
 from pgpo.evaluate.run import check_ids, graded, with_stem
 from pgpo.evaluate.runners import answer_text
 from pgpo.settings.field_types import shown
+from pgpo.train import profile
 from pgpo.train.problems import evaluation_prompts
 from pgpo.train.prompts import Prompts
 from pgpo.train.seam import SeamTrainer
@@ -171,6 +172,10 @@ class HeldOut:
 
     def run(self, data: Any, seed: int | None = None) -> Outcome:
         """`eval_k` graded completions for every row."""
+        with profile.part("evaluation"):
+            return self._run(data, seed)
+
+    def _run(self, data: Any, seed: int | None) -> Outcome:
         t, k = self.trainer, self.args.eval_k
         if t.accelerator.is_fsdp2 and not hasattr(t.model, "reshard"):
             raise UserError("FSDP shards the model when training begins, so evaluate after it, or set eval_on_start.")
@@ -181,7 +186,8 @@ class HeldOut:
         # Every rank takes part in every call: a short one repeats a question and drops it again.
         filled = [*mine, *[0] * (math.ceil(len(rows) / ranks) - len(mine))]
         places = [i for i in filled for _ in range(k)]
-        with t.held_out(t.held_out_sampler(k, self.args.seed if seed is None else seed)):
+        of_all = [i * k + sample for i in filled for sample in range(k)]
+        with t.held_out(t.held_out_sampler(k, self.args.seed if seed is None else seed, of_all)):
             prompts = [rows[i]["prompt"] for i in places]
             ids, completions = t.complete(prompts)
             texts = [answer_text(completion) for completion in completions]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pgpo.forward import batching, routers
 from pgpo.forward.batching import Limits
 from pgpo.forward.routers import Load
+from pgpo.train import profile
 from pgpo.train.rows import select
 from pgpo.train.seam import Batch, Scores, SeamTrainer
 
@@ -48,7 +49,8 @@ class PolicyLoss:
         if rounds > 1 or engine.ranks > 1:
             return self._in_parts(model, batch, parts, rounds, share)
         with engine.exchange(model, last=True):
-            loss = seam.grpo_loss(model, batch)
+            with profile.part("student"):
+                loss = seam.grpo_loss(model, batch)
             engine.backward(model, loss * share, last=True)
         return PolicyGradient(loss.item(), bool(loss.isfinite()))
 
@@ -66,9 +68,10 @@ class PolicyLoss:
             idle, last = k >= len(parts), k == rounds - 1
             index = torch.tensor(parts[0 if idle else k], device=engine.device)
             with engine.exchange(model, last):
-                found, own = seam.grpo_scores(model, select(batch, index.tolist()))
-                router_loss = None if own is None else own.loss(load)
-                loss = seam.grpo_loss_of(whole, scores.placed(first + index, found), router_loss)
+                with profile.part("student"):
+                    found, own = seam.grpo_scores(model, select(batch, index.tolist()))
+                    router_loss = None if own is None else own.loss(load)
+                    loss = seam.grpo_loss_of(whole, scores.placed(first + index, found), router_loss)
                 # Ranks average their gradients.
                 engine.backward(model, loss * (0 if idle else share * engine.ranks), last)
             if not idle:

@@ -21,6 +21,7 @@ from pgpo.forward import batching
 from pgpo.forward.open_model import Head
 from pgpo.forward.passes import States
 from pgpo.teacher.weights import frozen, reshard
+from pgpo.train import profile
 from pgpo.train.forwards import Forwards
 from pgpo.train.rows import Sample, idle_sample, own_places, student_samples
 from pgpo.train.seam import Batch
@@ -103,12 +104,13 @@ class Probe:
         samples = student_samples(self.batch, [self._places[row] for row in rows])
         samples = [_cut(sample, self._tokens[row]) for sample, row in zip(samples, rows, strict=True)]
         parts = batching.split([s.student_size for s in samples], self.forwards.limits())
-        for part in parts:
-            self._run([samples[i] for i in part], partial(finish, [rows[i] for i in part]))
         rounds = int(engine.max(len(parts))) if engine.gathers_layers else 0
-        for _ in range(rounds - len(parts)):  # ranks gather layers together
-            self._run([idle_sample(self.batch)], lambda states: None)
-        reshard(self.forwards.model)
+        with profile.part("probe"):
+            for part in parts:
+                self._run([samples[i] for i in part], partial(finish, [rows[i] for i in part]))
+            for _ in range(rounds - len(parts)):  # ranks gather layers together
+                self._run([idle_sample(self.batch)], lambda states: None)
+            reshard(self.forwards.model)
 
     def _run(self, samples: Sequence[Sample], finish: Callable[[States], object]) -> None:
         forwards, places = self.forwards, own_places(samples)

@@ -45,6 +45,7 @@ from pgpo.train.host import Host
 from pgpo.train.model_card import CardTrainer
 from pgpo.train.multiplier import StepSignal
 from pgpo.train.policy import PolicyLoss
+from pgpo.train.profile import Profiling, part
 from pgpo.train.prompts import Rendered
 from pgpo.train.rows import Sample, Sums, active_samples
 from pgpo.train.seam import Batch, Rollout
@@ -148,6 +149,8 @@ class PGPOTrainer(CardTrainer):
             guard = CollapseGuard(args.guarded_signals(), args.guard_warmup, args.guard_patience)
             self.guard = GuardActions(self, args.guard, guard, args.guard_max_actions)
         self.add_callback(_AfterStep(self))
+        if args.profile:
+            self.add_callback(Profiling(self))
 
     def _open_teacher(self) -> None:
         # TRL has patched model.forward by now; Teacher strips such closures from its copy and checks the rest.
@@ -327,7 +330,8 @@ class PGPOTrainer(CardTrainer):
 
     def after_step(self) -> None:
         """The teacher follows, the guard judges."""
-        self.teacher_follows()
+        with part("average"):
+            self.teacher_follows()
         if self.guard is not None:
             self.guard.after_step(self.state.global_step, self.step_metrics())
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from trl.models import unwrap_model_for_generation
+from torch import Tensor
 
 from pgpo.evaluate.runners import TransformersRunner, shared_options
 from pgpo.train.seam.rollouts import STALE, Batch, HeldOutSampler, Ids, Prompt, RolloutSeam, sampling_explained
@@ -20,30 +19,21 @@ from pgpo.train.user_functions import (
 class HeldOutSeam(RolloutSeam):
     """`RolloutSeam` that also samples and scores held-out rows. Subclass it."""
 
-    @contextlib.contextmanager
-    def generation_model(self) -> Iterator[nn.Module]:
-        """The student, gathered and unwrapped for `generate`."""
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            torch.no_grad(),
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-        ):
-            yield model
+    def held_out_sampler(self, repeats: int, seed: int, places: Sequence[int]) -> HeldOutSampler:
+        """The evaluation's own sampling (`eval_*`), with training's stops, lengths and forbidden words.
 
-    def held_out_sampler(self, repeats: int, seed: int) -> HeldOutSampler:
-        """The evaluation's own sampling (`eval_*`), with training's stops, lengths and forbidden words."""
+        places: of this rank's completions among those of all ranks.
+        """
         a = self.args
 
         def by_vllm(prompts: Ids, num_generations: int) -> Ids:
             with self._vllm_sampling(a.eval_temperature, a.eval_top_p) as engine:
                 return engine.generate(prompts=prompts, images=None, num_generations=num_generations)[1]
 
+        turns = itertools.count()
+
         def by_transformers(prompts: Ids, num_generations: int) -> Ids:
+            streams = self.streams(("evaluation", seed), next(turns), places, len(prompts))
             with self.generation_model() as model, sampling_explained(f"after step {self.state.global_step}"):
                 runner = TransformersRunner(
                     model,
@@ -54,8 +44,11 @@ class HeldOutSeam(RolloutSeam):
                     batch_size=a.eval_batch_size,
                     generation=self.generation_config.to_dict(),
                     rendered=True,
+                    sampler="auto" if self.samples_by_loop else "generate",
+                    max_tokens=a.max_tokens_per_sampling,
+                    say=self.say_once,
                 )
-                return runner.sample(prompts, seed)
+                return runner.sample(prompts, seed, streams)
 
         return HeldOutSampler(by_vllm if self.use_vllm else by_transformers, repeats)
 

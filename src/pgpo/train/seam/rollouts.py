@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from pgpo.core import AdaptiveClip
 from pgpo.errors import UserError
 from pgpo.evaluate.runners import answer_text, render_prompt, trimmed
+from pgpo.forward import sampling
 from pgpo.forward.batching import positions
+from pgpo.train import profile
 from pgpo.train.engine import Engine
 from pgpo.train.gate import StepGate
 from pgpo.train.host import Host
@@ -104,6 +107,8 @@ class RolloutSeam(GRPOTrainer):
         self._captured: tuple[list[Prompt], list[str], list[bool], Tensor, list[str | None] | None] | None = None
         self.prompt_limit: tuple[int | None, str] = None, ""  # tokens, and where the limit comes from
         self._held_out: HeldOutSampler | None = None  # while held-out rows are sampled and graded
+        self.turn = -1, 0  # step, and how often completions were sampled in it before
+        self.said: set[str] = set()
         self._recorded_before: dict[str, int] = {}  # scalars per name when this training step began
         self._grad_norm: float | None = None
         self._failure: UserError | None = None  # of a user's function on this rank, until all ranks know of it
@@ -177,6 +182,12 @@ class RolloutSeam(GRPOTrainer):
             raise error
         self._failure = self._failure or error
         return [0.0] * count
+
+    def say_once(self, text: str) -> None:
+        """From the main process."""
+        if self.accelerator.is_main_process and text not in self.said:
+            self.host.say(text)
+        self.said.add(text)
 
     def render(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, ready for generation, by the same template as the student's prompts."""
@@ -279,16 +290,18 @@ class RolloutSeam(GRPOTrainer):
         self, inputs: list[Batch], prompts: list[Prompt], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> Tensor:
         self._problem = None
-        inputs = self.told_of_thinking(inputs, prompts, completions, completion_ids_list)
-        per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # all ranks
+        with profile.part("grading"):
+            inputs = self.told_of_thinking(inputs, prompts, completions, completion_ids_list)
+            per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # all ranks
         if weighted_sum(per_function, self.reward_weights).isinf().any():
             self._problem = self._problem or f"the weighted sum of the rewards is inf {self._place}"
             if self.args.on_nonfinite == "stop":
                 self.fail(UserError(f"{self._problem}; lower reward_weights, or the rewards."))
         columns = {k: [row[k] for row in inputs] for k in inputs[0] if k not in ("prompt", "completion")}
-        feedback = self._feedback(
-            prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
-        )
+        with profile.part("grading"):
+            feedback = self._feedback(
+                prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
+            )
         if self.reads_contexts:
             given = [row.get(CONTEXT_COLUMN) for row in inputs]
             feedback = [a or b for a, b in zip(feedback or given, given, strict=True)]
@@ -418,13 +431,76 @@ class RolloutSeam(GRPOTrainer):
     def _generate_single_turn(
         self, prompt_ids: Ids, images: Any, multimodal_fields: Any, num_generations: int, **kwargs: Any
     ) -> Any:
+        with profile.part("sampling"):
+            return self._sampled(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
+
+    def _sampled(
+        self, prompt_ids: Ids, images: Any, multimodal_fields: Any, num_generations: int, **kwargs: Any
+    ) -> Any:
         if self._held_out is not None:
             return self._held_out.sample(prompt_ids, num_generations), None
+        if (found := self._by_loop(prompt_ids, multimodal_fields)) is not None:
+            return found, None
         with self._stop_strings_known() as by_string:
             ids, logprobs = super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, **kwargs
             )
         return [trimmed(row, self._stops, self.generation_config) for row in ids] if by_string else ids, logprobs
+
+    @contextlib.contextmanager
+    def generation_model(self) -> Iterator[nn.Module]:
+        """The student, gathered and unwrapped for `generate`."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            yield model
+
+    @property
+    def samples_by_loop(self) -> bool:
+        """Whether pgpo.forward.sampling may take the place of `generate`."""
+        if self.engine.gathers_layers and self.args.sampler != "generate":
+            problem = "ranks gather the model's layers in each forward, and must run equally many"
+            self.say_once(str(sampling.Unsupported(problem)))
+        return self.args.sampler != "generate" and not self.engine.gathers_layers
+
+    def streams(self, call: tuple[int | str, ...], turn: int, places: Sequence[int], rows: int) -> sampling.Streams:
+        """Random numbers of completions by their places among those of all ranks. After the first turn, with tools,
+        those that go on have other places on every rank: by rank and row."""
+        if turn:
+            return sampling.Streams((*call, turn, self.accelerator.process_index), range(rows))
+        return sampling.Streams(call, places)
+
+    def _by_loop(self, prompts: Ids, fields: Any) -> Ids | None:
+        """Completions of pgpo.forward.sampling; None where TRL's own path must sample them."""
+        step, turn = self.turn
+        self.turn = step, turn = self.state.global_step, turn + 1 if step == self.state.global_step else 0
+        if self.use_vllm or self.use_transformers_continuous_batching or fields or not self.samples_by_loop:
+            return None
+        first = self.accelerator.process_index * len(prompts)
+        places = range(first, first + len(prompts))
+        streams = self.streams(("training", self.args.seed, step), turn, places, len(prompts))
+        with self.generation_model() as model:
+            try:
+                found = sampling.sample(
+                    model,
+                    prompts,
+                    self.generation_config,
+                    streams,
+                    tokenizer=self.tokenizer,
+                    most_tokens=self.args.max_tokens_per_sampling,
+                )
+            except sampling.Unsupported as problem:
+                self.say_once(str(problem))
+                return None
+        stops = set(self.eos_token_ids)  # TRL cuts behind these
+        return [next((ids[: i + 1] for i, token in enumerate(ids) if token in stops), ids) for ids in found]
 
     @contextlib.contextmanager
     def _stop_strings_known(self) -> Iterator[bool]:
