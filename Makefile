@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEEPSPEED := $(VENV)/deepspeed
 TRITON := $(VENV)/triton
 
-.PHONY: demo science test test-slow test-browser check bench clean
+.PHONY: demo science test test-slow test-browser check bench docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,12 @@ check: $(STAMP)  ## what pre-commit runs
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/lab_step.py
+
+docs: $(STAMP)  ## the site in build/site, without network; warnings and dead links are errors
+	@$(BIN)/python -c "import furo, myst_parser, sphinx" 2>/dev/null || \
+	    { echo 'make docs needs the docs extra: $(BIN)/python -m pip install -c constraints.txt -e ".[docs]"' >&2; exit 2; }
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
+	@echo "the site: build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

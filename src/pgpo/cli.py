@@ -58,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(argv: list[str]) -> int:
     """Two runs in one folder, the same seed, and one picture of both."""
-    if argv:
-        raise UserError(f"demo takes no arguments, got {' '.join(argv)!r}; `pgpo train` has them all.")
+    parser = _parser("demo", "PGPO and SDPO on the lab world in runs/demo-N, and one picture of both.")
+    _, more = parser.parse_known_args(argv)
+    if more:
+        raise UserError(f"demo takes no arguments, got {' '.join(more)!r}; `pgpo train` has them all.")
     number = 1
     while (folder := Path("runs") / f"demo-{number}").exists():
         number += 1
