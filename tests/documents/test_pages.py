@@ -178,7 +178,7 @@ def script(path: Path, text: str) -> None:
 
 def local_model(folder: Path) -> Path:
     """The lab's model with room for long prompts."""
-    shutil.copytree(lab_world.checkpoint_path(), folder)
+    shutil.copytree(lab_world.checkpoint_path("plain"), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
     return folder
