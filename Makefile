@@ -1,4 +1,4 @@
-# `make demo` and `make test` each work alone on a fresh machine with Python >= 3.10 and pip.
+# `make demo` and `make test` each work alone on a fresh machine with Python >= 3.11 and pip.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
