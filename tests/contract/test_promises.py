@@ -1,5 +1,4 @@
-"""README, the pages behind it, CHANGELOG and DISTRIBUTED.md are in step with the code: what they call refused is, no more.
-
+"""README, the pages behind it, CHANGELOG and DISTRIBUTED.md in step with the code: refused is what they call refused.
 
 The documents are read: every sentence "... are refused", and every bullet of a list of refusals, needs a row in
 REFUSED, whose calls must end in its words; every row needs its sentence. What they call supported, by name, must be
