@@ -1,4 +1,4 @@
-# `make demo` and `make test` each work alone on a fresh machine with Python >= 3.10 and pip.
+# `make demo` and `make test` each work alone on a fresh machine with Python >= 3.11 and pip.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ SMOLLM2 := $(VENV)/smollm2
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 
-.PHONY: demo science lm test test-slow test-browser test-lm test-vllm check bench clean
+.PHONY: demo science lm test test-slow test-browser test-lm test-vllm check bench docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -79,6 +79,12 @@ check: $(STAMP)  ## what pre-commit runs
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/lab_step.py
+
+docs: $(STAMP)  ## the site in build/site, without network; warnings and dead links are errors
+	@$(BIN)/python -c "import furo, myst_parser, sphinx" 2>/dev/null || \
+	    { echo 'make docs needs the docs extra: $(BIN)/python -m pip install -c constraints.txt -e ".[docs]"' >&2; exit 2; }
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
+	@echo "the site: build/site/index.html"
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-DOCUMENTS = [*PAGES, *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"))]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [*PAGES, *sorted(ROOT.glob("*.md"))]
 WIDTH = 100
 # A log of measurements, and a proof whose lines hold formulas; DROP_IN.md is written by a script, its rows are long.
 WIDE_PAGES = {"LOG.md", "THEOREM.md"}
@@ -141,6 +141,33 @@ def dead_links(document: Path, text: str) -> list[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_links_lead_somewhere(document):
     assert dead_links(document, document.read_text(encoding="utf-8")) == []
+
+
+def odd_addresses(text: str) -> list[str]:
+    """Addresses of other places that cannot be right, by their form alone: nothing is fetched."""
+    found = re.findall(r"\]\((\w+:[^)\s]*)\)|<(\w+://[^>\s]*)>", text)
+    good = re.compile(r"https://(?!arxiv)[\w-]+(\.[\w-]+)+(/[\w./#%-]*)?|https://arxiv\.org/abs/\d{4}\.\d{5}")
+    return [address for pair in found for address in pair if address and not good.fullmatch(address)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_addresses_of_other_places_have_the_form_of_one(document):
+    assert odd_addresses(document.read_text(encoding="utf-8")) == []
+
+
+def test_an_odd_address_is_found():
+    assert odd_addresses("[a](https://arxiv.org/abs/2606.03620) [b](https://example.org/x.y/#z)") == []
+    odd = ["http://example.org", "https://example", "https://arxiv.org/abs/2606.3620", "htps://example.org"]
+    assert odd_addresses(" ".join(f"[a]({address})" for address in odd)) == odd
+
+
+# Three screens of a site are about 150 lines of source. What was written before the site is longer.
+LONGEST = 150
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parent.name != "docs"], ids=lambda page: page.stem)
+def test_a_page_of_the_site_is_three_screens_at_most(page):
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= LONGEST
 
 
 def test_a_dead_link_is_found():

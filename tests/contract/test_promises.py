@@ -1,4 +1,4 @@
-"""README, CHANGELOG and DISTRIBUTED.md in step with the code: what they call refused is refused, and nothing else is.
+"""README, the pages behind it, CHANGELOG and DISTRIBUTED.md in step with the code: refused is what they call refused.
 
 The documents are read: every sentence "... are refused", and every bullet of a list of refusals, needs a row in
 REFUSED, whose calls must end in its words; every row needs its sentence. What they call supported, by name, must be
@@ -33,9 +33,10 @@ from pgpo.train.success import deciding
 from pgpo.train.zero import zero_problem
 
 ROOT = Path(__file__).parents[2]
+FIRST_PAGES = ["README.md", *sorted(f"docs/{p.parent.name}/{p.name}" for p in ROOT.glob("docs/[st]*/*.md"))]
 README, CHANGELOG, DISTRIBUTED = (
-    re.sub(r"\n +", " ", (ROOT / name).read_text(encoding="utf-8"))  # bullets of one line
-    for name in ("README.md", "CHANGELOG.md", "docs/DISTRIBUTED.md")
+    "\n".join(re.sub(r"\n +", " ", (ROOT / name).read_text(encoding="utf-8")) for name in names)  # bullets of one line
+    for names in (FIRST_PAGES, ["CHANGELOG.md"], ["docs/DISTRIBUTED.md"])
 )
 USER = {"role": "user", "content": "w1 w2"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pgpo.errors import UserError
 from pgpo.evaluate import Record
 from pgpo.evaluate.exports import inspect_log, lm_eval_samples, write_inspect_log, write_lm_eval_samples
 
-TIME = datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=timezone.utc)
+TIME = datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC)
 ROWS: list[dict[str, Any]] = [
     {"id": "q1", "prompt": [{"role": "user", "content": "1 + 1?\nA: 2\nB: 3"}], "answer": "A", "domain": "sums"},
     {"id": "q2", "prompt": "2 + 2?", "answer": "B", "domain": "sums", "stem": "two"},

@@ -346,7 +346,7 @@ def test_a_functions_own_timeout_is_its_own(tmp_path, is_async):
         raise TimeoutError("the judge is away")
 
     async def verdict_async(prompts, completions, **kwargs):
-        raise asyncio.TimeoutError("the judge is away")
+        raise TimeoutError("the judge is away")
 
     t = trainer_kit.trainer(tmp_path, reward=verdict_async if is_async else verdict, reward_timeout=60.0)
     assert_training_refuses(t, "raised TimeoutError at step 1 on the batch of 16 samples: the judge is away")

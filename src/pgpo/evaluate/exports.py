@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def inspect_log(
     by_id = _rows(records, rows)
     summary = summarize(records, k, right).as_dict()
     questions = list(dict.fromkeys(record["question_id"] for record in records))
-    time = (created or datetime.now(timezone.utc)).isoformat()
+    time = (created or datetime.now(UTC)).isoformat()
     identity = _hash(task, model, time)[:22]
     metrics = {name: {"name": name, "value": value} for name, value in summary.items()}
     score = {"name": SCORER, "scorer": SCORER, "metrics": metrics}
@@ -106,7 +106,7 @@ def write_lm_eval_samples(
     folder: Path, samples: Sequence[Mapping[str, Any]], *, task: str, model: str, created: datetime | None = None
 ) -> Path:
     """Writes folder/MODEL/samples_TASK_TIME.jsonl, where lm-eval looks for it; returns the path."""
-    time = (created or datetime.now(timezone.utc)).strftime("%Y-%m-%dT%H-%M-%S.%f")
+    time = (created or datetime.now(UTC)).strftime("%Y-%m-%dT%H-%M-%S.%f")
     place = folder / re.sub(r"[\"<>:/|\\?*\[\]]+", "__", model)
     path = place / f"samples_{re.sub(r'[^0-9A-Za-z]+', '-', task)}_{time}.jsonl"
     place.mkdir(parents=True, exist_ok=True)

@@ -588,6 +588,6 @@ def default_jobs() -> int:
     if torch.cuda.is_available():
         return 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    import psutil  # a part of accelerate's installation
+    import psutil
 
     return max(1, min(usable, psutil.cpu_count(logical=False) or usable))

@@ -72,21 +72,21 @@ class PGPOConfig(GRPOConfig):
     """
 
     # The method -----------------------------------------------------------------------------------------------
-    objective: str = _option("pgpo", "'pgpo', or a baseline: 'sdpo' (rho = 1), 'grpo' (TRL's own loss).")
+    objective: str = _option("pgpo", "'pgpo' (the paper), or a baseline: 'sdpo' (rho = 1), 'grpo' (TRL's own loss).")
     alpha: float = _option(1.0, "Sensitivity of Eq. 9, per nat; the paper uses 0.5, 1.0, 1.5. 0 is SDPO.")
     rho_max: float = _option(2.0, "Cap of Eq. 9, >= 1. Not given in the paper; 2.0 is ours.")
     rho_min: float = _option(0.0, "Floor of rho in [0, 1]. 0 is the paper's formula, 1 its text (rho >= 1).")
     alpha_end: float | None = _option(None, "Linear schedule of alpha from `alpha` to this value (ours).")
-    alpha_steps: int | None = _option(None, "Steps of that schedule; default: the whole run.")
+    alpha_steps: int | None = _option(None, "Steps of that schedule; default: the whole run (ours).")
     rho_law: str = _option("exponential", "'exponential' (Eq. 9) or 'smooth' (ours: the cap without its kink).")
     rho_file: str | None = _option(
-        None, "JSON list of multipliers, one per step, instead of the law: for controls (shuffled or constant rho)."
+        None, "JSON list of multipliers, one per step, instead of the law: for controls (ours)."
     )
     information_source: str = _option(
         "same_batch", "Whose I scales a step: 'same_batch' (the paper), 'lagged' or 'cross_fit' (ours)."
     )
     information_weight: float = _option(
-        1.0, "lagged: weight of the newest earlier step in the average, in (0, 1]; 1 = the previous step alone."
+        1.0, "lagged: weight of the newest earlier step in the average, in (0, 1]; 1 = the last one alone (ours)."
     )
     information_baseline: str = _option(
         "zero",
@@ -95,7 +95,7 @@ class PGPOConfig(GRPOConfig):
     )
     information_denominator: str = _option("all", "Average I over 'all' samples (Eq. 8) or the 'hinted' ones.")
     modulated_weight_decay: str = _option(
-        "scaled", "Decoupled weight decay is 'scaled' by rho with lr, or 'fixed' (divided by rho)."
+        "scaled", "Decoupled weight decay is 'scaled' by rho with lr, or 'fixed' (divided by rho). Ours."
     )
 
     # Measured trust (ours) --------------------------------------------------------------------------------------
@@ -135,7 +135,9 @@ class PGPOConfig(GRPOConfig):
     )
 
     # Self-distillation ----------------------------------------------------------------------------------------
-    divergence: str = _option("jsd", "'jsd', 'forward_kl' (teacher||student), 'reverse_kl' or 'sampled_token'.")
+    divergence: str = _option(
+        "jsd", "'jsd', 'forward_kl' (teacher||student), 'reverse_kl' or 'sampled_token'. SDPO: jsd."
+    )
     divergence_beta: float = _option(0.5, "Weight of the teacher in the JSD mixture. SDPO: 0.5.")
     divergence_top_k: int = _option(100, "Student's top-k tokens; 0 = full vocabulary. SDPO: 100.")
     divergence_tail: bool = _option(True, "With top-k, one bucket for the remaining mass. SDPO: yes.")
@@ -146,16 +148,18 @@ class PGPOConfig(GRPOConfig):
         1.0,
         "Share w of self-distillation: loss = w * distillation + (1 - w) * TRL's policy loss (`loss_type`). SDPO: 1.0.",
     )
-    teacher: str = _option("ema", "'ema', 'live' (the student), 'frozen' (the initial model) or 'trust_region'.")
+    teacher: str = _option(
+        "ema", "'ema', 'live' (the student), 'frozen' (the initial model) or 'trust_region'. SDPO: ema."
+    )
     teacher_rate: float = _option(0.05, "EMA rate per step, or the trust region's share of student. SDPO: 0.05.")
     watch_demonstrations: bool = _option(
-        False, "Log the teacher's log-probability of demonstrations shown in its own prompt (a few short forwards)."
+        False, "Log the teacher's log-probability of demonstrations shown in its own prompt (short forwards). Ours."
     )
-    success_threshold: float = _option(1.0, "Reward from which a completion counts as a right solution.")
+    success_threshold: float = _option(1.0, "Reward from which a completion counts as a right solution. SDPO: 1.0.")
     success_reward: str | None = _option(
         None,
         "Reward function that decides what is right: its reward, unweighted, must reach success_threshold. None = the "
-        "only one. Or a rule over several: 'all' must reach it, or their weighted 'sum'.",
+        "only one. Or a rule over several: 'all' must reach it, or their weighted 'sum'. Ours.",
     )
     demonstration: str = _option(
         "first",
@@ -164,7 +168,8 @@ class PGPOConfig(GRPOConfig):
     )
     allow_own_success: bool = _option(False, "May a right completion be its own demonstration? SDPO: no.")
     feedback_mode: str = _option(
-        "without_demonstration", "When the teacher reads feedback: 'without_demonstration', 'always' or 'never'."
+        "without_demonstration",
+        "When the teacher reads feedback: 'without_demonstration', 'always' or 'never'. Ours.",
     )
     remove_thinking: bool = _option(True, "Strip <think>..</think> from demonstrations. SDPO: yes.")
     reprompt_template: str | None = _option(None, "Teacher prompt with {prompt}{solution}{feedback}; None = SDPO's.")
@@ -229,7 +234,7 @@ class PGPOConfig(GRPOConfig):
     per_device_train_batch_size: int | None = _option(
         None, "Completions of one step on one rank; None = prompts_per_step * num_generations / ranks, else TRL's 8."
     )
-    micro_batch_size: int | None = _option(None, "Completions per forward, at most; None = no limit.")
+    micro_batch_size: int | None = _option(None, "Completions per forward, at most; None = no limit. Ours.")
     max_tokens_per_microbatch: int | None = _option(
         16384, "Tokens per forward, at most, with padding; a single row may exceed it. Ours."
     )
@@ -268,7 +273,7 @@ class PGPOConfig(GRPOConfig):
     eval_k: int = _option(16, "Completions per held-out question. Paper: 16.")
     eval_temperature: float = _option(0.6, "Paper: 0.6.")
     eval_top_p: float = _option(0.95, "Paper: 0.95.")
-    eval_batch_size: int = _option(256, "Sequences generated at once.")
+    eval_batch_size: int = _option(256, "Sequences generated at once. Ours.")
     per_device_eval_batch_size: int | None = _option(None, "TRL's name for eval_batch_size.")
 
     # Fields of TRL and transformers whose default is the paper's ----------------------------------------------
@@ -278,9 +283,9 @@ class PGPOConfig(GRPOConfig):
     lr_scheduler_type: str = _option("constant_with_warmup", "Paper: constant after 10 warm-up steps.")
     warmup_steps: float = _option(WARMUP_STEPS, "Paper: 10.")
     weight_decay: float = _option(0.01, "Paper: 0.01.")
-    logging_steps: float = _option(1, "One log per optimizer step.")
-    vllm_importance_sampling_mode: str = _option("token_truncate", "SDPO: token-level rollout correction,")
-    vllm_importance_sampling_clip_max: float | None = _option(2.0, "with threshold 2.0.")
+    logging_steps: float = _option(1, "One log per optimizer step. Ours.")
+    vllm_importance_sampling_mode: str = _option("token_truncate", "SDPO: token-level rollout correction.")
+    vllm_importance_sampling_clip_max: float | None = _option(2.0, "SDPO: threshold 2.0.")
 
     @classmethod
     def paper(cls, output_dir: str | None = None, **overrides: Any) -> PGPOConfig:

@@ -103,7 +103,7 @@ async def call_async(
 
     try:
         returned, error = await asyncio.wait_for(run(), timeout)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise _too_slow(what, place, timeout) from None
     if error is not None:
         raise _raised(error, what, place, kwargs) from error
