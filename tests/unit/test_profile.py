@@ -11,7 +11,7 @@ from test_checkpoint import TIMES
 
 from pgpo import runlog
 from pgpo.report.details import profile_section
-from pgpo.runlog import Run
+from pgpo.runlog import LoggedRun
 from pgpo.train import profile
 from pgpo.train.profile import Profile, part
 
@@ -101,8 +101,8 @@ def test_the_report_draws_it_and_is_silent_without(tmp_path):
     assert profile_section([_run([{"step": 1}], **fields)], ["other"]) is None
 
 
-def _run(metrics, **fields) -> Run:
-    run = object.__new__(Run)
+def _run(metrics, **fields) -> LoggedRun:
+    run = object.__new__(LoggedRun)
     for name, value in (fields | {"metrics": metrics}).items():
         object.__setattr__(run, name, value)
     return run
