@@ -1,4 +1,4 @@
-"""`PGPOTrainer`: trl.GRPOTrainer with self-distillation and a step scaled by its own information.
+"""`PGPOTrainer`: trl.GRPOTrainer with self-distillation and a step scaled by its own information (docs/DEPARTURES.md).
 
 One optimizer step, top-down; each line is a method below, or the file that it calls:
 
@@ -10,8 +10,6 @@ One optimizer step, top-down; each line is a method below, or the file that it c
                   the gate                   the optimizer's next step is scaled by rho_k (gate.py), and what of it
                                              is kept follows from how far it moved the policy (trust.py)
     after_step    the teacher follows        (teacher/weights.py); the guard looks for alarms (guard.py)
-
-Departures from lasgroup/SDPO and from TRL's trainers are listed in docs/DEPARTURES.md.
 """
 
 from __future__ import annotations
@@ -318,11 +316,9 @@ class PGPOTrainer(CardTrainer):
         return guard if self.trust is None else guard * self.trust.form.factor
 
     def _log_step(self, information: Information, rho: float, sums: Sums, tokens: float, policy_loss: float) -> None:
-        losses: dict[str, float] = {}
+        losses = {"policy_loss": policy_loss} if self.follows_rewards else {}
         if self.aux_loss_enabled and not self.follows_rewards:  # else TRL has logged that of all rows
             losses["aux_loss"] = sums.router_loss
-        if self.follows_rewards:
-            losses["policy_loss"] = policy_loss
         rate = self.base_learning_rate() * rho * self.step_factor
         law = self.args.law(self.state.global_step, self.state.max_steps)
         for name, value in self.signal.metrics(information, rho, law.alpha, sums, tokens, rate, losses).items():
