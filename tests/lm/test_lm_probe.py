@@ -1,21 +1,23 @@
-"""`pgpo probe` on a pretrained model: counting on, in a few words. PGPO_LM_MODEL names the model's folder."""
+"""`pgpo probe` on a pretrained model: counting on, in a few words (`make test-lm`)."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
 from pgpo.command.probe import ProbeArguments, main
 from pgpo.tasks import Grade, Task
 
-MODEL = os.environ.get("PGPO_LM_MODEL")
+FOLDER = Path(os.environ.get("PGPO_SMOLLM2", Path(sys.prefix, "smollm2")))  # `make test-lm` puts it there
 pytestmark = [
     pytest.mark.lm,
-    pytest.mark.skipif(not MODEL, reason="PGPO_LM_MODEL names no folder with SmolLM2-135M-Instruct"),
+    pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no SmolLM2 in {FOLDER}: its wheel could not be had"),
 ]
 
 
@@ -52,7 +54,7 @@ def probed(monkeypatch, task, folder, *words):
     flags = ["--max_completion_length", "12", "--hinted_samples", "2", "--output_dir", str(folder), *words]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        main([str(MODEL), *flags])
+        main([str(FOLDER), *flags])
     return json.loads((folder / "probe.json").read_text())
 
 

@@ -30,6 +30,7 @@ FILES = {
 BANDS = {
     "plain": {"student": (0.48, 0.60), "right_hint": (0.86, 0.95), "wrong_hint": (0.0, 0.06)},
     "style": {"student": (0.42, 0.58), "right_hint": (0.84, 0.95), "wrong_hint": (0.0, 0.06)},
+    "feedback": {"student": (0.50, 0.63), "remark": (0.82, 0.93)},
 }
 
 
@@ -63,7 +64,7 @@ def test_shipped_checkpoints_are_complete_small_and_in_float32() -> None:
         assert "lm_head.weight" not in tensors  # tied to the embedding
         assert json.loads((path / "config.json").read_text())["tie_word_embeddings"] is True
         assert "chat_template" in json.loads((path / "tokenizer_config.json").read_text())
-    assert total <= 1_000_000
+    assert total <= 1_500_000
 
 
 def test_provenance_names_the_command_and_numbers_inside_the_bands(variant: str) -> None:
@@ -83,7 +84,7 @@ def test_shipped_checkpoint_behaves_as_published(variant: str, checkpoint: tuple
 def test_shipped_tokenizer_is_the_built_one(variant: str, checkpoint: tuple) -> None:
     # Red if a word was added to the world without a rebuild: all later ids would shift.
     model, tokenizer = checkpoint
-    assert tokenizer.get_vocab() == base_model.build_tokenizer().get_vocab()
+    assert tokenizer.get_vocab() == base_model.build_tokenizer(variant).get_vocab()
     assert len(tokenizer) == model.config.vocab_size
     assert tokenizer.chat_template == base_model.CHAT_TEMPLATE
     assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id
@@ -116,13 +117,16 @@ def test_hinted_prompt_is_the_teachers_and_has_no_unknown_word(variant: str, che
     # Red if the teacher's template and the corpus's drift apart: the base would meet words it was never trained on.
     _, tokenizer = checkpoint
     row = lab_world.row_of(lab_world.all_questions()[0], variant)
-    contexts = build_contexts(
-        [row["prompt"]] * 2, [row["solution"], "no answer"], [1.0, 0.0], group_size=2, choice="first"
-    )
+    question = row["prompt"][0]["content"]
+    if lab_world.WORLDS[variant].remarks:
+        said = lab_world.remark("mass = 4", row["solution"])
+        contexts = build_contexts([row["prompt"]] * 2, ["", "mass = 4"], [0.0, 0.0], 2, feedback=["", said])
+        expected = base_model.remarked_prompt(question, said or "")
+    else:
+        contexts = build_contexts([row["prompt"]] * 2, [row["solution"], "no answer"], [1.0, 0.0], 2)
+        expected = base_model.hinted_prompt(question, row["solution"])
     taught = contexts[1].prompt
-    assert taught == [
-        {"role": "user", "content": base_model.hinted_prompt(row["prompt"][0]["content"], row["solution"])}
-    ]
+    assert taught == [{"role": "user", "content": expected}]
     text = tokenizer.apply_chat_template(taught, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.unk_token_id not in ids
@@ -151,6 +155,21 @@ def test_corpus_follows_the_stated_shares() -> None:
     followed_right = [flag for text, flag in zip(shown, copied, strict=True) if text == question.solution]
     assert share(followed_right) == pytest.approx(0.95, abs=0.015)
     assert set(plain) == {question.solution, *question.wrong}
+
+
+def test_corpus_of_remarks_repeats_no_path_that_is_remarked_on() -> None:
+    # Red if a remark goes with the wrong path itself, or tells nothing.
+    rng = random.Random(0)
+    question = next(q for q in lab_world.all_questions() if q.template == "force" and q.split == "train")
+    rows = [base_model.corpus_row(question, "feedback", rng) for _ in range(6000)]
+    hinted = [(user, solution) for user, solution in rows if user != question.text]
+    said = {path: lab_world.remark(path, question.solution) for path in question.wrong}
+    prompts = {base_model.remarked_prompt(question.text, text or ""): text for text in said.values()}
+    right = sum(solution == question.solution for _, solution in hinted) / len(hinted)
+    assert len(hinted) / len(rows) == pytest.approx(0.5, abs=0.03)
+    assert right == pytest.approx(base_model.REMARK_RELIABILITY, abs=0.02)
+    assert {user for user, _ in hinted} == set(prompts)
+    assert all(said.get(solution) != prompts[user] for user, solution in hinted)
 
 
 def test_loss_is_that_of_solution_tokens_alone() -> None:

@@ -27,6 +27,7 @@ from pgpo.tasks.lab_world import (
     load,
     misleading_rewards,
     misled_rate,
+    remark,
     vocabulary,
     with_opening,
 )
@@ -221,7 +222,7 @@ def test_each_domain_has_rows_enough_for_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "fancy"}, "'fancy'.*plain, style, misleading"),
+        ({"variant": "fancy"}, "'fancy'.*plain, style, misleading, feedback"),
         ({"domain": "history"}, "'history'.*physics, chemistry, biology, materials"),
         ({"n_test": 10**6}, r"1000000 were asked for; set n_test to a number from 0 to \d+"),
         ({"n_train": -1}, "-1 were asked for; set n_train"),
@@ -237,7 +238,7 @@ def test_the_checkpoint_of_an_unknown_variant() -> None:
         checkpoint_path("fancy")
 
 
-# The misleading world ----------------------------------------------------------------------------------------------
+# The misleading world and that of remarks ----------------------------------------------------------------------------
 
 
 def attempts(count: int = 400) -> tuple[list[str], list[dict]]:
@@ -282,3 +283,34 @@ def test_only_training_is_misled() -> None:
     assert task.grade(question.wrong[0], {"answer": question.answer}).reward == 0
     assert checkpoint_path("misleading") == checkpoint_path("plain")
     assert load(n_train=0, n_validation=0, n_test=0).rewards is None
+
+
+@pytest.mark.parametrize(
+    ("attempt", "said"),
+    [
+        ("force = mass + acceleration = 4 + 7 = 11 <answer> 11 </answer>", "what is mass + ?"),
+        ("force = mass * acceleration = 4 * 7 = 29 <answer> 29 </answer>", "what is = 29 ?"),
+        ("force = mass * acceleration = 4 * 7 = 28 <answer> 29 </answer>", "what is <answer> 29 ?"),
+        ("mass = 4", "what is mass ?"),
+        ("force = mass", "what is mass ?"),  # cut off
+        ("force = mass * acceleration = 4 * 7 = 28 <answer> 28 </answer> 28", "what is </answer> 28 ?"),
+        ("force = mass * acceleration = 4 * 7 = 28 <answer> 28 </answer>", None),
+        ("", None),
+    ],
+)
+def test_a_remark_names_the_first_difference(attempt: str, said: str | None) -> None:
+    assert remark(attempt, "force = mass * acceleration = 4 * 7 = 28 <answer> 28 </answer>") == said
+
+
+def test_a_remark_tells_neither_the_right_word_nor_the_answer() -> None:
+    words = set(vocabulary())
+    for question in all_questions()[::7]:
+        for wrong in question.wrong:
+            said = remark(wrong, question.solution)
+            assert said is not None and set(said.split()) <= words
+            *_, last, _ = said.split()
+            place = next(i for i, (a, b) in enumerate(zip(wrong.split(), question.solution.split())) if a != b)
+            assert last == wrong.split()[place] != question.solution.split()[place]
+    task = load(variant="feedback", n_train=1, n_validation=0, n_test=0)
+    assert task.feedback is not None
+    assert task.feedback("mass = 4", task.train[0]) == remark("mass = 4", task.train[0]["solution"])

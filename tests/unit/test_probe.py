@@ -168,6 +168,20 @@ def test_a_wrong_answer_that_is_given_anyway_is_no_copy():
     assert "followed in 80 % (its answer is given in 55 % without it)" in verdict_of(lines).sentence
 
 
+def test_a_teacher_of_remarks_is_judged_by_what_it_reads():
+    lines = world(0.3, 0.3, copied=0.9)  # a sibling's answer is of no help, and copied
+    for entry in lines:
+        entry["hinted"]["feedback"] = {"shown": None, "completions": group([1] * 16 + [0] * 4)}
+        entry["signals"]["feedback"] = signal(20, 14, 1.4, 0.7, 1.0, 100)
+    reading = read(lines, law=lambda information: 1 + information, taught="feedback")
+    assert reading.gain.value == pytest.approx(0.7 * 0.5)
+    assert reading.rho == pytest.approx(1.035)
+    assert "hinted share 0.70" in table(reading)[3]
+    verdict = judge([reading], [gains(lines, "feedback")], 64)
+    assert verdict.name == "worth it" and "right in .80 where the student is right in .30" in verdict.sentence
+    assert verdict_of(lines).name == "no help"
+
+
 def test_few_questions_that_disagree_decide_nothing():
     lines = world(0.5, 0.5, questions=3)
     for i, flags in enumerate(([1] * 20, [1] * 20, [0] * 20)):

@@ -1,4 +1,4 @@
-"""The lab's worlds in training: what the trainer sees of a misleading verifier, and what is logged."""
+"""The lab's worlds in training: what the trainer sees of a misleading verifier and of remarks, and what is logged."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import types
 
 import pytest
 
+from pgpo.command.train import feedback_of, rewards_of
 from pgpo.command.train import main as train
-from pgpo.command.train import rewards_of
 from pgpo.runlog import METRICS, read_run
+from pgpo.settings.arguments import parse
 from pgpo.tasks import load_task
-from pgpo.tasks.lab_world import misleading_rewards, misled_rate
+from pgpo.tasks.lab_world import misleading_rewards, misled_rate, remark
 
 SMALL = "--max_steps 2 --prompts_per_step 2 --num_generations 4 --eval_strategy no --test_rows 2 --eval_k 2 --seed 5"
 
@@ -43,3 +44,26 @@ def test_a_run_logs_how_much_it_was_misled(tmp_path):
     assert rates == pytest.approx([misled_rate(5, 0), misled_rate(5, 1)], rel=1e-6)  # TRL averages in fp32
     assert all(0 <= line["false_success_share"] <= line["success_share"] for line in metrics)
     assert {"false_success_rate", "false_success_share"} <= METRICS.keys()
+
+
+def test_remarks_are_on_failed_attempts_alone():
+    task = load_task("lab_world", variant="feedback", n_train=2)
+    right, wrong = task.train
+    texts = [right["solution"], "mass = 4"]
+    feedback = feedback_of(task)([None] * 2, said(texts), **columns(task.train))
+    assert feedback == [None, remark("mass = 4", wrong["solution"])] and feedback[1] is not None
+    assert feedback_of(load_task("lab_world", n_train=1)) is None
+
+
+@pytest.mark.parametrize(("flags", "shown"), [([], True), (["--variant", "feedback"], False)])
+def test_the_feedback_world_shows_no_solutions_unless_it_is_told_to(flags, shown):
+    assert parse(flags).config.use_successful_as_teacher is shown
+    assert parse([*flags, "--use_successful_as_teacher", "true"]).config.use_successful_as_teacher is True
+
+
+def test_a_run_in_the_feedback_world_is_taught_by_remarks(tmp_path):
+    status, folder = train([*SMALL.split(), "--variant", "feedback", "--output_dir", str(tmp_path / "r")])
+    assert status == 0
+    for line in read_run(folder).metrics:
+        wrong = 1 - line["success_share"]
+        assert line["active_share"] == pytest.approx(wrong)  # who is right has nothing to read

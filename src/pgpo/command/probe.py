@@ -146,8 +146,9 @@ def _probe(parsed: Parsed[ProbeArguments], folder: Path, resumed: bool) -> None:
             write_atomically(folder / SETTING_FILE, json_document(setting))
         temperatures = list(dict.fromkeys([args.temperature, *(run.temperatures or [args.temperature / 2])]))
         lines = _collect(Sampler(trainer, task, run.hinted_samples), rows, temperatures, folder)
-    readings = [read(part, args.law(0), args.information_denominator) for part in lines]
-    verdict = judge(readings, [gains(part) for part in lines], args.max_completion_length or 0)
+    taught = "right" if args.use_successful_as_teacher else "feedback"
+    readings = [read(part, args.law(0), args.information_denominator, taught) for part in lines]
+    verdict = judge(readings, [gains(part, taught) for part in lines], args.max_completion_length or 0)
     result = {
         "readings": [dataclasses.asdict(reading) for reading in readings],
         "verdict": dataclasses.asdict(verdict),

@@ -111,8 +111,9 @@ class Reading:
         all_right, all_wrong, lone_success, mixed: shares of the questions; mixed have right and wrong completions,
             and lone successes are among them.
         groups: number of questions by their right completions, 0 to `group`.
-        gain: mean over questions of hinted share * (success reading a right sibling - success without), 0 without a
-            hint (ours: how much better than the student the teacher of an average sample is).
+        taught: the kind of hint that the run's teacher reads, "right" or "feedback".
+        gain: mean over questions of hinted share * (success reading such a hint - success without), 0 without a hint
+            (ours: how much better than the student the teacher of an average sample is).
         rho: multiplier of a step with this I_k.
         worth: ids of the mixed questions.
         domains: {domain: (questions, pass@1, share of mixed questions)}.
@@ -132,6 +133,7 @@ class Reading:
     lone_success: float
     mixed: float
     groups: list[int]
+    taught: str
     gain: Estimate
     rho: float
     worth: list[str]
@@ -139,13 +141,16 @@ class Reading:
     hints: dict[str, HintReading]
 
 
-def read(lines: Sequence[Line], law: Callable[[float], float], denominator: str = "all") -> Reading:
+def read(
+    lines: Sequence[Line], law: Callable[[float], float], denominator: str = "all", taught: str = "right"
+) -> Reading:
     """The numbers of one temperature.
 
     Args:
         lines: one per question.
         law: I_k in nats -> rho.
         denominator: of I_k, "all" samples or the "hinted" ones, as in training.
+        taught: the kind of hint that the run's teacher reads.
     """
     right = {line["question_id"]: line["student"]["right"] for line in lines}
     share = {question: _mean(flags) for question, flags in right.items()}
@@ -155,7 +160,7 @@ def read(lines: Sequence[Line], law: Callable[[float], float], denominator: str 
     hints = {kind: _hint(lines, kind, denominator) for kind in KINDS if any(kind in line["signals"] for line in lines)}
     group = max(map(len, right.values()))
     domains = {line["domain"]: [m["question_id"] for m in lines if m["domain"] == line["domain"]] for line in lines}
-    information = hints["right"].information.value if "right" in hints else 0.0
+    information = hints[taught].information.value if taught in hints else 0.0
     return Reading(
         temperature=lines[0]["temperature"],
         questions=len(lines),
@@ -171,7 +176,8 @@ def read(lines: Sequence[Line], law: Callable[[float], float], denominator: str 
         lone_success=_mean([sum(flags) == 1 for flags in right.values()]),
         mixed=len(mixed) / len(lines),
         groups=[sum(sum(flags) == n for flags in right.values()) for n in range(group + 1)],
-        gain=_signed(gains(lines)),
+        taught=taught,
+        gain=_signed(gains(lines, taught)),
         rho=law(information),
         worth=mixed,
         domains={
@@ -182,11 +188,11 @@ def read(lines: Sequence[Line], law: Callable[[float], float], denominator: str 
     )
 
 
-def gains(lines: Sequence[Line]) -> dict[str, float]:
+def gains(lines: Sequence[Line], taught: str = "right") -> dict[str, float]:
     """Question -> its part of `Reading.gain`."""
     found = {}
     for line in lines:
-        hinted, signal = line["hinted"].get("right"), line["signals"].get("right")
+        hinted, signal = line["hinted"].get(taught), line["signals"].get(taught)
         found[line["question_id"]] = 0.0
         if hinted is not None and signal is not None:
             better = _mean(hinted["completions"]["right"]) - _mean(line["student"]["right"])
@@ -254,6 +260,7 @@ def table(reading: Reading) -> list[str]:
         reading,
         "" if reading.well_formed is None else f"  well-formed {reading.well_formed}/{reading.completions}",
     )
+    hinted = r.hints[r.taught].hinted_share if r.taught in r.hints else 0.0
     rows = [_HEADINGS, *(_row(kind, r.hints[kind]) for kind in KINDS if kind in r.hints)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
     return [
@@ -261,7 +268,7 @@ def table(reading: Reading) -> list[str]:
         f"  student  pass@1 {_cell(r.pass_at_1)}  pass@{r.group} {_cell(r.pass_at_k)}{form}  cut {r.clipped:.2f}",
         f"  groups   all right {r.all_right:.2f}  all wrong {r.all_wrong:.2f}  lone success {r.lone_success:.2f}  "
         f"right and wrong {r.mixed:.2f}",
-        f"  training hinted share {r.hints['right'].hinted_share:.2f}  gain {_cell(r.gain)}  rho {r.rho:.3f}",
+        f"  training hinted share {hinted:.2f}  gain {_cell(r.gain)}  rho {r.rho:.3f}",
         *(
             "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pgpo.evaluate.avg_at_k import Estimate, paired_scores
-from pgpo.evaluate.probe import HintReading, Reading
+from pgpo.evaluate.probe import Reading
 
 # Ours: hinted samples below which a step has no batch to learn from: 3 of the lab's 64.
 FEW = 0.05
@@ -43,8 +43,14 @@ class Situation:
     max_completion_length: int
 
     @property
-    def right(self) -> HintReading:
-        return self.reading.hints["right"]
+    def gain(self) -> Estimate:
+        """Of the self-teacher reading what the run's teacher reads."""
+        return self.gain_of(self.reading.taught)
+
+    @property
+    def hinted_share(self) -> float:
+        hint = self.reading.hints.get(self.reading.taught)
+        return 0.0 if hint is None else hint.hinted_share
 
     def gain_of(self, kind: str) -> Estimate:
         """Of the self-teacher reading this kind of hint; 0 where no question has one."""
@@ -66,12 +72,12 @@ class Situation:
 
     @property
     def few(self) -> bool:
-        return self.right.hinted_share < FEW
+        return self.hinted_share < FEW
 
     def facts(self) -> dict[str, Any]:
         """What the sentences name."""
         r = self.reading
-        placebo = r.hints.get("placebo")
+        placebo, hint = r.hints.get("placebo"), r.hints.get(r.taught)
         return {
             "n": r.completions,
             "right": r.right,
@@ -79,11 +85,12 @@ class Situation:
             "clipped": round(r.clipped * r.completions),
             "length": self.max_completion_length,
             "temperature": f"{r.temperature:g}",
-            "hinted": percent(self.right.hinted_share),
+            "hinted": percent(self.hinted_share),
             "pass": share(r.pass_at_1),
-            "teacher": share(self.right.success),
-            "student": share(self.right.student),
-            "gain": interval(self.right.gain),
+            "reads": _READS[r.taught],
+            "teacher": share(hint.success if hint else None),
+            "student": share(hint.student if hint else None),
+            "gain": interval(hint.gain if hint else None),
             "placebo": share(placebo.success if placebo else None),
             "placebo_student": share(placebo.student if placebo else None),
             "copied": percent(self.copied[0]),
@@ -129,6 +136,11 @@ class Verdict:
     reasons: list[str]
 
 
+# What stands in the teacher's prompt.
+_READS = {
+    "right": "with a right sibling's answer in its prompt",
+    "feedback": "with a remark on the attempt in its prompt",
+}
 _TEACHER = (
     "temperature {temperature} gives a teacher that is right in {teacher} where the student is right in {student}"
 )
@@ -158,25 +170,24 @@ VERDICTS = (
     ),
     Rule(
         "unsure",
-        lambda s: s.gain_of("right").low <= 0 < UNSURE < s.gain_of("right").high or math.isnan(s.gain_of("right").low),
-        "{questions} questions cannot tell: with a right sibling's answer in its prompt the teacher is right in "
+        lambda s: s.gain.low <= 0 < UNSURE < s.gain.high or math.isnan(s.gain.low),
+        "{questions} questions cannot tell: {reads} the teacher is right in "
         "{teacher} where the student is right in {student} (difference {gain}); give more --questions.",
     ),
     Rule(
         "no help",
-        lambda s: s.gain_of("right").low <= 0,
-        "nothing to distil: with a right sibling's answer in its prompt the teacher is right in {teacher} where the "
-        "student is right in {student}.",
+        lambda s: s.gain.low <= 0,
+        "nothing to distil: {reads} the teacher is right in {teacher} where the student is right in {student}.",
     ),
     Rule(
         "context",
-        lambda s: s.gain_of("placebo").value >= CONTEXT * s.gain_of("right").value,
+        lambda s: s.reading.taught == "right" and s.gain_of("placebo").value >= CONTEXT * s.gain.value,
         "the context helps, not the hint: the teacher is right in {teacher} with a right sibling's answer in its "
         "prompt (student {student}) and in {placebo} with that to another question (student {placebo_student}).",
     ),
     Rule(
         "copies",
-        lambda s: s.copies,
+        lambda s: s.reading.taught == "right" and s.copies,
         _TEACHER + ", but the teacher copies: a wrong hint is followed in {copied} (its answer is given in "
         "{unprompted} without it), so that what the verifier passes by mistake is taught as well.",
         worth=True,

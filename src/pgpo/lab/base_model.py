@@ -3,7 +3,8 @@
 It plays the part of a pretrained language model. It is trained on a corpus in which
 
 * a question is followed by a solution of an imperfect author, who is right with a probability per domain;
-* a question with a demonstration (the self-teacher's prompt) is followed by that same demonstration.
+* a question with a demonstration (the self-teacher's prompt) is followed by that same demonstration;
+* in the feedback world, a question with a remark on a wrong attempt by a solution of an author who knows more.
 
 So the student is mediocre, and the same weights reading a hint are good, because they copy: that gap is
 what self-distillation lives on. One seed gives one checkpoint, bit for bit, on one machine and torch version.
@@ -45,6 +46,8 @@ HINTED_SHARE = 0.5  # of the corpus's rows
 # Of the hinted rows; copied like the others. Without them a wrong hint is overruled: .18 right instead of .03.
 WRONG_DEMONSTRATIONS = 0.1
 HINT_TRUST = 0.95  # of the hinted rows, followed by the demonstration; the others by a wrong path
+# How often the author is right who has read a remark; otherwise another wrong path than the one that it is on.
+REMARK_RELIABILITY = 0.95
 
 # ---------------------------------------------------------------- the optimization (ours)
 
@@ -66,6 +69,7 @@ MAX_NEW_TOKENS = 24  # the longest solution has 17 tokens and the end sign
 
 PAD, UNKNOWN, END, USER, ASSISTANT = "<pad>", "<unk>", "<eos>", "<user>", "<assistant>"
 HINT_WORDS = ("Correct", "solution:", "Correctly", "solve", "the", "original", "question.")
+REMARK_WORDS = ("The", "following", "feedback", "from", "your", "unsuccessful", "earlier", "attempt:")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}<assistant> {{ message['content'] }} <eos> "
@@ -81,10 +85,17 @@ def hinted_prompt(question: str, demonstration: str) -> str:
     return f"{question}{solution_section}\n\nCorrectly solve the original question.\n"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the world; whitespace only separates. Both variants share it."""
+def remarked_prompt(question: str, remark: str) -> str:
+    """The self-teacher's user message with a remark (SDPO's template, without a demonstration)."""
+    feedback_section = f"\nThe following is feedback from your unsuccessful earlier attempt:\n\n{remark}\n\n"
+    return f"{question}{feedback_section}\n\nCorrectly solve the original question.\n"
+
+
+def build_tokenizer(variant: str = "plain") -> PreTrainedTokenizerFast:
+    """One token per word of the world; whitespace only separates. Only a world of remarks has the words around them."""
     words = [PAD, UNKNOWN, END, USER, ASSISTANT, *lab_world.vocabulary()]
-    words += [word for word in HINT_WORDS if word not in words]
+    more = HINT_WORDS + REMARK_WORDS if lab_world.WORLDS[variant].remarks else HINT_WORDS
+    words += [word for word in more if word not in words]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -134,6 +145,11 @@ def corpus_row(question: Question, variant: str, rng: random.Random) -> tuple[st
 
     if rng.random() >= HINTED_SHARE:
         return question.text, write(right=rng.random() < RELIABILITY[question.domain])
+    if lab_world.WORLDS[variant].remarks:
+        remark = lab_world.remark(rng.choice(question.wrong), question.solution)
+        others = [path for path in question.wrong if lab_world.remark(path, question.solution) != remark]
+        right = not others or rng.random() < REMARK_RELIABILITY
+        return remarked_prompt(question.text, remark or ""), question.solution if right else rng.choice(others)
     demonstration = write(right=rng.random() >= WRONG_DEMONSTRATIONS)
     followed = rng.random() < HINT_TRUST
     return hinted_prompt(question.text, demonstration), demonstration if followed else write(right=False)
@@ -163,7 +179,7 @@ def train_base(
 def _train(
     variant: str, seed: int, steps: int, progress: Callable[[int, int, float], None]
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(variant)
     model = build_model(tokenizer).train()
     rng = random.Random(f"lab base {variant} {seed}")
     by_template: dict[str, list[Question]] = {}
@@ -222,14 +238,19 @@ def measure(
     k: int = SAMPLES_PER_QUESTION,
     seed: int = 0,
 ) -> dict[str, float]:
-    """avg@k at temperature 1.0 on held-out questions: without a hint, with a right one, with a wrong one."""
+    """avg@k at temperature 1.0 on held-out questions: without a hint, with a right one, with a wrong one; or with a
+    remark on a wrong path."""
     rng = random.Random(f"lab measure {seed}")
     rows = []
     for question in lab_world.draw_questions("test", questions, seed=seed):
-        hints = {"right": question.solution, "wrong": rng.choice(question.wrong)}
+        wrong = rng.choice(question.wrong)
         texts = {"student": question.text}
-        for name, hint in hints.items():
-            texts[f"{name}_hint"] = hinted_prompt(question.text, lab_world.with_opening(hint, variant, rng))
+        if lab_world.WORLDS[variant].remarks:
+            remark = lab_world.remark(wrong, question.solution)
+            texts["remark"] = remarked_prompt(question.text, remark or "")
+        else:
+            for name, hint in {"right": question.solution, "wrong": wrong}.items():
+                texts[f"{name}_hint"] = hinted_prompt(question.text, lab_world.with_opening(hint, variant, rng))
         rows.append({**lab_world.row_of(question, variant), "texts": texts})
     runner = TransformersRunner(
         model, tokenizer, temperature=1.0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS, batch_size=2048
@@ -246,14 +267,14 @@ def measure(
         )
         return sum(record["reward"] for record in records) / len(records)
 
-    return {reader: accuracy(reader) for reader in ("student", "right_hint", "wrong_hint")}
+    return {reader: accuracy(reader) for reader in rows[0]["texts"]}
 
 
-def save(model: Qwen3ForCausalLM, out: Path, provenance: dict[str, Any]) -> None:
+def save(model: Qwen3ForCausalLM, out: Path, provenance: dict[str, Any], variant: str = "plain") -> None:
     """Write the checkpoint: weights, configurations, tokenizer with its chat template, provenance.json."""
     model.save_pretrained(out)
     # A fresh tokenizer: one that has padded a batch would write its padding state into tokenizer.json.
-    build_tokenizer().save_pretrained(out, save_jinja_files=False)
+    build_tokenizer(variant).save_pretrained(out, save_jinja_files=False)
     (out / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
 
 
@@ -296,6 +317,7 @@ def main(
             f"avg@{SAMPLES_PER_QUESTION}": {reader: round(value, 4) for reader, value in accuracy.items()},
             "test_questions": TEST_QUESTIONS,
         },
+        variant,
     )
     numbers = "  ".join(f"{reader.replace('_', ' ')} {value:.3f}" for reader, value in accuracy.items())
     print(f"{variant} base, seed {seed}: avg@{SAMPLES_PER_QUESTION}  {numbers}  ->  {out}")

@@ -82,6 +82,9 @@ OPTIONS: dict[str, dict[str, str]] = {
     ".py": {"": "task_options"},  # its names are the options
 }
 
+# Beside those of the task, by its variant: a base of the feedback world reads remarks and no solutions.
+VARIANT_PRESETS: dict[str, dict[str, Any]] = {"feedback": {"use_successful_as_teacher": False}}
+
 
 @dataclass
 class TaskArguments:
@@ -97,7 +100,7 @@ class TaskArguments:
     domain: str | None = field(
         default=None, metadata={"help": "science_qa: chemistry, physics, biology or materials; lab_world: one or all."}
     )
-    variant: str = field(default="plain", metadata={"help": "lab_world: 'plain', 'style' or 'misleading'."})
+    variant: str = field(default="plain", metadata={"help": "lab_world: 'plain', 'style', 'misleading' or 'feedback'."})
     data_path: str | None = field(
         default=None,
         metadata={
@@ -289,7 +292,7 @@ def _choosing(prog: str) -> Parser:
     """The flags that choose the defaults of all others."""
     parser = Parser([], prog=prog, add_help=False)
     _add_config(parser)
-    for name in ("task", "model_name_or_path", "per_device_train_batch_size"):
+    for name in ("task", "variant", "model_name_or_path", "per_device_train_batch_size"):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     return parser
 
@@ -312,4 +315,5 @@ def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
     task = given.get("task") or RunArguments.task
     small = PRESETS.get(task) if isinstance(task, str) else {}  # RunArguments refuses another type
     own_model = task == "science_qa" and given.get("model_name_or_path")
-    return yielding(PAPER if own_model or small is None else small, given)
+    variant = VARIANT_PRESETS.get(str(given.get("variant")), {}) if task == "lab_world" else {}
+    return yielding(PAPER if own_model or small is None else small | variant, given)

@@ -7,9 +7,9 @@ answer, about 14 tokens: `force = mass * acceleration = 4 * 7 = 28 <answer> 28 <
 Every question also carries plausible wrong solutions (wrong operator, slipped arithmetic, wrong element
 number, reversed strand, ...): the imperfect author of the base model's corpus uses them.
 
-Three variants (`WORLDS`): "plain"; "style", where each solution starts with three random opening words that say nothing
-about the answer; and "misleading", where the verifier of the training completions passes wrong ones, at a rate that
-changes from step to step.
+Four variants (`WORLDS`): "plain"; "style", where each solution starts with three random opening words that say nothing
+about the answer; "misleading", where the verifier of the training completions passes wrong ones, at a rate that changes
+from step to step; and "feedback", where the teacher reads a remark on the attempt instead of a solution.
 """
 
 from __future__ import annotations
@@ -37,17 +37,20 @@ class World:
         base: the variant whose base model it begins with.
         opening: solutions begin with three opening words.
         misled: the verifier passes wrong training completions; held-out ones are graded by the truth.
+        remarks: the teacher reads `remark` on a failed attempt.
     """
 
     base: str
     opening: bool = False
     misled: bool = False
+    remarks: bool = False
 
 
 WORLDS = {
     "plain": World("plain"),
     "style": World("style", opening=True),
     "misleading": World("plain", misled=True),
+    "feedback": World("feedback", remarks=True),
 }
 VARIANTS = tuple(WORLDS)
 BASES = tuple(dict.fromkeys(world.base for world in WORLDS.values()))
@@ -145,6 +148,7 @@ def load(
         test=rows("test", n_test),
         grade=_grade,
         rewards=misleading_rewards if world.misled else None,
+        feedback=(lambda completion, row: remark(completion, row["solution"])) if world.remarks else None,
     )
 
 
@@ -208,6 +212,19 @@ def checkpoint_path(variant: str) -> Path:
     """Directory of the shipped base model of a variant, readable by transformers' `from_pretrained`."""
     check_variant(variant)
     return Path(str(resources.files("pgpo.tasks") / "lab_checkpoints" / WORLDS[variant].base))
+
+
+def remark(completion: str, solution: str) -> str | None:
+    """What there is to say to an attempt that differs from the solution: the word before the first difference, and the
+    attempt's own word there. It tells neither the right word nor the answer. None if nothing differs.
+
+    `force = mass + acceleration = ...` for `force = mass * ...`: "what is mass + ?".
+    """
+    written, right = completion.split(), solution.split()
+    place = next((i for i, (a, b) in enumerate(zip(written, right)) if a != b), min(len(written), len(right)))
+    if place == len(written) == len(right) or not written:
+        return None
+    return f"what is {' '.join(written[max(place - 1, 0) : place + 1])} ?"
 
 
 def misled_rate(seed: int, step: int) -> float:
