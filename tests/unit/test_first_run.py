@@ -177,8 +177,8 @@ def test_three_steps_without_a_teacher_name_what_to_change(tmp_path):
     [
         ("2", "16384", r"fits in 2048 MiB\n.* fit, one row at a time; so do all rows of a step together, (\d+) tokens"),
         (
-            "0.15",
-            "4096000",
+            "0.55",
+            "60000",
             r"does not fit in .*\n.* fit, one row at a time; the largest .* that fits is (\d+), so lower",
         ),
     ],
