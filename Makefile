@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEEPSPEED := $(VENV)/deepspeed
 TRITON := $(VENV)/triton
 
-.PHONY: demo science test test-slow test-browser check bench clean
+.PHONY: demo science test test-slow test-browser check bench gpu-day clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,9 @@ check: $(STAMP)  ## what pre-commit runs
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/lab_step.py
+
+gpu-day: $(STAMP)  ## all that waits for a GPU: nine minutes, JSON in benchmarks/results/gpu-day; no GPU: --rehearse
+	$(BIN)/python benchmarks/gpu_day.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
