@@ -5,10 +5,10 @@
     python benchmarks/growth.py --write    no measurement: figure and table of docs/PERFORMANCE.md from the JSON
 
 From one base (64 completions of at most 64 tokens in groups of 8, V = 1,024, 0.17 M parameters) one thing is varied at
-a time. A cell is one size and one trainer; one_step.py says what a step is. It is measured in two processes, forked
-from this one, each with a limit: CPU seconds of one thread while freed memory is reused, the median over steps after
-the first; and the peak of resident memory (less what was resident before the model was made) while freed memory goes
-back to the system.
+a time; with the parameters a step is one question, 8 completions of at most 32 tokens. A cell is one size and one
+trainer; one_step.py says what a step is. It is measured in two processes, forked from this one, each with a limit: CPU
+seconds of one thread while freed memory is reused, the median over steps after the first; and the peak of resident
+memory (less what was resident before the model was made) while freed memory goes back to the system.
 
 A line of JSON is written as soon as a cell is done: a run that was stopped goes on where it was. A cell that takes too
 long, or asks for more memory than `--memory`, is a line that says so, and larger ones of its axis and trainer are left
@@ -26,6 +26,7 @@ import os
 import resource
 import statistics
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Iterable
@@ -46,6 +47,7 @@ MIB = 2**20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 BASE = Work(Shape(64, 192, 2, 4, 4, 16), vocabulary=1024)
+ONE_QUESTION = replace(BASE, completions=8, longest=32, prompt=20)  # a step of 135 M takes a minute at BASE's sizes
 # Parameters in the key; the last one has its own vocabulary too.
 SHAPES = {
     0.1e6: BASE.shape,
@@ -65,7 +67,8 @@ class Axis:
     def work(self, size: float) -> Work:
         n = int(size)
         if self.name == "parameters":
-            return replace(BASE, shape=SHAPES[size], vocabulary=SMOLLM2_VOCABULARY if size == 135e6 else 1024)
+            vocabulary = SMOLLM2_VOCABULARY if size == 135e6 else BASE.vocabulary
+            return replace(ONE_QUESTION, shape=SHAPES[size], vocabulary=vocabulary)
         field = {"completions": "completions", "length": "longest", "vocabulary": "vocabulary", "G": "group"}
         return replace(BASE, **{field[self.name]: n})  # type: ignore[arg-type]
 
@@ -191,7 +194,7 @@ def run(wanted: list[tuple[Axis, float, str]], path: Path, limits: Limits, minut
             line |= {"status": "left out", "why": f"{min(smaller):g} was too much"}
         elif key in by_work:  # the base, which all axes share
             line = {**by_work[key], **line}
-        elif time.monotonic() + limits.seconds / 2 > until:
+        elif time.monotonic() + 2 * limits.seconds > until:  # a cell is two processes
             missed.append(f"{axis.name} {size:g} {side}")
             continue
         else:
@@ -260,6 +263,14 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     path.write_text(text)
 
 
+def _size(size: float) -> str:
+    return f"{size:,.0f}" if size < 1e5 or size in AXES[2].sizes else f"{size / 1e6:g}M"  # of parameters
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def table(lines: list[dict[str, Any]]) -> str:
     """µs per completion token of each part, seconds of a step and highest peak: ours / TRL; then the slopes."""
     head = ["", *PARTS, "s per step", "peak MiB"]
@@ -270,25 +281,25 @@ def table(lines: list[dict[str, Any]]) -> str:
         for side in SIDES:
             line = next((x for x in lines if (x["axis"], x["size"], x["side"]) == (axis, size, side)), None)
             texts.append("" if line is None else get(line) if line["status"] == "done" else "–")
-        return " / ".join(texts)
+        return "/".join(texts)
 
     for axis in AXES:
         mine = sorted({line["size"] for line in lines if line["axis"] == axis.name})
         for size in mine:
-            parts = [pair(axis.name, size, lambda x, p=p: f"{1e6 * x['seconds'][p] / x['tokens']:.3g}") for p in PARTS]
-            step = pair(axis.name, size, lambda x: f"{x['seconds']['step']:.3g}")
-            peak = pair(axis.name, size, lambda x: f"{max(x['peak_mib'].values()):.0f}")
-            rows.append([f"{axis.name} {size:,.0f}", *parts, step, peak])
+            parts = [pair(axis.name, size, lambda x, p=p: _short(1e6 * x["seconds"][p] / x["tokens"])) for p in PARTS]
+            step = pair(axis.name, size, lambda x: _short(x["seconds"]["step"]))
+            peak = pair(axis.name, size, lambda x: _short(max(x["peak_mib"].values())))
+            rows.append([f"{axis.name} {_size(size)}", *parts, step, peak])
         if mine:
             slopes = [
-                " / ".join(f"{slope(*values(lines, axis.name, s, part, 'step')):.2f}" for s in SIDES)
+                "/".join(f"{slope(*values(lines, axis.name, s, part, 'step')):.2f}" for s in SIDES)
                 for part in (*PARTS, "step")
             ]
             rows.append([f"**slope, {axis.name}**", *slopes, ""])
     text = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
     gone = [x for x in lines if x["status"] != "done"]
-    named = [f"{x['axis']} {x['size']:,.0f} {'pgpo' if x['side'] == 'ours' else 'TRL'} ({x['status']})" for x in gone]
-    return "\n".join([*text, "", *([f"Not measured: {'; '.join(named)}.", ""] if named else [])])
+    named = [f"{x['axis']} {_size(x['size'])} {'pgpo' if x['side'] == 'ours' else 'TRL'} ({x['status']})" for x in gone]
+    return "\n".join([*text, "", *([textwrap.fill(f"Not measured: {'; '.join(named)}.", 100), ""] if named else [])])
 
 
 def write(lines: list[dict[str, Any]], docs: Path = DOCS) -> None:
@@ -322,7 +333,7 @@ def main() -> None:
         return
     short = arguments.quick or arguments.smallest
     limits = Limits(
-        seconds=60 if short else 600,
+        seconds=120 if short else 600,
         memory=arguments.memory * 2**30,
         steps=5 if short else 9,
         wanted=6 if short else 60,
