@@ -239,7 +239,6 @@ def slope(sizes: list[float], found: list[float]) -> float:
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.6), layout="constrained")
@@ -252,6 +251,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
                     sizes, found = values(lines, axis.name, side, part, what)
                     name = f"{part}, {'pgpo' if side == 'ours' else 'TRL'}"
                     grid[row][column].loglog(sizes, found, style, color=colors[part], markersize=4, lw=1.2, label=name)
+            grid[row][column].minorticks_off()  # two thirds of the file
         grid[1][column].set_xlabel(WORDS[axis.name])
     grid[0][0].set_ylabel("CPU µs per completion token")
     grid[1][0].set_ylabel("peak memory, MiB")
