@@ -34,6 +34,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no workers that would outlive a process
+
 from one_step import PARTS, SIDES, SMOLLM2_135M, SMOLLM2_VOCABULARY, Shape, Steps, Work, quiet
 from paired import RESULTS, _cpu
 
