@@ -11,7 +11,7 @@ SMOLLM2 := $(VENV)/smollm2
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 
-.PHONY: demo science lm test test-slow test-browser test-lm test-vllm check bench docs clean
+.PHONY: demo science lm test test-slow test-browser test-lm test-vllm check bench docs gpu-day clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -85,6 +85,9 @@ docs: $(STAMP)  ## the site in build/site, without network; warnings and dead li
 	    { echo 'make docs needs the docs extra: $(BIN)/python -m pip install -c constraints.txt -e ".[docs]"' >&2; exit 2; }
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
 	@echo "the site: build/site/index.html"
+
+gpu-day: $(STAMP)  ## all that waits for a GPU: nine minutes, JSON in benchmarks/results/gpu-day; no GPU: --rehearse
+	$(BIN)/python benchmarks/gpu_day.py
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -79,6 +79,7 @@ class Case:
     samples: bool = False
     memory: int | None = None  # MiB; the budget is then the largest that the plan allows
     held_out: bool = False
+    device: str = "cpu"
 
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -164,8 +165,7 @@ ALL_CASES = CASES + [replace(case, held_out=True) for case in HELD_OUT]
 # One run ------------------------------------------------------------------------------------------------------------
 
 
-def _model(case: Case) -> Any:
-    import torch
+def _config(case: Case) -> Any:
     import transformers
 
     names = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}
@@ -179,9 +179,16 @@ def _model(case: Case) -> Any:
         shape["head_dim"] = case.d
     if case.kind == "mistral":
         shape["sliding_window"] = None
+    return getattr(transformers, f"{names[case.kind]}Config")(**shape)
+
+
+def _model(case: Case) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
-    config = getattr(transformers, f"{names[case.kind]}Config")(**shape)
-    return getattr(transformers, f"{names[case.kind]}ForCausalLM")(config).to(getattr(torch, case.dtype))
+    with torch.device(case.device):
+        return AutoModelForCausalLM.from_config(_config(case), dtype=getattr(torch, case.dtype))
 
 
 def _tokenizer(words: int) -> Any:
@@ -226,8 +233,8 @@ def _trainer(case: Case, folder: str) -> Any:
         max_tokens_per_microbatch=case.budget, join_siblings=case.joined,
         fused_head=case.fused, bf16=case.autocast,
         gradient_checkpointing=case.checkpointing, optim="sgd" if case.optimizer == "sgd" else "adamw_torch_fused",
-        max_steps=2, warmup_steps=0, save_strategy="no", use_cpu=True, disable_tqdm=True, shuffle_dataset=False,
-        report_to="none", logging_steps=10, dataloader_pin_memory=False,
+        max_steps=2, warmup_steps=0, save_strategy="no", use_cpu=case.device == "cpu", disable_tqdm=True,
+        shuffle_dataset=False, report_to="none", logging_steps=10, dataloader_pin_memory=False,
         generation_kwargs={"min_new_tokens": case.L} if case.samples else None,
     )  # fmt: skip
     return PGPOTrainer(
@@ -340,10 +347,7 @@ def _planned(case: Case) -> tuple[Any, Any]:
     from pgpo.memory.shapes import TrainingSetting, read_model
 
     with tempfile.TemporaryDirectory() as folder:
-        import torch
-
-        with torch.device("meta"):
-            _model(case).config.save_pretrained(folder)
+        _config(case).save_pretrained(folder)
         model = read_model(folder)
     setting = TrainingSetting(
         max_completion_length=case.L, max_prompt_length=case.P, teacher_prompt_length=case.P + case.L + 6,
@@ -351,7 +355,7 @@ def _planned(case: Case) -> tuple[Any, Any]:
         lora=case.lora, lora_targets=case.targets, lora_dropout=case.dropout > 0,
         parameter_bytes=4 if case.dtype == "float32" else 2, autocast=case.autocast, optimizer=case.optimizer,
         fused_head=case.fused, gradient_checkpointing=case.checkpointing, attention=case.attention,
-        join_siblings=case.joined, device="cpu",
+        join_siblings=case.joined, device=case.device,
     )  # fmt: skip
     return model, setting
 

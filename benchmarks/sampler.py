@@ -52,6 +52,7 @@ class EndsAsTheFirstTokenSays(LogitsProcessor):
         scores[:, EOS] = -torch.inf
         written = input_ids.shape[1] - self.prompt
         if written:
+            self.lengths = self.lengths.to(input_ids.device)
             ends = self.lengths[input_ids[:, self.prompt]] == written + 1
             scores[ends] = -torch.inf
             scores[ends, EOS] = 0
@@ -84,7 +85,7 @@ class Case:
         return sampling.sample(self.model, self.prompts, self.config, streams)
 
     def generate(self) -> Any:
-        ids, mask = sampling.left_padded(self.prompts, PAD)
+        ids, mask = (t.to(self.model.device) for t in sampling.left_padded(self.prompts, PAD))
         with torch.no_grad():
             return self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self.config)
 

@@ -113,13 +113,19 @@ def given(scale: Scale, hinted: int, rng: np.random.Generator) -> Given:
     return Given(Dataset.from_list([{"prompt": q} for q in questions]), prompts, completions)
 
 
-def build(scale: Scale, folder: Path) -> PreTrainedTokenizerFast:
-    """Write a model with random weights and a tokenizer of whole words."""
-    texts = TEXTS + [f"w{i}" for i in range(len(TEXTS), scale.vocabulary)]
+def words_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words: TEXTS, then w11, w12, ..."""
+    texts = TEXTS + [f"w{i}" for i in range(len(TEXTS), vocabulary)]
     whole = Tokenizer(models.WordLevel({t: i for i, t in enumerate(texts)}, unk_token="<pad>"))
     whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, pad_token="<pad>", eos_token="<eos>")
     tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def build(scale: Scale, folder: Path) -> PreTrainedTokenizerFast:
+    """Write a model with random weights and a tokenizer of whole words."""
+    tokenizer = words_tokenizer(scale.vocabulary)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen3Config(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,13 @@ class Profile:
     """Seconds and peak memory of each part on this rank, since `take` and since the beginning.
 
     Memory is what the process (Linux) or torch on its CUDA device held at most during the part, in bytes.
+
+    Args:
+        clock: seconds; time.process_time where other processes share the CPU.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self.clock = device, clock
         self.seconds, self.total_seconds = _zeros(), _zeros()
         self.peaks, self.total_peaks = _zeros(), _zeros()
         self._stack: list[str] = []
@@ -68,7 +71,7 @@ class Profile:
         """Book what has passed to the innermost part."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
+        now = self.clock()
         if self._stack:
             name, peak = self._stack[-1], self._peak()
             for seconds in (self.seconds, self.total_seconds):
@@ -76,7 +79,7 @@ class Profile:
             for peaks in (self.peaks, self.total_peaks):
                 peaks[name] = max(peaks[name], peak)
         self._forget_peak()
-        self._since = time.perf_counter()
+        self._since = self.clock()
 
     def _peak(self) -> int:
         if self.device.type == "cuda":
