@@ -18,7 +18,7 @@ import pgpo
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-NAMES = {"yaml": "pyyaml"}  # module -> distribution, where they differ
+NAMES = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}  # module -> distribution, where they differ
 # Found where it is installed, and asked for by name: no extra brings it (DISTRIBUTED.md, PERFORMANCE.md).
 UNDECLARED = {"deepspeed", "triton"}
 WHEEL_BYTES = 3_000_000  # ours: a third of it is the lab's checkpoints
@@ -49,18 +49,19 @@ def imported() -> dict[str, bool]:
 
 REQUIRED = names(PROJECT["dependencies"])
 EXTRAS = {name: names(needed) for name, needed in PROJECT["optional-dependencies"].items()}
+EXTRAS["vllm"] = {"vllm"}  # by TRL's own extra, which knows its range
 
 
 def test_every_import_is_declared():
     """psutil was imported and not declared: it came with accelerate."""
-    optional = set().union(*(EXTRAS[name] for name in ("vllm", "peft", "report")))
+    optional = set().union(*(EXTRAS[name] for name in ("vllm", "peft", "report", "tasks")))
     assert set(imported()) - UNDECLARED - REQUIRED - optional == set()
     assert REQUIRED - set(imported()) == set()
 
 
 def test_what_an_extra_brings_is_imported_inside_functions():
     """Else the package would not start without it. Figures are drawn by one module, imported inside a function."""
-    optional = set().union(*(EXTRAS[name] for name in ("vllm", "peft")))
+    optional = set().union(*(EXTRAS[name] for name in ("vllm", "peft", "tasks")))
     assert [name for name, at_top in imported().items() if name in optional and at_top] == []
 
 

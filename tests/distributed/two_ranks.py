@@ -225,7 +225,7 @@ def resumed(kind: str, folder: str) -> dict:
 
 def half_precision(folder: str) -> dict:
     """A teacher that reads what the student reads, weights and activations in bf16."""
-    t = make(folder, model=lambda: build_model(dtype=torch.bfloat16), bf16=True, **FSDP2)
+    t = make(folder, model=lambda: build_model(dtype=torch.bfloat16), bf16=True, diagnostics_step_interval=0, **FSDP2)
     active_rows, run = t.active_samples, t.passes.forward
     t.active_samples = lambda batch: [dataclasses.replace(r, teacher_prompt=r.prompt) for r in active_rows(batch)]
     outputs, autocasts = [], []

@@ -41,7 +41,7 @@ alpha: 1.5
 TIMES = {runlog.STEP_SECONDS, runlog.GENERATION_SECONDS, runlog.UPDATE_SECONDS}
 ON_REQUEST = {runlog.DEMONSTRATION_LOGPROB, runlog.SKIPPED_SHARE, runlog.AGREEMENT, runlog.PROBES}
 ON_REQUEST |= {runlog.TRUST_RHO, runlog.TRUST_MOVED, runlog.TRUST_BUDGET, runlog.TRUST_RATIO}
-ON_REQUEST |= {runlog.AUX_LOSS, runlog.POLICY_LOSS}
+ON_REQUEST |= {runlog.AUX_LOSS, runlog.POLICY_LOSS, runlog.FALSE_SUCCESS_RATE, runlog.FALSE_SUCCESS_SHARE}
 WEIGHTS, TEACHER, ADAPTER = "model.safetensors", "pgpo_teacher.safetensors", "adapter_model.safetensors"
 
 

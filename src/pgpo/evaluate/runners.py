@@ -46,6 +46,11 @@ def shared_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None and name not in SAMPLING}
 
 
+def evaluation(seed: int) -> tuple[int | str, ...]:
+    """Names the random numbers of held-out completions: a model scores the same in training and in `pgpo eval`."""
+    return "evaluation", seed
+
+
 def render_prompt(processing_class: Any, prompt: Any, **template: Any) -> list[int]:
     """Token ids of a prompt, ready for generation: plain text, or messages by the chat template with its options."""
     if isinstance(prompt, str):
@@ -141,7 +146,7 @@ class TransformersRunner:
         """
         if self.sampler == "auto":
             try:
-                return self._sample(prompts, streams or sampling.Streams((seed,), range(len(prompts))))
+                return self._sample(prompts, streams or sampling.Streams(evaluation(seed), range(len(prompts))))
             except sampling.Unsupported as problem:
                 self.say(str(problem))
         return self._generate(prompts, seed)

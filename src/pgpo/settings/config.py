@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+from transformers import training_args
+from transformers.utils import is_torch_xla_available
 from trl import GRPOConfig
 
 from pgpo.alarms import choose_limits
@@ -354,7 +355,7 @@ class PGPOConfig(GRPOConfig):
 
     def _choose_precision(self) -> str | None:
         """TRL's default is bf16, which transformers refuses without a device that has it. A sentence if it is fp32."""
-        bf16 = is_torch_bf16_gpu_available() or is_torch_xla_available()
+        bf16 = training_args.is_torch_bf16_gpu_available() or is_torch_xla_available()
         if self.bf16 is False or self.fp16 or self.use_cpu or bf16:
             return None
         if self.bf16:

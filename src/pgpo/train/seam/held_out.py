@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pgpo.evaluate.runners import TransformersRunner, shared_options
+from pgpo.evaluate.runners import TransformersRunner, evaluation, shared_options
 from pgpo.train.seam.rollouts import STALE, Batch, HeldOutSampler, Ids, Prompt, RolloutSeam, sampling_explained
 from pgpo.train.user_functions import (
     is_async,
@@ -33,7 +33,7 @@ class HeldOutSeam(RolloutSeam):
         turns = itertools.count()
 
         def by_transformers(prompts: Ids, num_generations: int) -> Ids:
-            streams = self.streams(("evaluation", seed), next(turns), places, len(prompts))
+            streams = self.streams(evaluation(seed), next(turns), places, len(prompts))
             with self.generation_model() as model, sampling_explained(f"after step {self.state.global_step}"):
                 runner = TransformersRunner(
                     model,
