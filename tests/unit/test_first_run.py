@@ -38,7 +38,7 @@ def own_model(tmp_path):
 
 @pytest.fixture
 def no_bf16(monkeypatch):
-    monkeypatch.setattr(settings, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr(settings.training_args, "is_torch_bf16_gpu_available", lambda: False)
     monkeypatch.setattr(settings, "is_torch_xla_available", lambda: False)
     monkeypatch.setattr(utils, "is_torch_bf16_gpu_available", lambda: False)
 
