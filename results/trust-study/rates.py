@@ -82,10 +82,9 @@ def main() -> None:
         print(f"{variant}: final accuracy, mean over seeds (sd), collapsed/runs\n")
         rates = [rate for rate in RATES if at[rate]["trust"]]
         table(["", *rates], [[m, *(cell(at[rate][m]) for rate in rates)] for m in ("sdpo", "trust")])
-        best = max(
-            (rate for rate in RATES if at[rate]["sdpo"]),
-            key=lambda rate: statistics.fmean(final(r) for r in at[rate]["sdpo"].values()),
-        )
+        tried = [rate for rate in RATES if at[rate]["sdpo"]]
+        common = set.intersection(*(set(at[rate]["sdpo"]) for rate in tried))
+        best = max(tried, key=lambda rate: statistics.fmean(final(at[rate]["sdpo"][s]) for s in common))
         reference = at[best]["sdpo"]
         print(f"{variant}: trust minus SDPO at its best constant rate, {best}\n")
         rows = []

@@ -14,7 +14,8 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
 SECRET_SUFFIXES = ("_token", "api_key", "password", "secret")  # ours: hub_token, wandb_api_key and the like
 # The same within a text of JSON, such as --model_init_kwargs '{"token": "..."}', and user:password in an address.
 _SECRETS_IN_TEXT = re.compile(
-    r"""(["'](?:\w*_)?(?:token|api_key|password|secret)["']\s*:\s*["'])[^"']*|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)""", re.I
+    r"""(["'](?:\w*_)?(?:token|api_key|password|secret)["']\s*:\s*["'])[^"']*|(?<=://)[^/@\s]+(?=@)|(?<=[?&])[^\s"']+""",
+    re.I,
 )
 
 

@@ -107,14 +107,14 @@ def write_records(path: Path, records: Mapping[str, dict[str, Any]]) -> None:
 
 
 def multipliers(metrics: Mapping[str, Any]) -> list[float]:
-    """What multiplied the learning rate in each step of a record: rho, times trust's part; without steps that lack one.
+    """What multiplied the learning rate in each step of a record that has a rho: rho, times the part that trust kept.
 
     Args:
         metrics: of a record, or of a run: name -> one value per step.
     """
     rho = metrics.get(runlog.RHO, [])
     kept = metrics.get(runlog.TRUST_RHO, [1.0] * len(rho))
-    return [r * k for r, k in zip(rho, kept, strict=True) if r is not None and k is not None]
+    return [r * (1.0 if k is None or k != k else k) for r, k in zip(rho, kept, strict=True) if r is not None]
 
 
 # Summary --------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def budget(
     elif kind == "auto" and len(taught) >= warmup:
         start_d, start_i = (running_mean([pair[n] for pair in taught[:warmup]]) for n in (0, 1))
         reference = start_i / start_d if start_d else 0.0
-        if reference >= 1:
+        if reference * 4 / kl_per_divergence >= 1:
             s = (i / d if d else 0.0) / reference
     s = 1.0 if kind == "divergence" else min(max(s, floor), 1.0)
     return (share * a * s) ** 2 * kl_per_divergence * d

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from pgpo.errors import UserError
+from pgpo.evaluate import runners
 from pgpo.evaluate.runners import TransformersRunner, VLLMRunner
 
 WORDS = ["<pad>", "<eos>", "<user>", "<assistant>", *(f"w{number}" for number in range(100))]
@@ -335,6 +336,8 @@ def vllm_runner(monkeypatch: pytest.MonkeyPatch) -> VLLMRunner:
     fake = types.ModuleType("vllm")
     fake.LLM, fake.SamplingParams = AskedEngine, dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", fake)
+    # Seeds that are words; the real ones are in test_eval_targets.py.
+    monkeypatch.setattr(runners, "_request_seed", lambda seed, prompt: seed + 2 * prompt)
     return VLLMRunner("some/model", max_new_tokens=8, chat_template_kwargs={"enable_thinking": False}, max_model_len=64)
 
 

@@ -168,10 +168,12 @@ def test_the_learning_rate_is_multiplied_by_the_mean_rho_of_the_same_seed(tmp_pa
 def test_what_trust_kept_is_a_multiplier_too(tmp_path: Path) -> None:
     """rho times trust's part, for the constant rate and the shuffled one; a record of an older run has rho alone."""
     record = {"metrics": {"rho": [1.0, 2.0, 1.5, None], "trust_rho": [0.5, 0.25, None, 1.0]}}
-    assert multipliers(record["metrics"]) == [0.5, 0.5] and multipliers({"rho": [1.2]}) == [1.2]
+    assert multipliers(record["metrics"]) == [0.5, 0.5, 1.5] and multipliers({"rho": [1.2]}) == [1.2]
     assert multipliers({}) == []
     trust = StudyRun(arm("lr", lr_times_mean_rho_of="pgpo", learning_rate=0.01), 1)
-    assert arguments_of(trust, {"plain/pgpo/seed-1": record}, tmp_path)["learning_rate"] == 0.005
+    assert arguments_of(trust, {"plain/pgpo/seed-1": record}, tmp_path)["learning_rate"] == pytest.approx(
+        0.01 * 2.5 / 3, rel=1e-5
+    )
 
 
 def test_the_shuffled_multipliers_are_that_runs_own_in_a_seeded_order(tmp_path: Path) -> None:

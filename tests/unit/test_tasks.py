@@ -40,11 +40,11 @@ def texts(rows: list[dict[str, Any]]) -> list[str]:
         ("plain", "**Bob**", ["Bob"], True),
         ("plain", "10:30", ["10:30"], True),  # a colon within an answer
         ("plain", ".5", [".5"], True),
-        ("plain", "The final answer is 12.", ["The final answer is 12", "12"], False),
-        ("plain", "2 + 2 = 4", ["2 + 2 = 4", "4"], False),
-        ("plain", "a is 1, so b is: 2", ["a is 1, so b is: 2", "2"], False),
+        ("plain", "The final answer is 12.", ["12", "The final answer is 12"], False),
+        ("plain", "2 + 2 = 4", ["4", "2 + 2 = 4"], False),
+        ("plain", "a is 1, so b is: 2", ["2", "a is 1, so b is: 2"], False),
         ("plain", "The answer is", ["The answer is"], True),  # cut off
-        ("plain", "2 + 2 = 4\n\nThe sum", ["2 + 2 = 4\n\nThe sum", "4\n\nThe sum", "2 + 2 = 4", "4"], False),
+        ("plain", "2 + 2 = 4\n\nThe sum", ["4", "2 + 2 = 4\n\nThe sum"], False),
         ("plain", "**", [], True),
         ("boxed", r"so \boxed{ 3 }", ["3"], True),
         ("boxed", r"\boxed{1} or \boxed{2}", ["2"], False),

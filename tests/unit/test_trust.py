@@ -405,7 +405,9 @@ def test_resume_is_the_uninterrupted_run() -> None:
 def test_lagged_factor_by_hand_and_within_its_bounds() -> None:
     rate = LaggedRate()
     assert rate.observe(0.01, 0.02) == pytest.approx(0.5**0.15)
-    assert rate.observe(0.0, 0.0) == pytest.approx(0.5**0.15)  # nothing asked, nothing moved: nothing learned
+    assert (
+        rate.observe(0.0, 0.1) == rate.observe(0.0, 0.0) == pytest.approx(0.5**0.15)
+    )  # nothing asked: nothing learned
     assert LaggedRate(high=100.0).observe(0.01, 0.0) == 10.0  # too short to be measured, as a tiny rate in bf16
     assert KLAdaptiveRate().observe(0.01, 0.0) == 1.0  # rsl_rl asks for K > 0
     for moved, bound in ((1e-9, 10.0), (1e9, 0.02), (math.inf, 0.02)):

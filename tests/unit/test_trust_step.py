@@ -460,17 +460,43 @@ def test_without_a_teacher_nothing_moves_and_nothing_is_measured(tmp_path, monke
     assert not (LOGGED | {"trust_ratio"}) & logs[0].keys() and t.trust.form.state_dict() == state
 
 
-def test_a_policy_loss_alone_has_no_budget_before_the_first_teacher(tmp_path):
-    """distillation_weight < 1: rewards that differ but never reach the threshold. Who asks for nothing gets nothing."""
+@pytest.mark.parametrize("form", ["undo", "lagged"])
+def test_a_policy_loss_trains_alone_until_the_first_teacher(form, tmp_path):
+    """distillation_weight < 1: rewards that differ but never reach the threshold. Red if nothing moves, and so no
+    completion ever gets right, or if the rate falls."""
 
     def graded(prompts, completions, **kwargs):
         return [r / 2 for r in parity_reward(prompts, completions)]
 
-    t = trainer(tmp_path, reward=graded, distillation_weight=0.5, max_steps=2)
+    t = trainer(tmp_path, reward=graded, distillation_weight=0.5, max_steps=2, trust_form=form)
     start = weights(t.model)
     logs = train(t)
-    assert all(log["grad_norm"] > 0 and log["trust_rho"] == log["trust_budget"] == 0 for log in logs)
-    assert bitwise_equal(start, weights(t.model))
+    assert all(log["grad_norm"] > 0 and "trust_rho" not in log for log in logs)
+    assert largest_difference(start, weights(t.model)) > 0.01 and t.step_factor == 1.0
+
+
+def test_what_scales_a_step_scales_its_budget(tmp_path):
+    """rho of Eq. 9 by rho_file. Red if trust brings every step back to the same length whatever rho says."""
+    found = {}
+    for rho in (0.5, 2.0):
+        file = tmp_path / f"{rho}.json"
+        file.write_text(json.dumps([rho] * 2))
+        found[rho] = train(trainer(tmp_path / str(rho), objective="pgpo", rho_file=str(file), max_steps=2))
+    first = {rho: logs[0]["trust_budget"] for rho, logs in found.items()}
+    assert first[2.0] == pytest.approx(16 * first[0.5])
+    assert found[2.0][0]["trust_moved"] > 4 * found[0.5][0]["trust_moved"]
+
+
+def test_noise_in_the_loss_is_no_motion(tmp_path):
+    """NEFTune shakes the embeddings of the loss's forward. At a rate of 0 nothing has moved."""
+    logs = train(trainer(tmp_path, learning_rate=0.0, neftune_noise_alpha=5.0, max_steps=2))
+    assert all(log["trust_moved"] < 1e-6 and log["trust_rho"] == 1.0 for log in logs)
+
+
+def test_no_step_of_the_warm_up_is_measured_with_trust_off(tmp_path):
+    options = dict(lr_scheduler_type="constant_with_warmup", warmup_steps=4, diagnostics_step_interval=1)
+    logs = train(trainer_kit.trainer(tmp_path, objective="sdpo", max_steps=6, **options))
+    assert ["trust_moved" in log for log in logs] == [False] * 3 + [True] * 3
 
 
 def test_a_step_that_is_left_out_is_not_measured(tmp_path):

@@ -86,6 +86,10 @@ class EvalArguments(TaskArguments):
             path = getattr(self, name)
             if path and not Path(path).parent.is_dir():
                 raise UserError(f"the folder of {path} does not exist; create it, or choose another --{name}.")
+            if path and Path(path).is_dir():
+                raise UserError(f"{name} is {path}, which is a folder; name a file in it.")
+        if self.lm_eval_folder and Path(self.lm_eval_folder).exists() and not Path(self.lm_eval_folder).is_dir():
+            raise UserError(f"lm_eval_folder is {self.lm_eval_folder}, which is a file; name a folder.")
         if self.inspect_log and Path(self.inspect_log).suffix != ".json":
             raise UserError(f"inspect_log is {self.inspect_log}; inspect-ai reads it if it ends in .json.")
         lab = PRESETS["lab_world"] if self.task == "lab_world" else {}  # otherwise the paper's validation settings
@@ -138,7 +142,9 @@ def main(argv: Sequence[str]) -> int:
         if shortened := sum(context.truncated for context in contexts.values()):
             say(f"{shortened} hints are shortened, so that the prompt has at most {args.fit['max_length']} tokens.")
         if hinted:
-            teacher = evaluate(hinted, generate, task.grade, args.k, args.seed, lambda row: prompts[row["id"]])
+            # Other random numbers than those that its hints were drawn with.
+            other = args.seed + 2**32
+            teacher = evaluate(hinted, generate, task.grade, args.k, other, lambda row: prompts[row["id"]])
             _report("hinted", teacher, args.k, right)
             if len(hinted) < len(rows):
                 _report("student*", [r for r in student if prompts.get(r["question_id"])], args.k, right)

@@ -143,7 +143,7 @@ class TrustBudget:
         reference: float | None = self.kl_per_divergence
         if self.budget == "auto":
             reference = self.reference
-            if reference is None or reference < 1:
+            if reference is None or reference * 4 / self.kl_per_divergence < 1:  # in units of a Jensen-Shannon one
                 return 1.0
         assert reference is not None
         return min(max(self._ratio() / reference, self.floor), 1.0)
@@ -247,10 +247,14 @@ class MeasuredTrust:
         information: float | None = None,
         cosine: float | None = None,
         slope: float | None = None,
+        scale: float = 1.0,
     ) -> float:
-        """Where to measure this step first. Arguments and errors of TrustBudget.add; slope as in `expected_size`."""
+        """Where to measure this step first. Arguments and errors of TrustBudget.add; slope as in `expected_size`.
+
+        scale: what else multiplies the step (rho, a guard), and so the budget by its square.
+        """
         check(slope is None or math.isfinite(slope), f"slope is {slope!r}; it must be a finite number of nats.")
-        self.budget = self.correction.add(divergence, information, cosine)
+        self.budget = self.correction.add(divergence, information, cosine) * scale**2
         size = None if slope is None or divergence is None else expected_size(slope, divergence)
         return self.length.propose(self.budget, size)
 
@@ -283,7 +287,7 @@ class MeasuredTrust:
 class LaggedRate:
     """The form without undo: the next step's learning rate is lr * factor.
 
-        factor <- clip(factor min((B / K)^gain, 10), low, high)
+        factor <- clip(factor clip((B / K)^gain, .1, 10), low, high)
 
     Args:
         gain: ours, measured: .15.
@@ -305,20 +309,20 @@ class LaggedRate:
             most: the factor may not rise above it; 1 while the schedule itself raises the rate, whose short steps
                 say nothing about the rate to come.
 
-        A step that moved nothing measurable, as a tiny one in bf16, was too short; where nothing was asked for, it
+        A step that moved nothing measurable, as a tiny one in bf16, was too short. Where nothing was asked for, a step
         tells nothing. Raises ValueError for a nan, and for a budget that is not a finite number >= 0.
         """
         check_finite("the budget", budget, at_least=0)
         check(not math.isnan(moved), "K is nan: the probe's log-probabilities are not finite after the step.")
-        if moved > 0 or budget > 0:
+        if budget > 0:
             ratio = budget / moved if moved > 0 else math.inf
             high = max(min(self.high, most), self.low)
             self.factor = min(max(self.factor * self._change(ratio), self.low), high)
         return self.factor
 
     def _change(self, ratio: float) -> float:
-        """What the factor is multiplied by at B / K; by 10 at most."""
-        return min(ratio**self.gain, 10.0)
+        """What the factor is multiplied by at B / K; .1 to 10."""
+        return min(max(ratio**self.gain, 0.1), 10.0)
 
     def state_dict(self) -> dict[str, float]:
         return {"factor": self.factor}

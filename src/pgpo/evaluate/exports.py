@@ -63,7 +63,7 @@ def _inspect_sample(record: Record, row: Mapping[str, Any], model: str) -> dict[
     return {
         **{"id": record["question_id"], "epoch": record["sample"] + 1},
         **{"input": row["prompt"], "target": str(row.get("answer", ""))},
-        "output": {"model": model, "choices": [{"message": answer, "stop_reason": "stop"}]},
+        "output": {"model": model, "choices": [{"message": answer}]},
         "scores": {SCORER: {"value": record["reward"], "answer": record["answer"]}},
         "metadata": {name: value for name, value in told.items() if value is not None},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -310,7 +311,8 @@ class VLLMRunner:
         # vLLM seeds completion i of a request with seed + i. One seed for all prompts would give completion i of
         # every question the same random numbers: an error shared by all, which no interval by question would see.
         parameters = [
-            self._new_parameters(n=k, seed=seed + k * prompt, **self._sampling) for prompt in range(len(prompts))
+            self._new_parameters(n=k, seed=_request_seed(seed, prompt), **self._sampling)
+            for prompt in range(len(prompts))
         ]
         if isinstance(prompts[0], str):
             outputs = self._engine.generate(prompts, parameters, **self._options)
@@ -326,6 +328,11 @@ class VLLMRunner:
             ]
             for prompt, output in zip(prompts, outputs, strict=True)
         ]
+
+
+def _request_seed(seed: int, prompt: int) -> int:
+    """Far from that of any other seed and prompt, since vLLM counts on from it."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=7).digest(), "little")
 
 
 def _by_token(completion: Any) -> bool:

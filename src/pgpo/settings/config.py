@@ -329,6 +329,11 @@ class PGPOConfig(GRPOConfig):
                     f"{name} was set to {shown(getattr(self, name))} on a finished configuration, whose batch was "
                     f"computed with {value}; give it to PGPOConfig(...) instead."
                 )
+        if isinstance(self.learning_rate, str):
+            raise UserError(
+                f"learning_rate was set to {self.learning_rate!r} on a finished configuration; give it to "
+                "PGPOConfig(...) instead."
+            )
         check_values(self)
         check_combinations(self)
         check_combinations(self, PARSED)
@@ -341,7 +346,8 @@ class PGPOConfig(GRPOConfig):
                 f"learning_rate is 'auto', which is trust_form='auto', but trust_form is {self.trust_form!r}; leave "
                 "one of them out."
             )
-        if not str(self.lr_scheduler_type).startswith("constant") or self.warmup_steps not in (0, WARMUP_STEPS):
+        schedule = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        if not schedule.startswith("constant") or self.warmup_steps not in (0, WARMUP_STEPS):
             raise UserError(
                 f"learning_rate is 'auto', but lr_scheduler_type is {self.lr_scheduler_type!r} and warmup_steps "
                 f"{self.warmup_steps}; a rate that is found has no schedule, leave them out."

@@ -28,8 +28,9 @@ def load(path: str | os.PathLike[str], *, validation_fraction: float = VALIDATIO
     r"""The task of a folder with train.jsonl and test.jsonl, or of one file, split 90/10 as science_qa is.
 
     `prompt` is a text, to which the request for a \boxed{} answer is added, or chat messages, taken as they are.
-    `solution` is the answer or a text that ends with it, as math-verify reads it. A prompt counts once: training rows
-    that repeat it are left out with a warning. validation_fraction: share of the training questions held out.
+    `solution` is the answer or a text that ends with it, as math-verify reads it. A prompt counts once, whatever its
+    spaces and case: training rows that repeat it are left out with a warning. validation_fraction: share of the
+    training questions held out.
 
     Raises UserError: missing or malformed files, a solution that cannot be read, fewer than two questions, a fraction
     outside [0, 1), or math-verify is not installed.
@@ -80,6 +81,9 @@ def _row(record: Record, judge: Callable[[str, str], float | None]) -> Row:
     prompt, solution = (record.columns.get(name) for name in ("prompt", "solution"))
     if not isinstance(solution, str) or not solution.strip():
         raise UserError(f'{record.where}: column "solution" is {solution!r:.60}; write the right answer there.')
+    said = prompt if isinstance(prompt, str) else ""
+    if _is_chat(prompt):
+        said = " ".join(message["content"] for message in prompt or [])
     if isinstance(prompt, str) and prompt.strip():
         prompt = STYLES["boxed"].prompt(prompt)
     elif not _is_chat(prompt):
@@ -89,7 +93,8 @@ def _row(record: Record, judge: Callable[[str, str], float | None]) -> Row:
             f'{record.where}: math-verify reads no answer in the solution "{solution:.60}"; write it as LaTeX, in '
             "$...$ or \\boxed{}."
         )
-    digest = hashlib.sha256(repr(prompt).encode("utf-8", "backslashreplace")).hexdigest()
+    key = " ".join(said.casefold().split())
+    digest = hashlib.sha256(key.encode("utf-8", "backslashreplace")).hexdigest()
     return {"id": f"math-{digest[:12]}", "prompt": prompt, "answer": solution, "domain": "math"}
 
 

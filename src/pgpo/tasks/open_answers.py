@@ -3,9 +3,9 @@ r"""Questions with an open answer: how a prompt asks for it, and where it stands
 | style | the prompt asks for            | the answer is                                                             |
 |-------|--------------------------------|---------------------------------------------------------------------------|
 | boxed | reasoning, then \boxed{answer} | what stands in the last complete box                                      |
-| plain | the answer and nothing else    | the whole visible text, or its first line; or what follows the last       |
-|       |                                | "is ", ": " or "= " there; whichever scores most; without quotes, stars   |
-|       |                                | and a full stop at the ends                                               |
+| plain | the answer and nothing else    | what follows the last "is ", ": " or "= " of the first line, or the first |
+|       |                                | line; or the whole visible text, if that scores more; without quotes,     |
+|       |                                | stars and a full stop at the ends                                         |
 
 `plain` is for short answers of small models: they seldom keep a format, and write "2 + 2 = 4" or "The answer is 4."
 whatever they are asked, and go on in another paragraph.
@@ -48,8 +48,9 @@ _LEAD = re.compile(r".*(?:\bis|[:=])\s+(?=\S)", re.DOTALL)  # up to the last of 
 
 
 def _plain(text: str) -> tuple[Sequence[str], bool]:
+    """Never two different final answers: a text that gives both would be right whatever the truth is."""
     line = text.strip().partition("\n")[0]
-    readings = [bare for bare in map(_bare, (text, _LEAD.sub("", text), line, _LEAD.sub("", line))) if bare]
+    readings = [bare for bare in map(_bare, (_LEAD.sub("", line), text)) if bare]
     return list(dict.fromkeys(readings)), _LEAD.match(text) is None
 
 
@@ -75,8 +76,8 @@ def style_of(name: str) -> Style:
 def grade(completion: str, style: Style, score: Callable[[str], float], *, opened: bool = False) -> Grade:
     """The grade of a completion: the best of what `score` gives to the readings of its answer, 1.0 if it is right.
 
-    The answer that counts in votes is the last reading. `score` raising an exception is an answer that it cannot read,
-    reward 0. `opened`: the prompt ends inside a thinking block.
+    The answer that counts in votes is the reading that scores most, of equal ones the first. `score` raising an
+    exception is an answer that it cannot read, reward 0. `opened`: the prompt ends inside a thinking block.
     """
     text = visible_text(completion, opened)
     if not text.strip():
@@ -84,13 +85,13 @@ def grade(completion: str, style: Style, score: Callable[[str], float], *, opene
     readings, well_formed = style.read(text)
     if not readings:
         return Grade(0.0, None, False, _NO_ANSWER)
-    scores: list[float] = []
+    scores: dict[str, float] = {}
     for reading in readings:
         try:
-            scores.append(float(score(reading)))
+            scores[reading] = float(score(reading))
         except Exception:  # scorers parse what a model wrote, and not all of them expect what models write
             continue
     if not scores:
-        return Grade(0.0, readings[-1], well_formed, _UNREADABLE)
-    reward = max(scores)
-    return Grade(reward, readings[-1], well_formed, None if reward >= 1 else _WRONG)
+        return Grade(0.0, readings[0], well_formed, _UNREADABLE)
+    answer = max(scores, key=scores.__getitem__)
+    return Grade(scores[answer], answer, well_formed, None if scores[answer] >= 1 else _WRONG)

@@ -15,6 +15,7 @@ _IN_A_ROW = 3  # ours: steps without signal after which a warning says so
 
 # Ours: further than the teacher asks. Measured in the lab (docs/LOG.md): at most .6 where a run is healthy.
 _FAR = 1.0
+_FARTHEST = 1e3  # ours: one step into nothing finite must not ring for good
 
 
 class Diagnostics:
@@ -53,7 +54,7 @@ class Diagnostics:
     def far(self, step: int, ratio: float) -> None:
         """ratio: K / D, how far a step that was measured moved the policy against how far the teacher asks."""
         if ratio > 0:
-            self._length.add(math.log(ratio))
+            self._length.add(math.log(min(ratio, _FARTHEST)))
         mean = 0.0 if self._length.value is None else math.exp(self._length.value)
         self._warn(
             "far",

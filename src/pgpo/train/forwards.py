@@ -98,10 +98,15 @@ class Forwards:
     @cached_property
     def repeats_itself(self) -> bool:
         """Whether two forwards of a sample agree to fp32's rounding, in a batch of any layout, trained or not."""
+        noise = bool(self.args.neftune_noise_alpha) or bool(self.args.tf32)
         half = self.args.bf16 or self.args.fp16 or any(p.dtype.itemsize < 4 for p in self.model.parameters())
         modules = any(m.p > 0 for m in self.model.modules() if isinstance(m, nn.Dropout))
-        settings = any("drop" in k and isinstance(v, float) and v > 0 for k, v in self._config.to_dict().items())
-        return not (half or modules or settings)
+        random = ("drop", "jitter", "noise")
+        settings = any(
+            isinstance(v, float) and v > 0 and any(word in k for word in random)
+            for k, v in self._config.to_dict().items()
+        )
+        return not (noise or half or modules or settings)
 
     def check(self, model: nn.Module, batch: Batch) -> None:
         """Once, before the first update: the head on the hidden states must give the model's own logits, and joined

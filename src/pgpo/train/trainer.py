@@ -302,7 +302,7 @@ class PGPOTrainer(CardTrainer):
             self._log_step(information, rho, totals, distilled.tokens, policy_loss)
             if self.trust is not None and self._moves:
                 divergence = totals.divergence / distilled.tokens if distilled.tokens else None
-                self.trust.watch(divergence, information.information)
+                self.trust.watch(divergence, information.information, rho)
         return torch.tensor(share * totals.loss + (1 - share) * policy_loss, device=self.accelerator.device)
 
     def forget_step(self) -> None:

@@ -60,6 +60,7 @@ class Step:
     """
 
     warming_up = False
+    scale = 1.0  # what else multiplies it: rho, and the guard
 
     def __init__(self, optimizer: Any, engine: Engine, probe: Probe, undo: bool, agreement: bool) -> None:
         self.engine, self.probe = engine, probe
@@ -121,7 +122,7 @@ class Undo:
     def settle(self, step: Step, slope: float | None) -> dict[str, float]:
         """The numbers to log."""
         whole = None
-        rho = self.law.propose(step.divergence, step.information, step.cosine, slope)
+        rho = self.law.propose(step.divergence, step.information, step.cosine, slope, step.scale)
         while True:
             moved = step.moved(rho)
             whole = moved if rho == 1 else whole
@@ -160,7 +161,7 @@ class Lagged:
         return self.rate.factor
 
     def settle(self, step: Step, slope: float | None) -> dict[str, float]:
-        budget = self.correction.add(step.divergence, step.information, step.cosine)
+        budget = self.correction.add(step.divergence, step.information, step.cosine) * step.scale**2
         used, moved = self.factor, step.moved(1.0)
         self.rate.observe(budget, moved, most=1.0 if step.warming_up else math.inf)
         values = {"trust_rho": used, "trust_moved": moved, "trust_budget": budget}
@@ -216,34 +217,51 @@ class Trust:
         self.trainer, self.args, self.engine, self.forwards = trainer, trainer.args, trainer.engine, forwards
         self.off = self.args.trust == "off"
         self._probe: Probe | None = None  # of the step at work
+        self._settled = 0
         self.form = Watch(self.args) if self.off else FORMS[self.args.trust_form](self.args)
 
     def prepare(self, batch: Batch) -> None:
         """Before the loss of a step. With trust off every `diagnostics_step_interval`-th step is measured, from the
         first one on."""
-        due = not self.off or self.trainer.state.global_step % self.args.diagnostics_step_interval == 0
+        state = self.trainer.state
+        due = not self.off
+        if self.off and not self._warming_up:  # short steps say nothing about the rate to come
+            due = state.global_step % self.args.diagnostics_step_interval == 0
         self._probe = Probe(self.forwards, batch, self._rows(batch)) if due else None
         self.trainer.distillation.observer = None if self._probe is None else self._probe.see
 
-    def watch(self, divergence: float | None, information: float) -> None:
+    @property
+    def _warming_up(self) -> bool:
+        state = self.trainer.state
+        return bool(state.global_step + 1 < self.args.get_warmup_steps(state.max_steps))
+
+    def watch(self, divergence: float | None, information: float, rho: float) -> None:
         """When the gradient is complete: have the optimizer's next step settled, unless it is left out.
 
         divergence: mean over the batch's active tokens, nats; None if there are none.
         """
-        state, probe = self.trainer.state, self._probe
-        if probe is None:
+        probe, correction = self._probe, self.form.correction
+        unknown = isinstance(correction, TrustBudget) and correction.divergence.value is None
+        if probe is None or (divergence is None and unknown):  # before the first teacher there is nothing to compare
             return
         probe.begin()
         agreement = self.form.correction is not None and self.form.correction.agreement is not None
         step = Step(torch_optimizer(self.trainer.optimizer), self.engine, probe, self.form.undo, agreement)
         step.divergence, step.information = None if divergence is None else max(divergence, 0.0), information
-        step.warming_up = state.global_step + 1 < self.args.get_warmup_steps(state.max_steps)
+        guard = self.trainer.guard
+        step.warming_up, step.scale = self._warming_up, rho * (1.0 if guard is None else guard.step_factor)
         self.trainer.gate.settle(partial(self._settle, step), acts=not self.off)
 
     def _settle(self, step: Step) -> None:
         values = self.form.settle(step, self._slope(step))
-        if self.off:
-            self.trainer.diagnostics.far(self.trainer.state.global_step + 1, values.get("trust_ratio", 0.0))
+        self._settled += 1
+        if self._settled == 2 and "agreement" in values and step.cosine is None:
+            self.trainer.say(
+                "trust_agreement has no effect here: this optimizer shows no first moment to compare gradients with."
+            )
+        if self.off:  # in units of the Jensen-Shannon divergence
+            unit = kl_per_divergence(self.args.divergence, self.args.divergence_beta) / 4
+            self.trainer.diagnostics.far(self.trainer.state.global_step + 1, values.get("trust_ratio", 0.0) / unit)
         for name, value in values.items():
             self.trainer.record(name, value)
         self.trainer.rescale_recorded("effective_lr", step.rho)
