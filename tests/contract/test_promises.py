@@ -147,7 +147,7 @@ REFUSED: dict[str, tuple[str, list[Callable[[], Any]]]] = {
     'under ZeRO-3, `teacher="trust_region"`': ("'trust_region'", [lambda: zero(3, teacher="trust_region")]),
     "a second `train()` of one trainer": ("trains once", [lambda: train_after(engine=True)]),
     # One process
-    "A field that would do nothing": (
+    "A field of TRL's that would do nothing here": (
         "epsilon is|beta is|data_seed is",
         [
             lambda: config(epsilon=0.3),
