@@ -41,6 +41,7 @@ alpha: 1.5
 TIMES = {runlog.STEP_SECONDS, runlog.GENERATION_SECONDS, runlog.UPDATE_SECONDS}
 ON_REQUEST = {runlog.DEMONSTRATION_LOGPROB, runlog.SKIPPED_SHARE, runlog.AGREEMENT, runlog.PROBES}
 ON_REQUEST |= {runlog.TRUST_RHO, runlog.TRUST_MOVED, runlog.TRUST_BUDGET, runlog.TRUST_RATIO}
+ON_REQUEST |= {runlog.SAMPLED_KL_WRONG}  # in a step with wrong completions that have a teacher
 ON_REQUEST |= {runlog.AUX_LOSS, runlog.POLICY_LOSS, runlog.FALSE_SUCCESS_RATE, runlog.FALSE_SUCCESS_SHARE}
 WEIGHTS, TEACHER, ADAPTER = "model.safetensors", "pgpo_teacher.safetensors", "adapter_model.safetensors"
 
@@ -117,6 +118,7 @@ def test_every_line_has_every_metric(whole):
         assert line[runlog.STEP_SECONDS] == pytest.approx(
             line[runlog.GENERATION_SECONDS] + line[runlog.UPDATE_SECONDS], abs=1e-6
         )
+    assert any(runlog.SAMPLED_KL_WRONG in line for line in lines)
     assert any(line[runlog.ACTIVE_SHARE] > 0 and line[runlog.RHO] != 1.0 for line in lines)  # it did learn from hints
 
 
