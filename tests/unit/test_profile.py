@@ -106,3 +106,16 @@ def _run(metrics, **fields) -> LoggedRun:
     for name, value in (fields | {"metrics": metrics}).items():
         object.__setattr__(run, name, value)
     return run
+
+
+def test_a_training_that_fails_leaves_no_profile_on(tmp_path):
+    """Red if the parts of a later run in this process are added to a dead trainer's."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("the disk is gone")
+
+    t = trainer_kit.trainer(tmp_path, profile=True, max_steps=1)
+    t.optimize = fail
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        t.train()
+    assert profile._on is None

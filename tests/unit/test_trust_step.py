@@ -487,6 +487,17 @@ def test_what_scales_a_step_scales_its_budget(tmp_path):
     assert found[2.0][0]["trust_moved"] > 4 * found[0.5][0]["trust_moved"]
 
 
+def test_a_guard_that_halves_steps_halves_what_trust_keeps(tmp_path):
+    """Red if trust brings the halved step back to its full length, and the guard has no effect."""
+    found = {}
+    for factor in (1.0, 0.5):
+        t = trainer(tmp_path / str(factor), guard="halve_step", max_steps=1)
+        t.guard.step_factor = factor
+        (found[factor],) = train(t)
+    assert found[0.5]["trust_budget"] == pytest.approx(found[1.0]["trust_budget"] / 4)
+    assert found[0.5]["trust_moved"] < 0.5 * found[1.0]["trust_moved"]
+
+
 def test_noise_in_the_loss_is_no_motion(tmp_path):
     """NEFTune shakes the embeddings of the loss's forward. At a rate of 0 nothing has moved."""
     logs = train(trainer(tmp_path, learning_rate=0.0, neftune_noise_alpha=5.0, max_steps=2))
@@ -549,7 +560,7 @@ def test_prompts_and_completions_of_one_token(tmp_path):
 # Resume, off, refusals ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["undo", "lagged", "kl_adaptive"])
+@pytest.mark.parametrize("form", ["undo", "lagged", "auto", "kl_adaptive"])
 def test_a_resumed_run_goes_on_bit_for_bit(form, tmp_path):
     """From between two meetings of the teacher. Red if anything that trust remembers is lost."""
     options = dict(trust_form=form, objective="pgpo", max_steps=9, teacher_sync_steps=2, adaptive_clip=1.0)

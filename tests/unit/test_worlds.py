@@ -53,6 +53,7 @@ def test_remarks_are_on_failed_attempts_alone():
     feedback = feedback_of(task)([None] * 2, said(texts), **columns(task.train))
     assert feedback == [None, remark("mass = 4", wrong["solution"])] and feedback[1] is not None
     assert feedback_of(load_task("lab_world", n_train=1)) is None
+    assert feedback_of(task, right=0.0)([None] * 2, said(texts), **columns(task.train)) == [None, None]  # none failed
 
 
 @pytest.mark.parametrize(("flags", "shown"), [([], True), (["--variant", "feedback"], False)])

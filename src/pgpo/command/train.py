@@ -233,14 +233,15 @@ def rewards_of(task: Task, seed: int = 0) -> Any:
     return grade
 
 
-def feedback_of(task: Task) -> Any:
-    """The task's remarks on failed attempts as a feedback function; None if it has none."""
+def feedback_of(task: Task, right: float = 1.0) -> Any:
+    """The task's remarks on failed attempts, of a reward below `right`, as a feedback function; None if it has none."""
     if (remark := task.feedback) is None:
         return None
 
     def feedback(prompts: list[Any], completions: list[Any], **columns: Any) -> list[str | None]:
         texts, rows = [c[-1]["content"] for c in completions], _rows(columns, len(prompts))
-        return [remark(t, row) if task.grade(t, row).reward < 1 else None for t, row in zip(texts, rows, strict=True)]
+        failed = [task.grade(text, row).reward < right for text, row in zip(texts, rows, strict=True)]
+        return [remark(t, row) if wrong else None for t, row, wrong in zip(texts, rows, failed, strict=True)]
 
     return feedback
 
@@ -262,6 +263,11 @@ def build_trainer(
     parsed: Parsed, task: Task, model: Any, tokenizer: Any, host: Host, held_out: Sequence[Row]
 ) -> PGPOTrainer:
     """The trainer of these arguments. Raises UserError where they cannot be used."""
+    if task.name == "math" and parsed.config.reward_timeout is not None:
+        raise UserError(
+            f"reward_timeout is {parsed.config.reward_timeout:g}, but math-verify sets the same timer for its own "
+            "limits; leave it out."
+        )
     try:
         trainer = PGPOTrainer(
             model,
@@ -271,7 +277,7 @@ def build_trainer(
             eval_dataset=held_out,
             processing_class=tokenizer,
             grade=task.grade,
-            feedback_funcs=feedback_of(task),
+            feedback_funcs=feedback_of(task, parsed.config.success_threshold),
             host=host,
             peft_config=get_peft_config(parsed.model),
         )

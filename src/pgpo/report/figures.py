@@ -105,8 +105,10 @@ def draw_runs(runs: Sequence[LoggedRun], title: str | None = None) -> Figure:
     _draw_metric(information, runs, _read(runlog.INFORMATION), "Information $I_k$ (nats)", levels={0.0: ""})
     rho_title = r"Step multiplier $\rho_k$" + (f" (cap {far})" if far else "")
     if any(run.series(runlog.TRUST_RHO)[0] for run in runs):
-        rho_title = r"Step multiplier: $\rho_k$, times the part that trust kept"
-    _draw_metric(rho, runs, _multipliers, rho_title, levels={1.0: ""} | near)
+        rho_title = r"Step multiplier: $\rho_k$, times trust's"
+    # The lagged forms may multiply a small rate a thousand times.
+    wide = max((value for run in runs for value in _multipliers(run)[1] if math.isfinite(value)), default=1.0) > 10
+    _draw_metric(rho, runs, _multipliers, rho_title, levels={1.0: ""} | near, log=wide)
     if any(_step_lengths(run)[0] for run in runs):
         length_title = "KL moved / divergence to the teacher (log scale)"
         _draw_metric(length, runs, _step_lengths, length_title, levels={1.0: ""}, log=True)

@@ -41,7 +41,8 @@ def load(path: str | os.PathLike[str], *, validation_fraction: float = VALIDATIO
     train, test = _read(Path(path).expanduser(), judge)
     # The lottery depends on a question alone, not on its place: see science_qa.hold_out.
     drawn = sorted(train, key=lambda row: hashlib.sha256(f"{SEED}:{row['id']}".encode()).digest())
-    validation = {row["id"] for row in drawn[: math.ceil(validation_fraction * len(train))]}
+    held_out = min(math.ceil(validation_fraction * len(train)), len(train) - 1)  # at least one is trained on
+    validation = {row["id"] for row in drawn[:held_out]}
 
     def score(completion: str, row: Row) -> Grade:
         opened = row.get("thinking_opened", False)

@@ -28,6 +28,16 @@ def part(name: str) -> contextlib.AbstractContextManager[None]:
     return _OFF if _on is None else _on.part(name)
 
 
+@contextlib.contextmanager
+def confined() -> Iterator[None]:
+    """A profile that is turned on inside ends here, also where training fails."""
+    global _on
+    try:
+        yield
+    finally:
+        _on = None
+
+
 def _zeros() -> dict[str, float]:
     return defaultdict(float)
 

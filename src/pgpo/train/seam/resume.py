@@ -19,7 +19,7 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from pgpo.errors import UserError, reason
 from pgpo.teacher.weights import TEACHER_ADAPTER
 from pgpo.train import checkpoint as checkpoints
-from pgpo.train import zero
+from pgpo.train import profile, zero
 from pgpo.train.seam.rollouts import STALE, Rollout
 from pgpo.train.seam.step import StepSeam
 
@@ -55,7 +55,7 @@ class SeamTrainer(StepSeam):
         if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
             raise UserError("DeepSpeed's engine trains once; make a new trainer and resume from a checkpoint.")
         self._last_loaded_step = STALE  # the steps are counted anew, or go on from a checkpoint's
-        with self.rank_watch():
+        with self.rank_watch(), profile.confined():
             checkpoint = self._verified(resume_from_checkpoint)
             if checkpoint is not None and self.is_deepspeed_enabled:
                 with _explained(checkpoint):
