@@ -110,7 +110,8 @@ KINDS: dict[str, tuple[Callable[[], LoraConfig], Callable[[], Any]]] = {
 
 def train(path: Path, config: Any, model: Any, resume: Path | None = None, **options: Any) -> Any:
     torch.manual_seed(0 if resume is None else 1)  # a process that resumes has other random numbers
-    defaults = dict(max_steps=4, save_strategy="steps", save_steps=2, teacher_rate=RATE)
+    defaults = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    defaults |= {} if options.get("teacher") == "live" else {"teacher_rate": RATE}
     t = trainer_kit.trainer(path, model=model, peft_config=config, **(defaults | options))
     seen = t.seen = [trained(t.model)]
     t.first = logits(t.model), teacher_logits(t)

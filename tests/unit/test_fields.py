@@ -382,3 +382,28 @@ def test_adapters_on_weights_in_fp16_are_trained(tmp_path):
 def test_what_stands_inside_a_mapping_is_checked_too(tmp_path, options, says):
     with pytest.raises(UserError, match=says):
         trainer_kit.config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(guard_patience=3), "guard_patience is 3, but guard is 'off'"),
+        (dict(guard_warmup=9), "guard_warmup is 9, but guard is 'off'"),
+        (dict(teacher="frozen", teacher_rate=0.1), "teacher_rate is 0.1, but teacher='frozen' has no rate"),
+        (dict(divergence_top_k=0, divergence_tail=False), "divergence_tail is False, but divergence_top_k is 0"),
+        (
+            dict(use_successful_as_teacher=False, demonstration="random"),
+            "demonstration is 'random', but use_successful_as_teacher is False",
+        ),
+        (dict(objective="grpo", teacher="frozen"), "teacher is 'frozen', but objective='grpo' has no teacher"),
+        (dict(objective="grpo", divergence="reverse_kl"), "divergence is 'reverse_kl', but objective='grpo'"),
+        (dict(objective="grpo", feedback_mode="always"), "feedback_mode is 'always', but objective='grpo'"),
+        (dict(objective="grpo", teacher_rate=0.1), "teacher_rate is 0.1, but objective='grpo' has no teacher"),
+        (dict(objective="sdpo", alpha=5.0), "alpha is 5.0, but objective='sdpo' has no multiplier"),
+        (dict(objective="sdpo", rho_max=3.0), "rho_max is 3.0, but objective='sdpo' has no multiplier"),
+        (dict(objective="sdpo", information_source="lagged"), "information_source is 'lagged', but objective='sdpo'"),
+    ],
+)
+def test_a_field_of_ours_that_would_do_nothing_is_refused(options, says, tmp_path):
+    with pytest.raises(UserError, match=re.escape(says)):
+        PGPOConfig(str(tmp_path), use_cpu=True, bf16=False, prompts_per_step=4, num_generations=4, **options)

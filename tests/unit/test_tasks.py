@@ -6,12 +6,14 @@ import json
 import re
 import shlex
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pgpo.cli import main
+from pgpo.command.train import build_trainer
 from pgpo.errors import UserError
 from pgpo.settings.arguments import parse
 from pgpo.tasks import Task, lab_world, load_task
@@ -281,3 +283,11 @@ def test_the_commands_of_the_page_are_read() -> None:
 def test_an_unknown_task_exits_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--task", "reasoning_gym:", *MODEL, "--output_dir", "never"]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not Path("never").exists()
+
+
+def test_math_refuses_a_time_limit_that_math_verify_would_cancel():
+    """It sets the same timer. Red if reward_timeout is taken, and stops nothing."""
+    parsed = types.SimpleNamespace(config=types.SimpleNamespace(reward_timeout=5.0))
+    task = Task("math", [], [], [], lambda completion, row: None)
+    with pytest.raises(UserError, match="reward_timeout is 5, but math-verify"):
+        build_trainer(parsed, task, None, None, None, [])

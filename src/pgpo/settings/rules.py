@@ -144,6 +144,37 @@ def _named(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, Mapping) else None
 
 
+# (fields, when they act, what to do); a field that is set where it does not act is refused.
+_ACTS: tuple[tuple[str, Callable[[Any], object], str], ...] = (
+    (
+        "guard_patience guard_warmup guard_max_actions",
+        lambda c: c.guard != "off",
+        "guard is 'off'; set it, e.g. 'warn'",
+    ),
+    (
+        "teacher_rate",
+        lambda c: not c.distills or c.teacher in ("ema", "trust_region"),
+        "teacher={c.teacher!r} has no rate; use 'ema', or leave it out",
+    ),
+    ("divergence_tail", lambda c: c.divergence_top_k, "divergence_top_k is 0, the whole vocabulary; leave it out"),
+    (
+        "demonstration allow_own_success",
+        lambda c: c.use_successful_as_teacher,
+        "use_successful_as_teacher is False; leave it out",
+    ),
+    (
+        "teacher teacher_rate divergence divergence_beta divergence_top_k divergence_tail demonstration feedback_mode "
+        "importance_clip allow_own_success remove_thinking",
+        lambda c: c.distills,
+        "objective='grpo' has no teacher; leave it out",
+    ),
+    (
+        "alpha rho_max rho_law information_source information_baseline alpha_end",
+        lambda c: c.objective == "pgpo",
+        "objective={c.objective!r} has no multiplier; use 'pgpo', or leave it out",
+    ),
+)
+
 # (what cannot work, the sentence); {c.x} is a field's value
 Combination = tuple[Callable[[Any], object], str]
 _TRUST_FIELDS = (
@@ -223,6 +254,14 @@ COMBINATIONS: tuple[Combination, ...] = (
         lambda c: c.objective == "pgpo" and not _scalable(c),
         "optim is {optim!r}, whose update is not linear in the learning rate, so rho cannot act; use adamw_torch, or "
         "objective='sdpo'.",
+    ),
+    *(
+        (
+            lambda c, name=name, acts=acts: _set(c, name) and not acts(c),
+            f"{name} is {{c.{name}!r}}, but {remedy}.",
+        )
+        for names, acts, remedy in _ACTS
+        for name in names.split()
     ),
     *(
         (
