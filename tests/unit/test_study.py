@@ -6,6 +6,7 @@ import this file anew, find them.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
@@ -174,6 +175,18 @@ def test_what_trust_kept_is_a_multiplier_too(tmp_path: Path) -> None:
     assert arguments_of(trust, {"plain/pgpo/seed-1": record}, tmp_path)["learning_rate"] == pytest.approx(
         0.01 * 2.5 / 3, rel=1e-5
     )
+
+
+def test_the_rate_of_the_teacher_is_multiplied_too_where_it_is_asked(tmp_path: Path) -> None:
+    """Measured trust slows both; a control that slows the step alone teaches from another teacher."""
+    record = {"plain/pgpo/seed-1": {"metrics": {"rho": [1.0, 1.0], "trust_rho": [0.5, 0.25]}}}
+    both = arm("c", lr_times_mean_rho_of="pgpo", teacher_rate_times_mean_rho_of="pgpo", learning_rate=0.01)
+    both = dataclasses.replace(both, teacher_rate=0.04)
+    flags = arguments_of(StudyRun(both, 1), record, tmp_path)
+    assert (flags["learning_rate"], flags["teacher_rate"]) == (pytest.approx(0.00375), pytest.approx(0.015))
+    teacher = dataclasses.replace(both, lr_times_mean_rho_of=None)
+    assert StudyRun(teacher, 1).needs == "plain/pgpo/seed-1"
+    assert "learning_rate" not in arguments_of(StudyRun(teacher, 1), record, tmp_path)
 
 
 def test_the_shuffled_multipliers_are_that_runs_own_in_a_seeded_order(tmp_path: Path) -> None:
@@ -507,6 +520,28 @@ def test_another_task_and_model_with_options_as_a_mapping(tmp_path: Path, capsys
         (
             {"methods": {"b": {"train": False}, "a": {"lr_times_mean_rho_of": "b"}}, "compare": {}},
             "needs the multipliers of plain/b/seed-1, which has none",
+        ),
+        (
+            {"methods": {"p": {}, "a": {"lr_times_mean_rho_of": "p", "rho_shuffled_from": "p"}}, "compare": {}},
+            "plain/a shuffles multipliers and takes the mean of others",
+        ),
+        (
+            {
+                "methods": {
+                    "p": {},
+                    "q": {},
+                    "a": {"lr_times_mean_rho_of": "p", "teacher_rate_times_mean_rho_of": "q"},
+                },
+                "compare": {},
+            },
+            "plain/a takes multipliers of two methods",
+        ),
+        (
+            {
+                "methods": {"p": {}, "a": {"teacher_rate_times_mean_rho_of": "p", "teacher": "frozen"}},
+                "compare": {},
+            },
+            "plain/a has teacher_rate_times_mean_rho_of and a teacher without a rate",
         ),
         ({"methods": {"p": {}, "a": {"rho_shuffled_from": "p", "max_steps": 10}}, "compare": {}}, "has 10 steps"),
         (

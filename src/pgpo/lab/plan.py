@@ -16,7 +16,8 @@ from pgpo.study_files import run_name
 
 _STUDY_KEYS = {"name", "seeds", "test_k", "common", "settings", "methods", "groups", "compare", "reference", "alarms"}
 _GROUP_KEYS = {"settings", "methods", "seeds"}
-_METHOD_KEYS = {"train", "lr_times_mean_rho_of", "rho_shuffled_from"}  # of a method, besides flags
+_NEEDS = ("lr_times_mean_rho_of", "teacher_rate_times_mean_rho_of", "rho_shuffled_from")  # each names a method
+_METHOD_KEYS = {"train", *_NEEDS}  # of a method, besides flags
 _SETTING_KEYS = {"base_seed"}
 # Flags of `pgpo train` that the study sets itself.
 _OWN_FLAGS = {"output_dir", "overwrite", "seed", "save_strategy", "save_steps", "save_total_limit", "rho_file"}
@@ -39,6 +40,8 @@ class Arm:
         train: false evaluates the initial model and does nothing else.
         lr_times_mean_rho_of: method of the same setting; the mean multiplier of its run with the same seed multiplies
             the learning rate.
+        teacher_rate_times_mean_rho_of: the same for the rate of the averaged teacher, which follows by rho under
+            measured trust.
         rho_shuffled_from: method of the same setting; the multipliers of its run with the same seed are applied in
             another order.
         base_seed: train the lab's base model that is rebuilt from this seed.
@@ -51,12 +54,14 @@ class Arm:
     flags: dict[str, Any]
     train: bool = True
     lr_times_mean_rho_of: str | None = None
+    teacher_rate_times_mean_rho_of: str | None = None
     rho_shuffled_from: str | None = None
     base_seed: int | None = None
     # From the parsed flags; objective "" does not train.
     objective: str = ""
     trust: str = "off"
     learning_rate: float = 0.0
+    teacher_rate: float = 0.0
     max_steps: int = 0
     eval_steps: int = 0
     seconds: float = 0.0
@@ -88,7 +93,7 @@ class StudyRun:
     @property
     def needs(self) -> str | None:
         """Name of the run that must be finished first."""
-        method = self.arm.lr_times_mean_rho_of or self.arm.rho_shuffled_from
+        method = next((found for key in _NEEDS if (found := getattr(self.arm, key))), None)
         return run_name(self.arm.setting, method, self.seed) if method else None
 
 
@@ -219,6 +224,7 @@ def _arm(
         objective=config.objective if train else "",
         trust=config.trust if train else "off",
         learning_rate=config.learning_rate,
+        teacher_rate=config.teacher_rate,
         max_steps=config.max_steps if train else 0,
         eval_steps=int(config.eval_steps) if train else 0,
         seconds=_estimated_seconds(parsed, train, test_k),
@@ -238,8 +244,12 @@ def _check_special(place: str, flags: Mapping[str, Any], special: Mapping[str, A
             raise UserError(f"{place}: base_seed is {special['base_seed']!r}; it must be a whole number, 0 or more.")
         if "model_name_or_path" in flags or flags.get("task", "lab_world") != "lab_world":
             raise UserError(f"{place}: base_seed rebuilds the lab's own base model; leave other tasks and models out.")
-    if len({"lr_times_mean_rho_of", "rho_shuffled_from"} & special.keys()) == 2:
-        raise UserError(f"{place} has both lr_times_mean_rho_of and rho_shuffled_from; make two methods of it.")
+    if "rho_shuffled_from" in special and len(special.keys() & _NEEDS) > 1:
+        raise UserError(f"{place} shuffles multipliers and takes the mean of others; make two methods of it.")
+    if len({special[key] for key in special.keys() & _NEEDS}) > 1:
+        raise UserError(f"{place} takes multipliers of two methods; name one.")
+    if "teacher_rate_times_mean_rho_of" in special and flags.get("teacher", "ema") not in ("ema", "trust_region"):
+        raise UserError(f"{place} has teacher_rate_times_mean_rho_of and a teacher without a rate; leave one out.")
 
 
 def _estimated_seconds(parsed: Any, train: bool, test_k: int) -> float:

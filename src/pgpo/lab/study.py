@@ -131,9 +131,10 @@ def arguments_of(run: StudyRun, records: Mapping[str, dict[str, Any]], out: Path
     flags = arm.flags | {"seed": run.seed}
     if arm.base_seed is not None:
         flags["model_name_or_path"] = str(base_folder(arm, out))
-    if arm.lr_times_mean_rho_of:
-        rho = multipliers(records[str(run.needs)]["metrics"])
-        flags["learning_rate"] = float(f"{arm.learning_rate * statistics.fmean(rho):.6g}")
+    for flag in ("learning_rate", "teacher_rate"):
+        if getattr(arm, f"{flag.replace('learning_rate', 'lr')}_times_mean_rho_of"):
+            mean = statistics.fmean(multipliers(records[str(run.needs)]["metrics"]))
+            flags[flag] = float(f"{getattr(arm, flag) * mean:.6g}")
     if arm.rho_shuffled_from:
         flags["rho_file"] = str(out / RUNS_FOLDER / arm.name / f"seed-{run.seed}.rho.json")
     return flags
