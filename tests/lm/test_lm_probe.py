@@ -12,33 +12,14 @@ from pathlib import Path
 import pytest
 
 from pgpo.command.probe import ProbeArguments, main
-from pgpo.tasks import Grade, Task
+from pgpo.tasks import Grade, Task, load_task
 
+COUNTING = Path(__file__).parents[2] / "recipes/lm/next_number.py"
 FOLDER = Path(os.environ.get("PGPO_SMOLLM2", Path(sys.prefix, "smollm2")))  # `make test-lm` puts it there
 pytestmark = [
     pytest.mark.lm,
     pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no SmolLM2 in {FOLDER}: its wheel could not be had"),
 ]
-
-
-def counting(numbers) -> Task:
-    """The number after a number; the last number of a completion is its answer."""
-
-    def grade(completion, row):
-        found = re.findall(r"\d+", completion)
-        reward = float(found[-1:] == [row["answer"]])
-        return Grade(reward, found[-1] if found else None, bool(found), None)
-
-    rows = [
-        {
-            "id": f"after-{n}",
-            "prompt": [{"role": "user", "content": f"Which number comes after {n}? Give the number and nothing else."}],
-            "answer": str(n + 1),
-            "domain": "counting",
-        }
-        for n in numbers
-    ]
-    return Task("counting", rows, rows, rows, grade)
 
 
 def boxed(task: Task) -> Task:
@@ -60,7 +41,7 @@ def probed(monkeypatch, task, folder, *words):
 
 def test_a_real_model_teaches_itself_where_a_hint_is_read(tmp_path, monkeypatch):
     flags = ["--questions", "16", "--num_generations", "8", "--temperature", "0.5", "--temperatures", "0.5"]
-    result = probed(monkeypatch, counting(range(11, 43)), tmp_path / "p", *flags)
+    result = probed(monkeypatch, load_task(str(COUNTING)), tmp_path / "p", *flags)
     (reading,) = result["readings"]
     right, wrong, placebo = (reading["hints"][kind] for kind in ("right", "wrong", "placebo"))
     assert right["success"]["value"] > right["student"]["value"] + 0.1
@@ -71,7 +52,7 @@ def test_a_real_model_teaches_itself_where_a_hint_is_read(tmp_path, monkeypatch)
 
 
 def test_a_format_that_the_model_does_not_know_is_nothing_to_distil(tmp_path, monkeypatch):
-    task = boxed(counting(range(11, 43)))
+    task = boxed(load_task(str(COUNTING)))
     flags = ["--questions", "8", "--num_generations", "4", "--temperature", "0.5", "--temperatures", "0.5"]
     result = probed(monkeypatch, task, tmp_path / "p", *flags)
     assert result["readings"][0]["well_formed"] == 0

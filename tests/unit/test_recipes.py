@@ -21,7 +21,8 @@ from pgpo.settings.arguments import Parsed, parse
 
 ROOT = Path(__file__).parents[2]
 STUDIES = [
-    ROOT / "recipes" / name for name in ("lab-study.yaml", "trust-study.yaml", "lm/study.yaml", "paper/table.yaml")
+    ROOT / "recipes" / name
+    for name in ("lab-study.yaml", "trust-study.yaml", "trust-late.yaml", "lm/study.yaml", "paper/table.yaml")
 ]
 LAUNCHERS = sorted((ROOT / "recipes/accelerate").glob("*.yaml"))  # read by accelerate: test_sharding.py
 RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - {*STUDIES, *LAUNCHERS})
