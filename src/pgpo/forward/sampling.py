@@ -286,9 +286,10 @@ class _Batch:
     def __init__(
         self, model: Any, input_ids: Tensor, most: int, processors: LogitsProcessorList, inputs: dict[str, Any]
     ) -> None:
-        outputs = model(
-            **model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **inputs), return_dict=True
-        )
+        with _dense_head_input(model):
+            outputs = model(
+                **model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **inputs), return_dict=True
+            )
         self.logits = outputs.logits[:, -1].float()
         self.cache, self.processors, self.length = outputs.past_key_values, processors, input_ids.shape[1]
         self._ids, self._most = nn.functional.pad(input_ids, (0, most)), most
@@ -343,6 +344,22 @@ class _Batch:
             for name in _ROW_STATE:
                 if isinstance(value := getattr(processor, name, None), Tensor):
                     setattr(processor, name, value[rows])
+
+
+@contextlib.contextmanager
+def _dense_head_input(model: Any) -> Iterator[None]:
+    """The head reads the last position of each prompt as a slice, which is not contiguous: torch then copies the head's
+    weight for each prompt on a CPU. Measured with [49152, 576] and 64 prompts: 14.5 s and 3.5 GB in bf16 against .03 s,
+    .72 s against .08 s in fp32."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def dense(live: Sequence[int]) -> list[int]:
