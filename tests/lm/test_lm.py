@@ -234,6 +234,15 @@ def test_all_parameters_train_in_four_gigabytes(full) -> None:
     assert all(0 < distance < 1e-3 for distance in moved.values())  # two steps of AdamW at 3e-5
 
 
+def test_the_plan_is_within_fifteen_percent_of_the_measured_peak(full, tmp_path, capsys) -> None:
+    """With prompts as long as this task's, 60 tokens and 100 with a hint."""
+    file = tmp_path / "plan.json"
+    words = ["--memory", "8", "--device", "cpu", "--no-autocast", "--no-gradient-checkpointing", "--json", str(file)]
+    words += ["--prompts-per-step", "4", "--max-completion-length", "12", "--max-prompt-length", "60"]
+    assert main(["plan", str(FOLDER), *words, "--teacher-prompt-length", "100"]) == 0
+    assert json.loads(file.read_text())["peak"] == pytest.approx(full[1], rel=0.15)
+
+
 def last(directory: Path, step: int) -> Path:
     return directory / runlog.CHECKPOINTS_FOLDER / f"checkpoint-{step}"
 
