@@ -46,7 +46,7 @@ RUN = [
     *("--eval_k", "1", "--test_rows", "4", "--save_strategy", "steps", "--report_to", "none"),
 ]
 FULL = ["--bf16", "false", "--gradient_checkpointing", "false"]
-GB = 10**9
+GIB = 2**30
 QUESTIONS = ["What is 3 + 4?", "Name the capital of France.", "Which is larger, 2 or 5?"]
 
 
@@ -223,7 +223,7 @@ def full(gym, tmp_path_factory) -> tuple[Path, float]:
 
 def test_all_parameters_train_in_four_gigabytes(full) -> None:
     directory, peak = full
-    assert peak < 4.0 * GB
+    assert peak < 4 * GIB  # 3.4 to 3.8 measured
     steps = runlog.read_run(directory).metrics
     assert [line[runlog.STEP] for line in steps] == [1, 2]
     for line in steps:
@@ -263,7 +263,7 @@ def test_adapters_in_bf16_with_checkpointing_take_one_and_a_half_gigabytes(gym, 
     directory = tmp_path / "lora"
     adapters = ["--use_peft", "--lora_r", "8", "--lora_target_modules", "q_proj", "v_proj", "--dtype", "bfloat16"]
     words = ["--bf16", "true", "--gradient_checkpointing", "true", "--max_steps", "2", "--save_steps", "2"]
-    assert trained(directory, *adapters, *words) < 1.5 * GB
+    assert trained(directory, *adapters, *words) < 1.5 * GIB
     run = runlog.read_run(directory)
     assert all(line[runlog.GRAD_NORM] > 0 for line in run.metrics)
     saved = load_file(last(directory, 2) / "adapter_model.safetensors")

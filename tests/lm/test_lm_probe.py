@@ -22,6 +22,13 @@ pytestmark = [
 ]
 
 
+def counting() -> Task:
+    """The next number after 11 to 42, which this model knows in part."""
+    task = load_task(str(COUNTING))
+    rows = sorted([*task.train, *task.validation, *task.test], key=lambda row: int(row["answer"]))[:32]
+    return Task(task.name, rows, rows, rows, task.grade)
+
+
 def boxed(task: Task) -> Task:
     def grade(completion, row):
         box = re.search(r"\\boxed\{(\d+)\}", completion)
@@ -41,7 +48,7 @@ def probed(monkeypatch, task, folder, *words):
 
 def test_a_real_model_teaches_itself_where_a_hint_is_read(tmp_path, monkeypatch):
     flags = ["--questions", "16", "--num_generations", "8", "--temperature", "0.5", "--temperatures", "0.5"]
-    result = probed(monkeypatch, load_task(str(COUNTING)), tmp_path / "p", *flags)
+    result = probed(monkeypatch, counting(), tmp_path / "p", *flags)
     (reading,) = result["readings"]
     right, wrong, placebo = (reading["hints"][kind] for kind in ("right", "wrong", "placebo"))
     assert right["success"]["value"] > right["student"]["value"] + 0.1
@@ -52,7 +59,7 @@ def test_a_real_model_teaches_itself_where_a_hint_is_read(tmp_path, monkeypatch)
 
 
 def test_a_format_that_the_model_does_not_know_is_nothing_to_distil(tmp_path, monkeypatch):
-    task = boxed(load_task(str(COUNTING)))
+    task = boxed(counting())
     flags = ["--questions", "8", "--num_generations", "4", "--temperature", "0.5", "--temperatures", "0.5"]
     result = probed(monkeypatch, task, tmp_path / "p", *flags)
     assert result["readings"][0]["well_formed"] == 0
