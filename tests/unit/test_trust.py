@@ -473,3 +473,22 @@ def test_a_fixed_budget_looks_at_nothing() -> None:
 def test_lagged_settings_out_of_range(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):
         LaggedRate(**bad)
+
+
+def test_a_warm_up_leaves_lambda_where_it_starts() -> None:
+    """B after four steps of a warm-up is that of a first step, and falls from there as without one."""
+    plain, warmed = (TrustBudget(budget="divergence", agreement=False) for _ in range(2))
+    first = [warmed.add(0.2, warming_up=True) for _ in range(4)]
+    assert first == pytest.approx([4 * 0.25 * 0.2] * 4)
+    assert [warmed.add(0.2) for _ in range(30)] == pytest.approx([plain.add(0.2) for _ in range(30)])
+    again = TrustBudget(budget="divergence", agreement=False)
+    again.load_state_dict(json.loads(json.dumps(warmed.state_dict())))
+    assert again.share == warmed.share == pytest.approx(0.1)
+
+
+def test_the_information_of_a_warm_up_is_a_reference_like_any_other() -> None:
+    """Only lambda waits: red if "auto" compares with the first steps after a warm-up."""
+    law = TrustBudget(agreement=False, warmup=3)
+    for information in (1.0, 1.0, 1.0):
+        law.add(0.2, information, warming_up=True)
+    assert law.reference == pytest.approx(5.0)

@@ -219,6 +219,24 @@ def test_a_lagged_rate_waits_for_the_end_of_the_warm_up(tmp_path):
     assert 1.0 < logs[3]["trust_rho"] < logs[4]["trust_rho"]  # the step at the full rate has been measured
 
 
+@pytest.mark.parametrize("form", ["undo", "lagged"])
+def test_lambda_waits_for_the_end_of_the_warm_up(form, tmp_path):
+    """B / (4 D) = lambda^2: .25 until the rate is there. Red if short steps use it up."""
+    options = dict(trust_form=form, trust_budget="divergence", trust_agreement=False, learning_rate=1e-6, max_steps=6)
+    options |= dict(lr_scheduler_type="constant_with_warmup", warmup_steps=4)
+    t = trainer(tmp_path, **options)
+    lambdas, plain = [], t.trust.form.settle
+
+    def settle(step, slope):
+        values = plain(step, slope)
+        lambdas.append(t.trust.form.correction.share)
+        return values
+
+    t.trust.form.settle = settle
+    train(t)
+    assert lambdas == pytest.approx([0.5] * 4 + [0.5 / 2**0.5, 0.5 / 3**0.5])
+
+
 def test_the_learning_rate_may_be_left_to_trust(tmp_path):
     """From 1e-7 to a rate whose steps spend the budget, within 30 steps; the same from the command line."""
     t = trainer(tmp_path, learning_rate="auto", max_steps=30, trust_agreement=False, lr_scheduler_type="constant")
@@ -616,7 +634,7 @@ def test_off_knows_nothing_of_it(tmp_path):
             dict(trust="measured", trust_budget="fixed", trust_nats=0.1, trust_agreement=False),
             "trust_agreement is False, but trust_budget='fixed' looks at no batch",
         ),
-        (dict(trust="measured", teacher="frozen", trust_clock=False), "teacher='frozen' follows no student"),
+        (dict(trust="measured", teacher="frozen", trust_clock=False), "teacher='frozen' averages nothing"),
         (dict(learning_rate="auto", trust_form="lagged"), "learning_rate is 'auto', which is trust_form='auto'"),
         (dict(learning_rate="auto", lr_scheduler_type="linear"), "a rate that is found has no schedule"),
         (dict(learning_rate="auto", warmup_steps=3), "a rate that is found has no schedule"),

@@ -40,7 +40,7 @@ class TrustBudget:
     """How far a step may move the policy, in nats of what the teacher knows.
 
         B = (lambda_k a s)^2 * kl_per_divergence * D
-        lambda_k = max(fraction, first_fraction / sqrt(1 + k / settle))       k steps before this one
+        lambda_k = max(fraction, first_fraction / sqrt(1 + k / settle))       k steps before this one, warm-up excepted
         a = Agreement, or 1
 
         budget         s, in [floor, 1]
@@ -93,10 +93,16 @@ class TrustBudget:
         self.budget, self.kl_per_divergence, self.floor, self.warmup = budget, kl_per_divergence, floor, warmup
         self.agreement = Agreement() if agreement else None
         self.divergence, self.information = Average(), Average()
-        self.steps = 0
+        self.steps = self.waited = 0  # with a teacher; of these, in the warm-up
         self.reference: float | None = None  # I / D of the first `warmup` steps
 
-    def add(self, divergence: float | None, information: float | None = None, cosine: float | None = None) -> float:
+    def add(
+        self,
+        divergence: float | None,
+        information: float | None = None,
+        cosine: float | None = None,
+        warming_up: bool = False,
+    ) -> float:
         """A batch's signals -> B in nats.
 
         Args:
@@ -104,6 +110,7 @@ class TrustBudget:
                 has one, B is 0: who asks for nothing gets nothing.
             information: I_k in nats; needed unless budget="divergence".
             cosine: for Agreement; None where there is none.
+            warming_up: the schedule still raises the rate. Such a step is short by itself, and lambda does not fall.
 
         Raises:
             ValueError: a value that is not finite, a divergence < 0, or no information. Nothing is remembered then.
@@ -123,6 +130,7 @@ class TrustBudget:
             self.divergence.add(divergence)
             self.information.add(information or 0.0)
             self.steps += 1
+            self.waited += warming_up
             if self.steps == self.warmup:
                 self.reference = self._ratio()
         if self.divergence.value is None:
@@ -133,7 +141,8 @@ class TrustBudget:
     @property
     def share(self) -> float:
         """lambda of the step whose batch came last."""
-        return max(self.fraction, self.first_fraction / math.sqrt(1 + max(self.steps - 1, 0) / self.settle))
+        k = max(self.steps - self.waited - 1, 0)
+        return max(self.fraction, self.first_fraction / math.sqrt(1 + k / self.settle))
 
     @property
     def throttle(self) -> float:
@@ -156,6 +165,7 @@ class TrustBudget:
     def state_dict(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
+            "waited": self.waited,
             "reference": self.reference,
             "divergence": self.divergence.state_dict(),
             "information": self.information.state_dict(),
@@ -163,7 +173,8 @@ class TrustBudget:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.steps, self.reference = state["steps"], state["reference"]
+        self.steps, self.waited = state["steps"], state.get("waited", 0)  # states before it was counted
+        self.reference = state["reference"]
         self.divergence.load_state_dict(state["divergence"])
         self.information.load_state_dict(state["information"])
         if self.agreement is not None and state["agreement"] is not None:
@@ -186,7 +197,13 @@ class FixedBudget:
         check(0 < nats < math.inf, f"nats is {nats!r}; a fixed budget must be a finite number > 0.")
         self.nats = nats
 
-    def add(self, divergence: float | None, information: float | None = None, cosine: float | None = None) -> float:
+    def add(
+        self,
+        divergence: float | None,
+        information: float | None = None,
+        cosine: float | None = None,
+        warming_up: bool = False,
+    ) -> float:
         """B. The signals are not looked at."""
         return self.nats
 
@@ -248,13 +265,15 @@ class MeasuredTrust:
         cosine: float | None = None,
         slope: float | None = None,
         scale: float = 1.0,
+        warming_up: bool = False,
     ) -> float:
-        """Where to measure this step first. Arguments and errors of TrustBudget.add; slope as in `expected_size`.
+        """Where to measure this step first. Arguments and errors of TrustBudget.add; slope as in
+        `expected_size`.
 
         scale: what else multiplies the step (rho, a guard), and so the budget by its square.
         """
         check(slope is None or math.isfinite(slope), f"slope is {slope!r}; it must be a finite number of nats.")
-        self.budget = self.correction.add(divergence, information, cosine) * scale**2
+        self.budget = self.correction.add(divergence, information, cosine, warming_up) * scale**2
         size = None if slope is None or divergence is None else expected_size(slope, divergence)
         return self.length.propose(self.budget, size)
 

@@ -115,14 +115,16 @@ class Undo:
     factor = 1.0
 
     def __init__(self, args: PGPOConfig) -> None:
-        self.law = MeasuredTrust(args.trust_tolerance, clock=args.trust_clock, **_budget(args))
+        clock = args.trust_clock and args.teacher == "ema"  # a copy of the student is one, however it came there
+        self.law = MeasuredTrust(args.trust_tolerance, clock=clock, **_budget(args))
         self.correction = self.law.correction
         self._clock = [0.0, 0]  # sum of rho since the teacher has followed, and its steps
 
     def settle(self, step: Step, slope: float | None) -> dict[str, float]:
         """The numbers to log."""
         whole = None
-        rho = self.law.propose(step.divergence, step.information, step.cosine, slope, step.scale)
+        signals = step.divergence, step.information, step.cosine
+        rho = self.law.propose(*signals, slope, step.scale, step.warming_up)
         while True:
             moved = step.moved(rho)
             whole = moved if rho == 1 else whole
@@ -161,7 +163,8 @@ class Lagged:
         return self.rate.factor
 
     def settle(self, step: Step, slope: float | None) -> dict[str, float]:
-        budget = self.correction.add(step.divergence, step.information, step.cosine) * step.scale**2
+        signals = step.divergence, step.information, step.cosine
+        budget = self.correction.add(*signals, step.warming_up) * step.scale**2
         used, moved = self.factor, step.moved(1.0)
         self.rate.observe(budget, moved, most=1.0 if step.warming_up else math.inf)
         values = {"trust_rho": used, "trust_moved": moved, "trust_budget": budget}
