@@ -89,6 +89,7 @@ TRUST_BUDGET = "trust_budget"
 TRUST_RATIO = "trust_ratio"
 AGREEMENT = "agreement"
 PROBES = "probes"
+TEACHER_RENEWED = "teacher_renewed"
 FALSE_SUCCESS_RATE = "false_success_rate"
 FALSE_SUCCESS_SHARE = "false_success_share"
 STEP_SECONDS = "step_seconds"
@@ -149,6 +150,7 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     AGREEMENT: ("1", "factor of the budget's root, below 1 where successive gradients disagree"),
     PROBES: ("1", "measurements of K in the step"),
+    TEACHER_RENEWED: ("1", "1 where the gated teacher is the student, 0 where it stands behind it"),
     FALSE_SUCCESS_RATE: ("1", "rate at which the misleading world's verifier passes wrong completions in this step"),
     FALSE_SUCCESS_SHARE: ("1", "share of the step's completions that it passed although they are wrong"),
     STEP_SECONDS: ("seconds", "wall time of the step"),

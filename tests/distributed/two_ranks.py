@@ -80,6 +80,8 @@ CASES: dict[str, dict] = {
     "frozen": dict(teacher="frozen"),
     "live": dict(teacher="live"),
     "trust_region": dict(teacher="trust_region"),
+    # rewards rise and fall from batch to batch: the ranks renew alike, or their teachers part
+    "gated": dict(teacher="gated", teacher_sync_steps=2, max_steps=8),
     # evaluation is greedy, in 5 calls of `generate` on one rank, in 3 and 2 on two
     "untied": dict(model=untied, micro_batch_size=3, max_grad_norm=0.1, eval_temperature=0.0, eval_batch_size=4),
     "seen_ids": dict(

@@ -150,7 +150,10 @@ class PGPOConfig(GRPOConfig):
         "Share w of self-distillation: loss = w * distillation + (1 - w) * TRL's policy loss (`loss_type`). SDPO: 1.0.",
     )
     teacher: str = _option(
-        "ema", "'ema', 'live' (the student), 'frozen' (the initial model) or 'trust_region'. SDPO: ema."
+        "ema",
+        "'ema', 'live' (the student), 'frozen' (the initial model) or 'trust_region'. SDPO: ema. 'periodic': a copy of "
+        "the student, made anew every teacher_sync_steps; 'gated': where its reward has risen and its completions have "
+        "not grown long since (arXiv 2606.03532).",
     )
     teacher_rate: float = _option(0.05, "EMA rate per step, or the trust region's share of student. SDPO: 0.05.")
     watch_demonstrations: bool = _option(
@@ -179,7 +182,9 @@ class PGPOConfig(GRPOConfig):
 
     # From TRL's SDPOConfig, under its names ---------------------------------------------------------------------
     use_successful_as_teacher: bool = _option(True, "May right siblings be demonstrations? False: feedback alone.")
-    teacher_sync_steps: int = _option(1, "The 'ema' teacher follows at every n-th optimizer step.")
+    teacher_sync_steps: int = _option(
+        1, "The teacher follows at every n-th optimizer step ('ema', 'periodic', 'gated')."
+    )
     diagnostics_warning_interval: int = _option(
         10,
         "Steps between warnings of equal rewards or of no teacher; the first comes after 3. 0: none.",

@@ -16,6 +16,8 @@ from pgpo.core.divergence import KINDS, check_divergence
 from pgpo.core.trust import BUDGETS
 from pgpo.errors import UserError
 from pgpo.teacher.contexts import CHOICES as DEMONSTRATIONS
+from pgpo.teacher.weights import COPIES, FOLLOWERS
+from pgpo.teacher.weights import KINDS as TEACHERS
 
 LOSSES = ("grpo", "sapo", "dr_grpo", "luspo", "dapo", "cispo", "vespo", "bnpo")  # of TRL's GRPO
 # Their update is not linear in lr (averages weighted by lr), or has no step() of its own to scale.
@@ -96,7 +98,7 @@ RANGES: dict[str, Range] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("pgpo", "sdpo", "grpo"),
     "on_nonfinite": ("stop", "skip"),
-    "teacher": ("ema", "live", "frozen", "trust_region"),
+    "teacher": TEACHERS,
     "divergence": (*KINDS, "sampled_token"),
     "demonstration": DEMONSTRATIONS,
     "feedback_mode": ("without_demonstration", "always", "never"),
@@ -241,7 +243,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         "'halve_step', 'rollback' or 'warn'.",
     ),
     (
-        lambda c: c.guard.endswith("_teacher") and c.teacher != "ema",
+        lambda c: c.guard.endswith("_teacher") and c.teacher not in FOLLOWERS,
         "guard={c.guard!r} acts on a teacher that follows the student, and teacher={c.teacher!r} has none; use "
         "'halve_step', 'rollback' or 'warn'.",
     ),
@@ -317,7 +319,7 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     (
         lambda c: c.trust_clock is False and c.teacher != "ema",
-        "trust_clock is off, but teacher={c.teacher!r} follows no student; leave it out.",
+        "trust_clock is off, but teacher={c.teacher!r} averages nothing; leave it out.",
     ),
     (
         lambda c: c.adaptive_clip is not None and c.fp16,
@@ -347,9 +349,14 @@ COMBINATIONS: tuple[Combination, ...] = (
         "of them.",
     ),
     (
-        lambda c: c.teacher_sync_steps != 1 and c.teacher != "ema",
+        lambda c: c.teacher_sync_steps != 1 and c.teacher not in FOLLOWERS,
         "teacher_sync_steps is {c.teacher_sync_steps}, but teacher={c.teacher!r} follows no student; leave it at 1, or "
         "use teacher='ema'.",
+    ),
+    (
+        lambda c: c.distills and c.teacher in COPIES and c.teacher_sync_steps == 1,
+        "teacher={c.teacher!r} copies the student every teacher_sync_steps = 1 step, which is teacher='live'; set the "
+        "steps between two copies, e.g. 30.",
     ),
     (
         lambda c: c.distillation_weight != 1 and not c.distills,

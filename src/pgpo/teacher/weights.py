@@ -4,8 +4,10 @@
     live           the student itself
     frozen         the student as it was at construction
     trust_region   logits = lerp(initial, student, rate)
+    periodic       teacher <- student, at every n-th step (the caller's clock): ema at rate 1
+    gated          the same, where the reward has risen and completions have not grown long (refresh.py)
 
-SDPO (arXiv 2601.20802) names the four; rate 0.05 is its setting for ema and trust_region alike.
+SDPO (arXiv 2601.20802) names the first four; rate 0.05 is its setting for ema and trust_region alike.
 
 Where the weights live: a separate module (full fine-tuning), or a second adapter named "teacher" in the same PeftModel
 (LoRA), so that the base is in memory once. Averages are kept in fp32 whatever the model's dtype: a step of 0.05 * gap
@@ -28,8 +30,13 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-Kind: TypeAlias = Literal["ema", "live", "frozen", "trust_region"]
-KINDS: tuple[Kind, ...] = ("ema", "live", "frozen", "trust_region")
+from pgpo.teacher.refresh import RefreshCondition
+
+Kind: TypeAlias = Literal["ema", "live", "frozen", "trust_region", "periodic", "gated"]
+KINDS: tuple[Kind, ...] = ("ema", "live", "frozen", "trust_region", "periodic", "gated")
+COPIES: tuple[Kind, ...] = ("periodic", "gated")
+FOLLOWERS: tuple[Kind, ...] = ("ema", *COPIES)
+"""Kinds that `Teacher.update` moves."""
 T = TypeVar("T")
 
 TEACHER_ADAPTER = "teacher"
@@ -67,13 +74,14 @@ class Teacher:
 
     Args:
         student: the model that trains. A PeftModel with one active LoRA adapter gets a twin adapter "teacher"; any
-            other module is cloned (kinds "ema", "frozen", "trust_region").
+            other module is cloned (all kinds but "live").
         kind: see the module's head.
         rate: averaging rate (ema) or share of the student's logits (trust_region), in [0, 1].
         clone: makes the separate module from the student; its values are overwritten with the student's.
 
     Attributes:
         module: the separate module, in eval mode and without gradients; None for "live" and for a PeftModel.
+        condition: decides whether `update` moves a "gated" teacher; None for the other kinds.
 
     Raises:
         ValueError: unknown kind, rate out of range, nothing trains, a clone that runs or shares the student's
@@ -93,7 +101,8 @@ class Teacher:
             raise ValueError(f"The teacher rate is {rate!r}; it must lie in [0, 1] (SDPO uses 0.05).")
         self.student = student
         self.kind: Kind = kind
-        self.rate = float(rate)
+        self.rate = 1.0 if kind in COPIES else float(rate)
+        self.condition = RefreshCondition() if kind == "gated" else None
         self.module: nn.Module | None = None
         self._adapter: str | None = None  # the student's adapter, if the teacher is a second one
         self._parameters: dict[str, str] = {}  # student name -> teacher name, of what trains
@@ -103,9 +112,9 @@ class Teacher:
         if kind == "live":
             return
         trained = [name for name, p in student.named_parameters() if p.requires_grad]
-        if kind == "ema" and not trained:
+        if kind in FOLLOWERS and not trained:
             raise ValueError(
-                "No parameter of the student has requires_grad, so there is nothing to average; "
+                "No parameter of the student has requires_grad, so there is nothing to follow; "
                 "build the teacher from the model that trains."
             )
         if _is_peft(student):
@@ -150,18 +159,23 @@ class Teacher:
         return [(1.0 - self.rate, own), (self.rate, frozen(self.student, forward))]
 
     @torch.no_grad()
-    def update(self, student: nn.Module | None = None, rate: float | None = None) -> None:
-        """Let the average follow; call after every optimizer step. Does nothing for the other kinds.
+    def update(self, student: nn.Module | None = None, rate: float | None = None) -> bool:
+        """Let the teacher follow; call after every optimizer step, or every n-th. Does nothing for the other kinds.
 
         Args:
             student: the module to follow, by default the one given at construction. Same parameter names.
             rate: of this time, in [0, 1]; by default the one given at construction.
 
+        Returns:
+            False if the condition kept the teacher where it was.
+
         Raises:
             ValueError: a parameter is missing, or one trains that did not when the teacher was built.
         """
-        if self.kind != "ema":
-            return
+        if self.kind not in FOLLOWERS:
+            return True
+        if self.condition is not None and not self.condition.holds:
+            return False
         student = self.student if student is None else student
         reshard(student)
         parameters = _parameters_of(student)
@@ -184,13 +198,22 @@ class Teacher:
         sources = dict(student.named_buffers())
         for name, buffer in self._own_buffers().items():
             buffer.copy_(sources[name])
+        if self.condition is not None:
+            self.condition.renewed()
+        return True
+
+    def observe(self, metrics: Mapping[str, Any]) -> None:
+        """A step's metrics, equal on all ranks, for the condition if there is one (RefreshCondition.observe)."""
+        if self.condition is not None:
+            self.condition.observe(metrics)
 
     def state_dict(self, keep: bool = True) -> dict[str, Any]:
         """Everything needed to continue: kind, rate, and CPU copies of what trains and of the buffers.
 
-        {"kind": str, "rate": float, "parameters": {student's name: fp32, or wider if the model is}, "buffers": {...}}
-        "live" has no tensors. Sharded tensors (FSDP2) are gathered, one after the other, so call it on every rank;
-        with keep=False a rank that writes nothing only takes part, and its parts are empty.
+        {"kind": str, "rate": float, "parameters": {student's name: fp32, or wider if the model is}, "buffers": {...}},
+        and "condition" where there is one. "live" has no tensors. Sharded tensors (FSDP2) are gathered, one after the
+        other, so call it on every rank; with keep=False a rank that writes nothing only takes part, and its parts are
+        empty.
         """
         parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "buffers": {}}
         for part, tensors in (("parameters", self._masters()), ("buffers", self._own_buffers())):
@@ -199,7 +222,8 @@ class Teacher:
                 if keep:
                     dtype = _master_dtype(tensor) if part == "parameters" else tensor.dtype
                     parts[part][name] = whole.to("cpu", dtype, copy=True)
-        return {"kind": self.kind, "rate": self.rate, **parts}
+        condition = {} if self.condition is None else {"condition": self.condition.state_dict()}
+        return {"kind": self.kind, "rate": self.rate, **condition, **parts}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -222,6 +246,8 @@ class Teacher:
             for name, target in targets.items():
                 target.copy_(_like(state[part][name], target))
         self._publish(masters)
+        if self.condition is not None:
+            self.condition.load_state_dict(state["condition"])
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         """The teacher's parameters that follow, under the student's names."""

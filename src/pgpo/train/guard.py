@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pgpo.alarms import GUARDS, CollapseGuard, SignalState, calibrate
+from pgpo.teacher.weights import FOLLOWERS
 
 __all__ = ["GUARDS", "GuardActions", "calibrate"]
 
@@ -120,7 +121,7 @@ class GuardActions:
 
     @property
     def _teacher_moves(self) -> bool:
-        return self.trainer.teacher is not None and self.trainer.teacher.kind == "ema"
+        return self.trainer.teacher is not None and self.trainer.teacher.kind in FOLLOWERS
 
     def _freeze(self) -> str:
         self.teacher_frozen = True

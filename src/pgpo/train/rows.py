@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pgpo.teacher.contexts import TeacherContext
 from pgpo.train.seam import Batch
 
 
@@ -96,6 +97,18 @@ def idle_sample(batch: Batch) -> Sample:
     """A stand-in for a rank that has run out of micro-batches: its loss is multiplied by zero."""
     prompt = _prompt(batch, 0)
     return Sample(prompt=prompt, teacher_prompt=prompt, completion=batch["completion_ids"][0][:1].tolist())
+
+
+def shown_demonstrations(
+    contexts: Sequence[TeacherContext], teacher_prompts: Sequence[Any], mine: range
+) -> dict[int, list[int]]:
+    """{row of a demonstration of this rank: the first of this rank's prompts that shows it}; mine: its contexts."""
+    shown: dict[int, list[int]] = {}
+    for i in mine:
+        j = contexts[i].demonstration
+        if j is not None and j in mine:
+            shown.setdefault(j - mine.start, teacher_prompts[i - mine.start])
+    return shown
 
 
 def demonstrations(batch: Batch, shown: dict[int, list[int]], most: int) -> list[Sample]:

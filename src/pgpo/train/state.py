@@ -40,9 +40,9 @@ def save(trainer: Any, directory: Path) -> None:
     tensors: dict[str, Tensor] = {}
     if trainer.teacher is not None:
         saved = trainer.teacher.state_dict(keep=trainer.args.should_save)
-        state["teacher"] = {"kind": saved["kind"], "rate": saved["rate"]}
         for part in ("parameters", "buffers"):
-            tensors |= {f"{part}/{name}": t.contiguous() for name, t in saved[part].items()}
+            tensors |= {f"{part}/{name}": t.contiguous() for name, t in saved.pop(part).items()}
+        state["teacher"] = saved
     if trainer.args.should_save:
         if tensors:
             save_file(tensors, directory / TEACHER_FILE)

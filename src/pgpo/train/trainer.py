@@ -45,7 +45,7 @@ from pgpo.train.multiplier import StepSignal
 from pgpo.train.policy import PolicyLoss
 from pgpo.train.profile import Profiling, part
 from pgpo.train.prompts import Rendered
-from pgpo.train.rows import Sample, Sums, active_samples
+from pgpo.train.rows import Sample, Sums, active_samples, shown_demonstrations
 from pgpo.train.seam import Batch, Rollout
 from pgpo.train.sharding import keep_precision, shard
 from pgpo.train.trust import Trust
@@ -213,7 +213,9 @@ class PGPOTrainer(CardTrainer):
         batch["half"] = torch.tensor([i // self.num_generations % 2 for i in mine])
         batch["solved"] = torch.tensor([self.success.right(success[i]) for i in mine])
         if self.args.watch_demonstrations:
-            self._watch_demonstrations(batch, contexts, mine)
+            shown = shown_demonstrations(contexts, batch["teacher_prompt_ids"], mine)
+            if (value := self.distillation.demonstration_logprob(batch, shown)) is not None:
+                self.record("demonstration_logprob", value)
         self.record("truncated_contexts", sum(c.truncated for c in contexts) / len(contexts))
         self.record("feedback_share", sum(c.feedback_used for c in contexts) / len(contexts))
         return batch
@@ -257,15 +259,6 @@ class PGPOTrainer(CardTrainer):
         self.record("length_tail", torch.quantile(lengths, 0.95).item())
         self.diagnostics.flat(self.state.global_step + 1, rollout.rewards)
         self.last_rollout = rollout
-
-    def _watch_demonstrations(self, batch: Batch, contexts: Sequence[TeacherContext], mine: range) -> None:
-        shown: dict[int, list[int]] = {}  # demonstration of this rank -> the prompt that shows it
-        for i in mine:
-            j = contexts[i].demonstration
-            if j is not None and j in mine:
-                shown.setdefault(j - mine.start, batch["teacher_prompt_ids"][i - mine.start])
-        if (value := self.distillation.demonstration_logprob(batch, shown)) is not None:
-            self.record("demonstration_logprob", value)
 
     # One optimizer step ---------------------------------------------------------------------------------------------
 
@@ -336,11 +329,13 @@ class PGPOTrainer(CardTrainer):
         since the last time has. A batch without any teacher moves nothing."""
         if self.teacher is None or (self.guard is not None and self.guard.teacher_frozen):
             return
+        self.teacher.observe(self.step_metrics())
         self.teacher_behind |= self._moves and not self.accelerator.optimizer_step_was_skipped
         if self.teacher_behind and self.state.global_step % self.args.teacher_sync_steps == 0:
-            rate = self.teacher.rate
-            self.teacher.update(rate=rate if self.trust is None else self.trust.form.teacher_rate(rate))
-            self.teacher_behind = False
+            rate = self.teacher.rate if self.trust is None else self.trust.form.teacher_rate(self.teacher.rate)
+            self.teacher_behind = not self.teacher.update(rate=rate)
+        if self.teacher.condition is not None:
+            self.record("teacher_renewed", float(not self.teacher_behind))
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
