@@ -534,6 +534,25 @@ def test_a_rollback_restores_student_optimizer_and_teacher_and_goes_on(tmp_path,
         assert bitwise_equal(run.at(10, "teacher"), plain.at(BEST, "teacher"))
 
 
+@pytest.mark.parametrize("form", ["undo", "lagged"])
+def test_a_rollback_returns_trust_and_the_clip_to_that_step(form, tmp_path, every_step):
+    """Red if their running means stay at the alarm, or if a later step writes into the snapshot."""
+    options = dict(trust="measured", trust_form=form, adaptive_clip=1.0, objective="sdpo", max_steps=7)
+    t = guarded(tmp_path, "rollback", **options)
+    watch, plain = Watch(t), t.after_step
+    states = {}
+
+    def after_step():
+        plain()
+        states[t.state.global_step] = json.dumps([t.trust.form.state_dict(), t.clip.state_dict()])
+
+    t.after_step = after_step
+    train(t)
+    assert watch.actions[:2] == [(ALARM, "rollback"), (ALARM + 1, "rollback")]
+    assert states[ALARM] == states[ALARM + 1] == states[BEST]
+    assert states[BEST] != states[BEST - 1]
+
+
 def test_a_rollback_without_a_moving_teacher_halves_the_step(tmp_path, every_step):
     run = trained(tmp_path, "rollback", teacher="frozen", max_steps=6)
     assert run.t.step_factor == 0.25 and not run.t.guard.teacher_frozen

@@ -27,25 +27,29 @@ SNAPSHOT_INTERVAL = 5  # ours: copies the weights at most every fifth step; the 
 
 @dataclass
 class Snapshot:
-    """State of the run after `step`, on the CPU; None for parts that the action does not restore."""
+    """State of the run after `step`, on the CPU; None for parts that the action does not restore, or that the run does
+    not have."""
 
     step: int
     tracks: dict[str, dict[str, Any]]
     teacher: dict[str, Any] | None
     student: dict[str, Any] | None  # parameters that train, and buffers
     optimizer: dict[str, Any] | None
+    trust: dict[str, Any] | None = None
+    clip: dict[str, Any] | None = None
 
 
 class GuardActions:
     """Carries out the action of an alarm on a trainer, at the end of a step.
 
     warn              nothing
-    freeze_teacher    the EMA teacher does not follow the student any more
+    freeze_teacher    the teacher does not follow the student any more
     rollback_teacher  the teacher returns to its best snapshot and is frozen (the prototype's guard: 8 runs, none
                       collapsed)
     halve_step        all later steps * .5, down to 1/8
-    rollback          student, optimizer and teacher return to the best snapshot. So that the run does not repeat
-                      itself, the teacher is frozen too, or the steps are halved if it is frozen already or never moved
+    rollback          student, optimizer and teacher return to the best snapshot, and with them what measured trust
+                      and the adaptive clip remember of the steps. So that the run does not repeat itself, the teacher
+                      is frozen too, or the steps are halved if it is frozen already or never moved
 
     "Best" is the best smoothed value of the guard's first signal; a snapshot is taken at a new best, at most every
     fifth step. It lives in CPU memory (weights that train, fp32 teacher, optimizer state) and in checkpoints. A
@@ -145,6 +149,7 @@ class GuardActions:
             teacher=self.trainer.teacher.state_dict() if self._teacher_moves else None,
             student=_on_cpu(_student_tensors(self.trainer.model)) if whole else None,
             optimizer=_on_cpu(self._optimizer().state_dict()) if whole else None,
+            **{name: copy.deepcopy(part.state_dict()) for name, part in self._memories().items() if whole},
         )
 
     @property
@@ -165,8 +170,17 @@ class GuardActions:
         optimizer.load_state_dict(copy.deepcopy(snapshot.optimizer))  # it would keep writing into the snapshot
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate  # the schedule continues
+        for name, part in self._memories().items():
+            if (state := getattr(snapshot, name)) is not None:  # None in a checkpoint of an earlier version
+                part.load_state_dict(copy.deepcopy(state))
         # The weights are those of that step, so its signals continue from there.
         self.guard.tracks = {name: SignalState(**track) for name, track in snapshot.tracks.items()}
+
+    def _memories(self) -> dict[str, Any]:
+        """What remembers earlier steps beside the optimizer."""
+        t = self.trainer
+        trust = {"trust": t.trust.form} if t.args.trust != "off" else {}
+        return trust | ({} if t.clip is None else {"clip": t.clip})
 
     def _optimizer(self) -> Any:
         from pgpo.train.gate import torch_optimizer
