@@ -90,6 +90,7 @@ TRUST_RATIO = "trust_ratio"
 AGREEMENT = "agreement"
 PROBES = "probes"
 TEACHER_RENEWED = "teacher_renewed"
+REHEARSAL_KL = "rehearsal_kl"
 FALSE_SUCCESS_RATE = "false_success_rate"
 FALSE_SUCCESS_SHARE = "false_success_share"
 STEP_SECONDS = "step_seconds"
@@ -149,6 +150,10 @@ METRICS: dict[str, tuple[str, str]] = {
         "K of the whole step over the divergence, where the whole step was measured; with trust off every 10th",
     ),
     AGREEMENT: ("1", "factor of the budget's root, below 1 where successive gradients disagree"),
+    REHEARSAL_KL: (
+        "nats",
+        "KL(teacher || student) of hint rehearsal, both with the hint, mean over the rows",
+    ),
     PROBES: ("1", "measurements of K in the step"),
     TEACHER_RENEWED: ("1", "1 where the gated teacher is the student, 0 where it stands behind it"),
     FALSE_SUCCESS_RATE: ("1", "rate at which the misleading world's verifier passes wrong completions in this step"),

@@ -149,6 +149,14 @@ class PGPOConfig(GRPOConfig):
         1.0,
         "Share w of self-distillation: loss = w * distillation + (1 - w) * TRL's policy loss (`loss_type`). SDPO: 1.0.",
     )
+    rehearse_weight: float = _option(
+        0.0,
+        "Hint rehearsal: weight of KL(teacher || student) where both read the hinted prompt, on a few samples; so an "
+        "averaged teacher keeps its skill. 0: none. Ours, measured in the lab: 0.05.",
+    )
+    rehearse_fraction: float = _option(
+        1 / 16, "Share of the active samples that are rehearsed in a step, at least one sample. Ours, measured: 1/16."
+    )
     teacher: str = _option(
         "ema",
         "'ema', 'live' (the student), 'frozen' (the initial model) or 'trust_region'. SDPO: ema. 'periodic': a copy of "

@@ -73,6 +73,8 @@ RANGES: dict[str, Range] = {
     "trust_tolerance": (lambda v: v > 1, "it must be above 1 (1.5 accepts a step of 1.5 times its budget)"),
     "num_generations": _FROM_ONE,
     "distillation_weight": (lambda v: 0 <= v <= 1, "a share of the loss must lie in [0, 1]"),
+    "rehearse_weight": (lambda v: 0 <= v < math.inf, "it must be 0 (no rehearsal) or a positive number"),
+    "rehearse_fraction": (lambda v: 0 < v <= 1, "it must lie in (0, 1]"),
     "teacher_sync_steps": _FROM_ONE,
     "diagnostics_warning_interval": _NOT_NEGATIVE,
     "diagnostics_step_interval": _FROM_ZERO,
@@ -158,6 +160,12 @@ _ACTS: tuple[tuple[str, Callable[[Any], object], str], ...] = (
         lambda c: not c.distills or c.teacher in ("ema", "trust_region"),
         "teacher={c.teacher!r} has no rate; use 'ema', or leave it out",
     ),
+    ("rehearse_fraction", lambda c: c.rehearse_weight or not c.distills, "rehearse_weight is 0; set it, e.g. 0.05"),
+    (
+        "rehearse_weight",
+        lambda c: c.teacher != "live",
+        "teacher='live' is the student, from which it cannot differ; use 'ema'",
+    ),
     ("divergence_tail", lambda c: c.divergence_top_k, "divergence_top_k is 0, the whole vocabulary; leave it out"),
     (
         "demonstration allow_own_success",
@@ -166,7 +174,7 @@ _ACTS: tuple[tuple[str, Callable[[Any], object], str], ...] = (
     ),
     (
         "teacher teacher_rate divergence divergence_beta divergence_top_k divergence_tail demonstration feedback_mode "
-        "importance_clip allow_own_success remove_thinking",
+        "importance_clip allow_own_success remove_thinking rehearse_weight rehearse_fraction",
         lambda c: c.distills,
         "objective='grpo' has no teacher; leave it out",
     ),
@@ -367,6 +375,16 @@ COMBINATIONS: tuple[Combination, ...] = (
         lambda c: c.distillation_weight != 1 and c.information_source == "cross_fit",
         "distillation_weight is {c.distillation_weight}, but information_source='cross_fit' scales each half of the "
         "distillation by itself, and the policy loss has no halves; use 'same_batch' or 'lagged'.",
+    ),
+    (
+        lambda c: c.rehearse_weight and c.distillation_weight == 0,
+        "rehearse_weight is {c.rehearse_weight}, but rehearsal is a part of the distillation, whose "
+        "distillation_weight is 0; raise it, or leave rehearsal out.",
+    ),
+    (
+        lambda c: c.rehearse_weight and c.information_source == "cross_fit",
+        "rehearse_weight is {c.rehearse_weight}, but information_source='cross_fit' scales each half of the "
+        "distillation by itself, and rehearsal has no halves; use 'same_batch' or 'lagged'.",
     ),
     (
         lambda c: c.reward_weights is not None and not all(isinstance(w, Real) for w in c.reward_weights),

@@ -2,27 +2,20 @@
 
     loss = sum over active tokens of weight * D(student, teacher) / GLOBAL number of active tokens
 
-(PGPO Eq. 2, SDPO's token mean), plus the routers' loss of a mixture of experts, which enters once per step.
+(PGPO Eq. 2, SDPO's token mean), plus the routers' loss of a mixture of experts, which enters once per step, plus
+hint rehearsal (rehearsal.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pgpo.core import (
-    CrossFit,
-    HeadOutput,
-    Information,
-    InformationMeter,
-    dense_distillation_head,
-    distillation_of_logits,
-    fused_distillation_head,
-)
+from pgpo.core import CrossFit, HeadOutput, Information, InformationMeter
 from pgpo.forward import routers
 from pgpo.forward.open_model import Head
 from pgpo.forward.passes import States
@@ -32,7 +25,9 @@ from pgpo.teacher.weights import reshard
 from pgpo.train import profile
 from pgpo.train.engine import Engine
 from pgpo.train.forwards import Block, Forwards, MicroBatch
+from pgpo.train.heads import compare
 from pgpo.train.host import Host
+from pgpo.train.rehearsal import Rehearsal
 from pgpo.train.rows import Sample, Sums, demonstrations, idle_sample, own_places
 from pgpo.train.seam import Batch
 
@@ -88,6 +83,7 @@ class Distillation:
         self.details: dict[int, list[TokenDetail]] = {}  # of the rows in host.watched
         # Sees the student's states of each micro-batch's own tokens, with gradient, inside the forward.
         self.observer: Callable[[Sequence[Sample], States], object] | None = None
+        self.rehearsal: Rehearsal | None = None
 
     def backward(self, model: nn.Module, batch: Batch, samples: list[Sample]) -> Distilled:
         """The gradient of distillation_weight times the loss, summed over ranks.
@@ -103,6 +99,8 @@ class Distillation:
         reshard(model)
         halves = CrossFit(model.parameters()) if len(self.meters) == 2 else None
         load = self._load_of_step(model, batch, samples) if self.router_coefficient is not None else None
+        if self.rehearsal is not None:
+            sums[0] += self.rehearsal.backward(model, batch, samples)
         for half, meter in enumerate(self.meters):
             mine = [s for s in samples if halves is None or s.half == half]
             total = len(batch["half"]) if halves is None else int((batch["half"] == half).sum())
@@ -161,7 +159,7 @@ class Distillation:
             samples = [idle_sample(batch)]
         states = self.forwards.teacher_states(samples, join=False)  # not yet checked before the first update
         labels = self._labels(samples)
-        output = self._compare(states, states, labels, torch.zeros(len(labels), device=labels.device))
+        output = compare(self.args, states, states, labels, torch.zeros(len(labels), device=labels.device))
         assert output.teacher_logprob is not None
         sums = torch.tensor([output.teacher_logprob.double().sum(), len(labels)], dtype=torch.float64)
         total, tokens = self.engine.reduce(sums * (not idle)).tolist()
@@ -194,7 +192,7 @@ class Distillation:
             states = States(hidden, head).at(places)
             if self.observer is not None and not idle:
                 self.observer(samples, states)
-            return self._compare(states, teacher, labels, weights)
+            return compare(self.args, states, teacher, labels, weights)
 
         output: HeadOutput = self.forwards.passes.forward(
             model,
@@ -217,42 +215,6 @@ class Distillation:
         wrong = torch.tensor([not s.solved for s in samples for _ in s.labels], device=labels.device)
         stats = [loss.detach(), output.divergence, gap, torch.where(wrong, gap, 0.0), wrong, router_loss.detach()]
         return loss, torch.stack([t.double().sum() for t in stats])
-
-    def _compare(
-        self,
-        student: States,
-        teacher: States,
-        labels: Tensor,
-        weights: Tensor | Callable[[HeadOutput, slice], Tensor],
-    ) -> HeadOutput:
-        """Divergence, entropies and log-probabilities of N tokens; runs inside the student's forward."""
-        a = self.args
-        arguments: dict[str, Any] = dict(
-            kind=a.divergence,
-            beta=a.divergence_beta,
-            top_k=a.divergence_top_k or None,
-            tail=a.divergence_tail,
-            temperature=a.temperature,
-        )
-        if student.head is None or teacher.head is None:
-            return distillation_of_logits(student.hidden, teacher.hidden, labels, weights, **arguments)
-        s, t = student.head, teacher.head
-        function = fused_distillation_head if a.fused_head else dense_distillation_head
-        return function(
-            student.hidden,
-            s.weight,
-            teacher.hidden,
-            t.weight,
-            labels,
-            weights,
-            student_bias=s.bias,
-            teacher_bias=t.bias,
-            student_scale=s.scale,
-            teacher_scale=t.scale,
-            student_softcap=s.softcap,
-            teacher_softcap=t.softcap,
-            **arguments,
-        )
 
     def _token_weights(self, samples: list[Sample], share: float) -> Tensor | Callable[[HeadOutput, slice], Tensor]:
         """share * clipped ratio to the rollout policy (SDPO) * vLLM's correction, for every token."""

@@ -48,8 +48,9 @@ class Sample:
 
 
 class Sums(NamedTuple):
-    """Sums over the active tokens of a step: weighted loss, divergence, log pi_S(y) - log pi_T(y) of the sampled token,
-    the same on completions that are not right, and their number of tokens; and the router loss, 0 without routers."""
+    """Sums over the active tokens of a step: weighted loss (with that of rehearsal), divergence, log pi_S(y) - log
+    pi_T(y) of the sampled token, the same on completions that are not right, and their number of tokens; and the router
+    loss, 0 without routers."""
 
     loss: float
     divergence: float

@@ -45,6 +45,7 @@ from pgpo.train.multiplier import StepSignal
 from pgpo.train.policy import PolicyLoss
 from pgpo.train.profile import Profiling, part
 from pgpo.train.prompts import Rendered
+from pgpo.train.rehearsal import Rehearsal
 from pgpo.train.rows import Sample, Sums, active_samples, shown_demonstrations
 from pgpo.train.seam import Batch, Rollout
 from pgpo.train.sharding import keep_precision, shard
@@ -159,6 +160,8 @@ class PGPOTrainer(CardTrainer):
         forwards = Forwards(self.model, self.teacher, self.args, self.engine, self.tokenizer.pad_token_id)
         coefficient = self.router_aux_loss_coef if self.aux_loss_enabled else None
         self.distillation = Distillation(self.args, self.engine, forwards, self.signal.meters, self.host, coefficient)
+        if self.args.rehearse_weight:
+            self.distillation.rehearsal = Rehearsal(self, forwards)
         if self.args.trust != "off" or self.args.watches_steps:
             self.trust = Trust(self, forwards)
         if self.is_fsdp_enabled and self.teacher.module is not None:

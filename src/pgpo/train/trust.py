@@ -271,7 +271,8 @@ class Trust:
 
     def _slope(self, step: Step) -> float | None:
         """Where the gradient is that of the divergence alone."""
-        if not self.form.undo or self.args.follows_rewards or self.args.information_source == "cross_fit":
+        others = self.args.follows_rewards or self.args.rehearse_weight or self.args.information_source == "cross_fit"
+        if not self.form.undo or others:
             return None
         return step.slope(self.trainer.clip_factor)
 
