@@ -2,8 +2,8 @@
 
 For the runs in the misleading world: a signal of the steps whose verifier passed wrong solutions at a rate of HIGH and
 more against those of at most LOW. 1 = always smaller where misled, .5 = chance, 0 = always larger. Mean over seeds, and
-the lowest and highest. The rates are a function of seed and step (counted from 0); the signals come from records.jsonl.gz beside this
-file.
+the lowest and highest. The rates are a function of seed and step (counted from 0); the signals come from
+records.jsonl.gz beside this file.
 """
 
 from __future__ import annotations

@@ -398,8 +398,6 @@ def test_what_stands_inside_a_mapping_is_checked_too(tmp_path, options, says):
         (dict(objective="grpo", teacher="frozen"), "teacher is 'frozen', but objective='grpo' has no teacher"),
         (dict(objective="grpo", divergence="reverse_kl"), "divergence is 'reverse_kl', but objective='grpo'"),
         (dict(objective="grpo", feedback_mode="always"), "feedback_mode is 'always', but objective='grpo'"),
-        (dict(objective="grpo", teacher_rate=0.1), "teacher_rate is 0.1, but objective='grpo' has no teacher"),
-        (dict(objective="sdpo", alpha=5.0), "alpha is 5.0, but objective='sdpo' has no multiplier"),
         (dict(objective="sdpo", rho_max=3.0), "rho_max is 3.0, but objective='sdpo' has no multiplier"),
         (dict(objective="sdpo", information_source="lagged"), "information_source is 'lagged', but objective='sdpo'"),
     ],

@@ -186,7 +186,7 @@ def test_the_rate_of_the_teacher_is_multiplied_too_where_it_is_asked(tmp_path: P
     assert (flags["learning_rate"], flags["teacher_rate"]) == (pytest.approx(0.00375), pytest.approx(0.015))
     teacher = dataclasses.replace(both, lr_times_mean_rho_of=None)
     assert StudyRun(teacher, 1).needs == "plain/pgpo/seed-1"
-    assert "learning_rate" not in arguments_of(StudyRun(teacher, 1), record, tmp_path)
+    assert arguments_of(StudyRun(teacher, 1), record, tmp_path)["learning_rate"] == 0.001  # the arm's own
 
 
 def test_the_shuffled_multipliers_are_that_runs_own_in_a_seeded_order(tmp_path: Path) -> None:

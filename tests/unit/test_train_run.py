@@ -43,6 +43,7 @@ ON_REQUEST = {runlog.DEMONSTRATION_LOGPROB, runlog.SKIPPED_SHARE, runlog.AGREEME
 ON_REQUEST |= {runlog.TRUST_RHO, runlog.TRUST_MOVED, runlog.TRUST_BUDGET, runlog.TRUST_RATIO}
 ON_REQUEST |= {runlog.SAMPLED_KL_WRONG}  # in a step with wrong completions that have a teacher
 ON_REQUEST |= {runlog.AUX_LOSS, runlog.POLICY_LOSS, runlog.FALSE_SUCCESS_RATE, runlog.FALSE_SUCCESS_SHARE}
+ON_REQUEST |= {runlog.TEACHER_RENEWED, runlog.REHEARSAL_KL}
 WEIGHTS, TEACHER, ADAPTER = "model.safetensors", "pgpo_teacher.safetensors", "adapter_model.safetensors"
 
 

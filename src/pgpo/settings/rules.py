@@ -148,7 +148,8 @@ def _named(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, Mapping) else None
 
 
-# (fields, when they act, what to do); a field that is set where it does not act is refused.
+# (fields, when they act, what to do); a field that is set where it does not act is refused. Left out: alpha and the
+# divergence's and teacher's numbers, which a recipe sets once for all objectives that it is run with.
 _ACTS: tuple[tuple[str, Callable[[Any], object], str], ...] = (
     (
         "guard_patience guard_warmup guard_max_actions",
@@ -173,13 +174,13 @@ _ACTS: tuple[tuple[str, Callable[[Any], object], str], ...] = (
         "use_successful_as_teacher is False; leave it out",
     ),
     (
-        "teacher teacher_rate divergence divergence_beta divergence_top_k divergence_tail demonstration feedback_mode "
-        "importance_clip allow_own_success remove_thinking rehearse_weight rehearse_fraction",
+        "teacher divergence demonstration feedback_mode importance_clip allow_own_success remove_thinking "
+        "rehearse_weight rehearse_fraction",
         lambda c: c.distills,
         "objective='grpo' has no teacher; leave it out",
     ),
     (
-        "alpha rho_max rho_law information_source information_baseline alpha_end",
+        "rho_max rho_law information_source information_baseline alpha_end",
         lambda c: c.objective == "pgpo",
         "objective={c.objective!r} has no multiplier; use 'pgpo', or leave it out",
     ),
