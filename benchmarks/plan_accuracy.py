@@ -76,6 +76,7 @@ class Case:
     lora: int | None = None
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     dropout: float = 0.0
+    trust: str = "off"  # the form, where trust is measured
     samples: bool = False
     memory: int | None = None  # MiB; the budget is then the largest that the plan allows
     held_out: bool = False
@@ -159,6 +160,17 @@ CASES += [
          dtype="bfloat16", autocast=True, checkpointing=True),
     Case("qwen3 21M, siblings joined", questions=2, group=4, L=48, budget=1024, joined=True),
 ]  # fmt: skip
+# Measured trust: the step is the peak where little else is held, as with long rows in small micro-batches.
+CASES += [
+    Case("qwen3 21M, trust undo, checkpointing", trust="undo", checkpointing=True, budget=512),
+    Case("qwen3 21M, trust lagged, checkpointing", trust="lagged", checkpointing=True, budget=512),
+    Case("llama 47M untied, trust undo, probe at the peak", kind="llama", V=40_000, H=512, I=1408, layers=2, heads=8,
+         kv=4, d=64, tied=False, trust="undo", checkpointing=True, questions=8, group=2, budget=256),
+    Case("qwen3 29M, trust undo, LoRA 8", V=50_000, H=320, I=960, layers=10, heads=5, kv=1, d=64, lora=8, dropout=0.05,
+         trust="undo"),
+    Case("llama 29M, trust lagged, bf16", kind="llama", V=32_000, H=320, I=864, layers=6, heads=5, kv=5, d=64,
+         trust="lagged", dtype="bfloat16", autocast=True, checkpointing=True, budget=768),
+]  # fmt: skip
 ALL_CASES = CASES + [replace(case, held_out=True) for case in HELD_OUT]
 
 
@@ -235,6 +247,7 @@ def _trainer(case: Case, folder: str) -> Any:
         gradient_checkpointing=case.checkpointing, optim="sgd" if case.optimizer == "sgd" else "adamw_torch_fused",
         max_steps=2, warmup_steps=0, save_strategy="no", use_cpu=case.device == "cpu", disable_tqdm=True,
         shuffle_dataset=False, report_to="none", logging_steps=10, dataloader_pin_memory=False,
+        **({} if case.trust == "off" else {"trust": "measured", "trust_form": case.trust}),
         generation_kwargs={"min_new_tokens": case.L} if case.samples else None,
     )  # fmt: skip
     return PGPOTrainer(
@@ -356,6 +369,7 @@ def _planned(case: Case) -> tuple[Any, Any]:
         parameter_bytes=4 if case.dtype == "float32" else 2, autocast=case.autocast, optimizer=case.optimizer,
         fused_head=case.fused, gradient_checkpointing=case.checkpointing, attention=case.attention,
         join_siblings=case.joined, device=case.device,
+        **({} if case.trust == "off" else {"trust": "measured", "trust_form": case.trust}),
     )  # fmt: skip
     return model, setting
 

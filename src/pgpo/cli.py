@@ -171,7 +171,7 @@ def _study(argv: list[str]) -> int:
 def _plan(argv: list[str]) -> int:
     parser = _parser("plan", "Peak memory per GPU and the largest token budget, from the model's config alone.")
     from pgpo.memory.command import main as plan
-    from pgpo.memory.shapes import MATRICES, TrainingSetting
+    from pgpo.memory.shapes import MATRICES, TRUST_FORMS, TrainingSetting
 
     default = TrainingSetting()
 
@@ -191,8 +191,10 @@ def _plan(argv: list[str]) -> int:
     add("prompts-per-step", "questions per step, all GPUs together", type=int, metavar="N")
     add("num-generations", "completions per question", type=int, metavar="N")
     add("objective", "pgpo, sdpo or grpo", choices=("pgpo", "sdpo", "grpo"))
-    add("teacher", "the teacher's weights", choices=("ema", "frozen", "live"))
-    add("trust", "measured: adds a copy of what trains during the step", choices=("off", "measured"))
+    add("teacher", "the teacher's weights", choices=("ema", "frozen", "live", "periodic", "gated"))
+    add("trust", "measured: steps are measured by a short forward", choices=("off", "measured"))
+    add("trust-form", "undo: adds a copy of what trains during the step", choices=TRUST_FORMS)
+    add("trust-tokens", "completion tokens measured per step, all GPUs together", type=int, metavar="N")
     add("lora", "rank of the adapters; without it all parameters train", type=int, metavar="RANK")
     add(
         "lora-targets", "adapted matrices, separated by commas, or all-linear", default="q_proj,v_proj", metavar="NAMES"

@@ -31,10 +31,21 @@ from pgpo.errors import UserError
 from pgpo.forward import passes
 from pgpo.memory import activations, command, moments, parameters
 from pgpo.memory.moments import Step
-from pgpo.memory.shapes import BLOCKS, GIB, MATRICES, ModelShape, TrainingSetting, check, fitted, read_model
+from pgpo.memory.shapes import (
+    BLOCKS,
+    GIB,
+    MATRICES,
+    TRUST_FORMS,
+    ModelShape,
+    TrainingSetting,
+    check,
+    fitted,
+    read_model,
+)
 from pgpo.settings.config import PAPER, PGPOConfig
+from pgpo.settings.rules import CHOICES
 from pgpo.teacher import weights
-from pgpo.train import forwards
+from pgpo.train import forwards, probe
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -202,6 +213,8 @@ def test_copied_constants_are_those_of_the_code():
     assert moments.CHUNK_LOGITS == {**_head_chunks._CHUNK_LOGITS, "cuda": _head_chunks._CHUNK_LOGITS_ELSEWHERE}
     assert moments.COMPILE_FROM == _head_kernels._COMPILE_FROM_VOCABULARY
     assert _head_kernels._EAGER_LOGITS["cpu"] == moments.EAGER_LOGITS
+    assert (moments.KEPT, moments.PROBE_LOGITS) == (probe.KEPT_TOKENS, probe._CHUNK_LOGITS)
+    assert CHOICES["trust_form"] == TRUST_FORMS
     assert moments.TRL_TILE == (chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE)
 
 
@@ -218,12 +231,34 @@ def test_defaults_are_the_papers_and_the_trainers():
         "objective",
         "teacher",
         "trust",
+        "trust_form",
+        "trust_tokens",
         "fused_head",
         "gradient_checkpointing",
     ):
         assert getattr(ours, name) == theirs[name], name
     assert ours.teacher_prompt_length == theirs["max_teacher_prompt_length"]
     assert all(targets[kind] == list(ours.lora_targets) for kind in BLOCKS)
+
+
+@pytest.mark.parametrize("changes", [dict(zero=2, gpus=2), dict(zero=3, gpus=2), dict(parameter_bytes=2)], ids=str)
+def test_a_form_that_undoes_nothing_is_planned_where_the_trainer_takes_it(changes):
+    setting = TrainingSetting(trust="measured", trust_form="lagged", **changes)
+    check(large(), setting)
+    plain, lagged = (
+        Step(large(), dataclasses.replace(setting, trust=trust), 16_384).moments() for trust in ("off", "measured")
+    )
+    assert not any("weights before" in item for items in lagged.values() for item in items)
+    longer = {name for name in plain if sum(lagged[name].values()) > sum(plain[name].values())}
+    assert longer == {"rollout", "step"}
+
+
+def test_no_more_is_probed_than_there_are_questions_or_tokens():
+    def probed(**changes):
+        return Step(large(), TrainingSetting(trust="measured", max_completion_length=100, **changes), 1).probed
+
+    assert probed(prompts_per_step=8) == 8 and probed(prompts_per_step=8, gpus=4) == 2
+    assert probed(prompts_per_step=100, trust_tokens=1_001) == 11
 
 
 # Peaks ----------------------------------------------------------------------------------------------------------------
@@ -250,9 +285,16 @@ def benchmark():
         dict(V=4_000, H=96, I=256, layers=12, heads=6, kv=2, d=16, P=60, L=12, budget=4_096, group=8, joined=True),
         dict(V=4_000, H=96, I=256, layers=12, heads=6, kv=2, d=16, P=30, L=24, budget=300, group=8, joined=True,
              autocast=True, checkpointing=True),
+        dict(V=9_000, H=96, I=288, layers=5, heads=6, kv=2, d=16, P=40, L=90, budget=260, group=2, questions=6,
+             checkpointing=True, trust="undo"),
+        dict(V=20_000, H=96, I=128, layers=1, heads=2, kv=2, d=48, P=8, L=40, budget=96, kind="llama", tied=False,
+             teacher="live", optimizer="sgd", trust="undo"),
+        dict(V=20_000, H=96, I=256, layers=4, heads=4, kv=4, d=24, P=20, L=140, budget=330, kind="llama", lora=4,
+             dtype="bfloat16", autocast=True, checkpointing=True, questions=4, trust="lagged"),
     ],
     ids=["full, float32", "LoRA, bfloat16, checkpointing", "untied, one chunk of logits", "joined siblings",
-         "joined siblings, several micro-batches, bfloat16, checkpointing"],
+         "joined siblings, several micro-batches, bfloat16, checkpointing", "trust", "trust, SGD, live teacher",
+         "lagged trust, LoRA, bfloat16"],
 )  # fmt: skip
 def test_the_peak_of_a_real_step_is_predicted(benchmark, changes):
     case = benchmark.Case("small", **changes)
@@ -285,7 +327,7 @@ def test_bytes_per_parameter_that_stay():
     }
 
 
-def test_trust_holds_a_copy_of_what_trains_during_the_step():
+def test_trust_holds_a_copy_of_what_trains_and_a_few_log_probabilities():
     """Red if the copy is counted twice, always, or not divided by the GPUs that share it."""
     for changes, copied in (({}, large().parameters), (dict(gpus=4, fsdp=True), large().parameters / 4)):
         plain, trusted = (
@@ -293,8 +335,25 @@ def test_trust_holds_a_copy_of_what_trains_during_the_step():
             for trust in ("off", "measured")
         )
         more = {name: sum(trusted[name].values()) - sum(plain[name].values()) for name in plain}
-        assert more.pop("step") == 4 * copied
-        assert set(more.values()) == {0.0}
+        step = trusted["step"]
+        assert step["weights before the step (trust)"] == 4 * copied
+        kept = step["log-probabilities before (trust)"]
+        assert kept == 4096 * 256 * (4 + 8)  # of half a completion, whose tokens are the most that are probed
+        assert more.pop("step") == pytest.approx(
+            sum(step[item] for item in step.keys() - plain["step"].keys()), rel=0.1
+        )
+        assert more == {name: kept if name == "rollout" else 0.0 for name in more}  # bf16: the loss shows nothing
+        assert 0 < step["probe (trust)"] < 0.1 * sum(step.values())
+    fp32 = [
+        Step(large(), TrainingSetting(trust=trust, autocast=False), 16_384).moments() for trust in ("off", "measured")
+    ]
+    for name in ("loss", "backward"):
+        assert sum(fp32[1][name].values()) - sum(fp32[0][name].values()) == pytest.approx(1.05 * kept), name
+    forms = {
+        form: Step(large(), TrainingSetting(trust="measured", trust_form=form), 16_384).moments()["step"]
+        for form in ("undo", "lagged")
+    }
+    assert sum(forms["undo"].values()) - sum(forms["lagged"].values()) == pytest.approx(1.05 * 4 * large().parameters)
     lora = Step(large(), TrainingSetting(trust="measured", lora=8, parameter_bytes=2), 16_384).moments()
     adapters = parameters.adapter_parameters(large(), TrainingSetting(lora=8))
     assert lora["step"]["weights before the step (trust)"] == 4 * adapters
@@ -306,6 +365,8 @@ def test_trust_holds_a_copy_of_what_trains_during_the_step():
         (dict(objective="grpo"), "has none"),
         (dict(zero=2, gpus=2), "nor under ZeRO"),
         (dict(parameter_bytes=2), "not those of bf16"),
+        (dict(trust_form="redo"), "choose one of undo, lagged"),
+        (dict(trust_tokens=0), "trust_tokens is 0"),
         (dict(), "choose off or measured"),
     ],
 )

@@ -494,7 +494,7 @@ def test_a_model_whose_logits_are_no_plain_head_still_trains_right(tmp_path, cap
 
 
 def test_the_slow_twin_and_the_switch_are_what_they_say(tmp_path, monkeypatch):
-    import pgpo.train.distill as module
+    import pgpo.train.heads as module
 
     def forbidden(*args, **kwargs):
         raise AssertionError("the other head ran")

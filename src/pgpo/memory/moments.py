@@ -9,15 +9,16 @@ A step has five moments; the largest peak is the step's:
     step       gradients, optimizer, teacher average
 
 Every number is counted from the code, none is fitted: transformers' Llama block (activations.py),
-core/head.py (`Step._head`), forward/passes.py and train/forwards.py (`Step.teacher`), teacher/weights.py
-(parameters.py), torch's autograd and AdamW, DeepSpeed 0.19 with the config of train/zero.py (`Step._zero`).
+core/head.py (`Step._head`), forward/passes.py and train/forwards.py (`Step.teacher`), train/probe.py (`Step.probe`),
+teacher/weights.py (parameters.py), torch's autograd and AdamW, DeepSpeed 0.19 with the config of train/zero.py
+(`Step._zero`).
 benchmarks/plan_accuracy.py compares them with measured peaks.
 
 Assumptions: every prompt and completion has the largest length allowed; micro-batches are full; every completion has a
 teacher; if there are several micro-batches, gradients exist already. Not planned: the second gradient of
-information_source='cross_fit', guard snapshots, the forwards of trust='measured' (a few rows without gradient), a
-divergence over the full vocabulary with fused_head=False. Which siblings share a row on a CPU is asked of the
-trainer's own function (forward/batching.py:join).
+information_source='cross_fit', guard snapshots, the hinted rows of rehearsal, the measurement of every tenth step with
+trust='off', a divergence over the full vocabulary with fused_head=False. Which siblings share a row on a CPU is asked
+of the trainer's own function (forward/batching.py:join).
 
 Symbols: N positions of a micro-batch, H hidden size, Q = heads * head size, K the same of keys, I intermediate size,
 V vocabulary; w bytes of a parameter, c of a matmul (2 under autocast), always bytes per element.
@@ -37,6 +38,7 @@ from pgpo.memory.shapes import FP32, FP64, GIB, ModelShape, TrainingSetting
 
 HELD, CACHED, ROOM = 8, 4, 128  # train.forwards.HELD, forward.passes._CACHED, forward.sampling._ROOM
 BUCKET = 2**26  # teacher.weights._BUCKET
+KEPT, PROBE_LOGITS = 256, 2**24  # train.probe.KEPT_TOKENS, _CHUNK_LOGITS
 CHUNK_LOGITS = {"cpu": 20_000_000, "cuda": 160_000_000}  # core._head_chunks
 COMPILE_FROM, EAGER_LOGITS = 2**15, 2**18  # core._head_kernels, on a CPU
 TRL_TILE = (4096, 32768)  # trl.kernels.chunked_logprob: tokens and vocabulary of one tile
@@ -190,6 +192,8 @@ class Step:
             found["teacher"] = self.teacher()
         found |= {"loss": self.loss(), "backward": self.backward(), "step": self.step()}
         for name, own in found.items():
+            if s.trust != "off" and name in self.keeping:
+                own["log-probabilities before (trust)"] = self.kept()
             if s.zero:
                 self._zero(name, own)
             items = always | {item: size + always.get(item, 0) for item, size in own.items()}
@@ -275,8 +279,13 @@ class Step:
         return items | self._cast_weights(every=s.full and s.teacher == "live") | self._gathered(reduced=False)
 
     def loss(self) -> dict[str, float]:
-        """The end of the student's forward, at the heads."""
-        items = self._saved() | self._states() | self._head()
+        """The end of the student's forward: at the heads, or before them, where a probed row is seen."""
+        heads = self._head()
+        if self.setting.trust != "off" and self.repeats_itself:
+            length = self.setting.max_completion_length
+            seen = {"probe (trust)": self._probe_logits(length, keeps=True) + self._state_bytes(length)}
+            heads = max(heads, seen, key=lambda items: sum(items.values()))
+        items = self._saved() | self._states() | heads
         if self.several:
             items["gradients"] = gradients(self.model, self.setting)
         every = self.setting.full or not self.setting.gradient_checkpointing
@@ -331,14 +340,72 @@ class Step:
         """
         s, m = self.setting, self.model
         items = {"gradients": gradients(m, s)}
+        if s.undoes:  # in the optimizer's dtype, from the end of the backward pass (train/trust.py)
+            items["weights before the step (trust)"] = items["gradients"]
+        update: dict[str, float] = {}
         if s.optimizer == "sgd":
             together = s.device == "cuda" or not s.full or s.zero is not None  # one flat tensor under ZeRO
-            items["optimizer"] = items["gradients"] if together else float(s.parameter_bytes * max(m.head, m.largest))
-        if s.trust != "off":  # in the optimizer's dtype, from the end of the backward pass (train/trust.py)
-            items["weights before the step (trust)"] = items["gradients"]
+            update["optimizer"] = items["gradients"] if together else float(s.parameter_bytes * max(m.head, m.largest))
         if "teacher average" in static(m, s):
-            items["teacher average"] = float(min(trained_parameters(m, s), max(BUCKET, m.head)) * FP32)
-        return items
+            update["teacher average"] = float(min(trained_parameters(m, s), max(BUCKET, m.head)) * FP32)
+        if s.trust == "off":
+            return items | update
+        return items | max(update, self.probe(), key=lambda found: sum(found.values()))
+
+    # Measured trust -------------------------------------------------------------------------------------------------
+
+    @property
+    def probed(self) -> int:
+        """Rows of one GPU that are probed, at most: one per question, to so many tokens."""
+        s = self.setting
+        return min(math.ceil(s.prompts_per_step / s.gpus), math.ceil(s.trust_tokens / s.max_completion_length))
+
+    @property
+    def repeats_itself(self) -> bool:
+        """The loss shows the policy before the step (train/forwards.py:Forwards.repeats_itself)."""
+        s = self.setting
+        return not s.autocast and s.parameter_bytes == FP32 and not (s.lora is not None and s.lora_dropout)
+
+    @property
+    def keeping(self) -> set[str]:
+        """Moments with log-probabilities from before a step: from its loss, or its end, until the next step begins."""
+        seen = {"loss", "backward"} | ({"teacher"} if self.setting.distills and self.blocks > 1 else set())
+        return {"rollout", "step"} | (seen if self.repeats_itself else set())
+
+    def kept(self) -> float:
+        """Bytes of these: fp32, and int64 for the tokens."""
+        s = self.setting
+        tokens = min(s.trust_tokens, self.probed * s.max_completion_length)
+        return float(tokens * self._kept_bytes)
+
+    @property
+    def _kept_bytes(self) -> int:
+        """Per token: the KEPT most likely ones and which they are, or the whole vocabulary."""
+        return self.model.vocabulary * FP32 if self.model.vocabulary <= KEPT else KEPT * (FP32 + 8)
+
+    def probe(self) -> dict[str, float]:
+        """A forward of probed rows without gradient: its blocks, or their hidden states, a chunk of logits and what is
+        compared of them (train/probe.py:Probe._moved)."""
+        s, m = self.setting, self.model
+        n = min(max(self.budget, self.row), self.probed * self.row)
+        tokens = math.ceil(n * s.max_completion_length / self.row)
+        end = float(n * m.hidden * s.stream) + self._state_bytes(tokens) + tokens * self._kept_bytes
+        end += self._probe_logits(tokens, keeps=False)
+        items = {"probe (trust)": max(self._forward(n, n, self.row, masked=False), end)}
+        return items | self._cast_weights(every=s.full) | self._gathered(reduced=False)
+
+    def _state_bytes(self, tokens: int) -> float:
+        return float(tokens * self.model.hidden * self.setting.stream)
+
+    def _probe_logits(self, tokens: int, keeps: bool) -> float:
+        """Of a chunk: as computed, divided by the temperature and as log-probabilities. Where likely tokens are kept,
+        the log-probabilities of the chunk before too; where they are compared, five values of each."""
+        vocabulary, stored = self.model.vocabulary, self.setting.stream
+        rows = min(tokens, max(1, PROBE_LOGITS // vocabulary))
+        whole = vocabulary * (stored + 2 * FP32)
+        if keeps:
+            return float(max(rows * whole, rows * vocabulary * FP32 + min(rows, tokens - rows) * whole))
+        return float(rows * max(whole, vocabulary * stored + 5 * FP32 * min(KEPT, vocabulary)))
 
     # Parts ----------------------------------------------------------------------------------------------------------
 
@@ -493,7 +560,7 @@ class Step:
             average: dict[str, float] = {"teacher average": items.pop("teacher average", 0.0)}
             if s.zero == 2:
                 update["gradients"] = items.pop("gradients")
-            elif s.distills and s.teacher == "ema":
+            elif s.distills and s.teacher not in ("live", "frozen"):
                 average["gathered (ZeRO)"] = float(s.stream * max(m.head, m.largest))  # one parameter at a time
             items.update(update if sum(update.values()) > sum(average.values()) else average)
         elif s.zero == 3:

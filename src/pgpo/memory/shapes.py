@@ -13,6 +13,7 @@ from pgpo.hub import is_hub_id, require_model
 # Decoder blocks whose saved tensors tests/unit/test_memory.py compares with autograd's, to the byte.
 BLOCKS = ("llama", "mistral", "qwen2", "qwen3")
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TRUST_FORMS = ("undo", "lagged", "auto", "kl_adaptive")  # PGPOConfig's
 GIB = 2**30
 FP32, FP64 = 4, 8  # bytes
 
@@ -76,7 +77,9 @@ class TrainingSetting:
     """What memory depends on besides the model; defaults are PGPOConfig's.
 
     Attributes:
-        trust: "off" or "measured", in the form that undoes.
+        trust: "off" or "measured".
+        trust_form: "undo", which holds a copy of what trains, or one of the forms that leave the step as it is.
+        trust_tokens: completion tokens measured per step, on all GPUs together.
         lora: rank, or None to train all parameters.
         lora_targets: names of the adapted matrices (PEFT's default for these models: q_proj, v_proj).
         lora_dropout: whether the adapters' dropout is on (TRL's default rate is 0.05).
@@ -99,6 +102,8 @@ class TrainingSetting:
     objective: str = "pgpo"
     teacher: str = "ema"
     trust: str = "off"
+    trust_form: str = "undo"
+    trust_tokens: int = 4096
     lora: int | None = None
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     lora_dropout: bool = True
@@ -117,6 +122,10 @@ class TrainingSetting:
     @property
     def distills(self) -> bool:
         return self.objective != "grpo"
+
+    @property
+    def undoes(self) -> bool:
+        return self.trust != "off" and self.trust_form == "undo"
 
     @property
     def full(self) -> bool:
@@ -267,6 +276,7 @@ def check(model: ModelShape, setting: TrainingSetting) -> None:
         "teacher_prompt_length",
         "prompts_per_step",
         "num_generations",
+        "trust_tokens",
     ):
         if getattr(s, name) < 1:
             raise UserError(f"{name} is {getattr(s, name)}; it must be at least 1.")
@@ -290,10 +300,12 @@ def check(model: ModelShape, setting: TrainingSetting) -> None:
         raise UserError(f"trust is {s.trust!r}; choose off or measured.")
     if s.trust != "off" and not s.distills:
         raise UserError("trust is measured against a teacher, and objective='grpo' has none; choose another objective.")
-    if s.trust != "off" and (s.zero or s.trained_bytes != FP32):
+    if s.trust_form not in TRUST_FORMS:
+        raise UserError(f"trust_form is {s.trust_form!r}; choose one of {', '.join(TRUST_FORMS)}.")
+    if s.undoes and (s.zero or s.trained_bytes != FP32):
         raise UserError(
-            "trust='measured' moves fp32 weights back after a step: not those of bf16, nor under ZeRO; choose float32, "
-            "FSDP, or trust off."
+            "trust_form='undo' moves fp32 weights back after a step: not those of bf16, nor under ZeRO; choose float32 "
+            "or FSDP, or trust_form='lagged'."
         )
     if s.fsdp and s.gpus == 1:
         raise UserError("FSDP shards over several GPUs, but gpus is 1; give more, or leave FSDP out.")
