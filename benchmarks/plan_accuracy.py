@@ -247,7 +247,7 @@ def _trainer(case: Case, folder: str) -> Any:
         gradient_checkpointing=case.checkpointing, optim="sgd" if case.optimizer == "sgd" else "adamw_torch_fused",
         max_steps=2, warmup_steps=0, save_strategy="no", use_cpu=case.device == "cpu", disable_tqdm=True,
         shuffle_dataset=False, report_to="none", logging_steps=10, dataloader_pin_memory=False,
-        **({} if case.trust == "off" else {"trust": "measured", "trust_form": case.trust}),
+        trust="off" if case.trust == "off" else "measured", trust_form="undo" if case.trust == "off" else case.trust,
         generation_kwargs={"min_new_tokens": case.L} if case.samples else None,
     )  # fmt: skip
     return PGPOTrainer(
@@ -369,7 +369,7 @@ def _planned(case: Case) -> tuple[Any, Any]:
         parameter_bytes=4 if case.dtype == "float32" else 2, autocast=case.autocast, optimizer=case.optimizer,
         fused_head=case.fused, gradient_checkpointing=case.checkpointing, attention=case.attention,
         join_siblings=case.joined, device=case.device,
-        **({} if case.trust == "off" else {"trust": "measured", "trust_form": case.trust}),
+        trust="off" if case.trust == "off" else "measured", trust_form="undo" if case.trust == "off" else case.trust,
     )  # fmt: skip
     return model, setting
 
