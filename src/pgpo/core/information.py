@@ -67,6 +67,11 @@ class Information:
     hinted_samples: int
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Of sums over tokens: fp64, in which the order of micro-batches changes I_k by ~1e-15 at most. MPS has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class InformationMeter:
     """Sums and counts over the micro-batches and ranks of ONE optimizer step; divides once.
 
@@ -115,8 +120,7 @@ class InformationMeter:
             raise ValueError(f"hinted must have shape [{rows}] like mask's rows; got {tuple(hinted.shape)}.")
         hinted = hinted.bool()
         active = mask.bool() & hinted.unsqueeze(1)
-        # With fp64 sums the order of micro-batches changes I_k by ~1e-15 at most; MPS has no fp64.
-        dtype = torch.float32 if mask.device.type == "mps" else torch.float64
+        dtype = sum_dtype(mask.device)
         tokens = active.sum(1).clamp_min(1).to(dtype)
 
         def total(entropy: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .divergence import _append_tail, divergence_of_log_probs
+from .information import sum_dtype
 
 KEPT = ("all", "top", "sampled")
 
@@ -64,7 +65,7 @@ def token_mean(values: Tensor, mask: Tensor | None = None, reduce: Reduce | None
         reduce: sums a [2] tensor over ranks. Every rank must call it.
     """
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool()
-    dtype = torch.float32 if values.device.type == "mps" else torch.float64  # as in InformationMeter
+    dtype = sum_dtype(values.device)
     sums = torch.stack([torch.where(mask, values.to(dtype), 0.0).sum(), mask.sum().to(dtype)])
     total, count = (sums if reduce is None else reduce(sums)).tolist()
     return total / count if count else 0.0

@@ -31,6 +31,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.generation import logits_process
 from transformers.generation.configuration_utils import GenerationMode
 
+from pgpo.core.information import sum_dtype
+
 Tokens = Sequence[int]
 # Ours: tokens by which a full KV cache grows. It is copied then, and holds that much too much at most.
 _ROOM = 128
@@ -191,7 +193,7 @@ def ready(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
 def drawn(scores: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [N] from softmax(scores [N, V]) by inversion, for random numbers [N] in [0, 1), never one of probability
     0; and whether some row has no distribution (nan or inf)."""
-    summed = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+    summed = scores.softmax(-1).cumsum(-1, dtype=sum_dtype(scores.device))
     total = summed[:, -1:]  # 1 but for rounding
     tokens = torch.searchsorted(summed, random.unsqueeze(-1) * total, right=True).squeeze(-1)
     return tokens, ~total.isfinite().all()
@@ -225,7 +227,7 @@ class _Loop:
         batch.expand(torch.tensor(self.prompts, device=input_ids.device))
         random = None
         if generation_config.do_sample:
-            random = self.streams.uniform(self.rows, most).to(input_ids.device)
+            random = self.streams.uniform(self.rows, most).to(input_ids.device, sum_dtype(input_ids.device))
         found: list[list[int]] = [[]] * len(self.rows)
         who = list(range(len(self.rows)))  # the completion of each row
         lengths = [0] * len(who)  # of the rows that have ended

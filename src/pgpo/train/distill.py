@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pgpo.core import CrossFit, HeadOutput, Information, InformationMeter
+from pgpo.core.information import sum_dtype
 from pgpo.forward import routers
 from pgpo.forward.open_model import Head
 from pgpo.forward.passes import States
@@ -93,7 +94,7 @@ class Distillation:
         """
         engine, more_to_come = self.engine, self.args.follows_rewards
         tokens = engine.sum(sum(len(s.labels) for s in samples))
-        sums = torch.zeros(_NO_SUMS, dtype=torch.float64, device=engine.device)
+        sums = torch.zeros(_NO_SUMS, dtype=sum_dtype(engine.device), device=engine.device)
         self.details = {}
         self.forwards.check(model, batch)
         reshard(model)
@@ -161,7 +162,8 @@ class Distillation:
         labels = self._labels(samples)
         output = compare(self.args, states, states, labels, torch.zeros(len(labels), device=labels.device))
         assert output.teacher_logprob is not None
-        sums = torch.tensor([output.teacher_logprob.double().sum(), len(labels)], dtype=torch.float64)
+        total_logprob = output.teacher_logprob.to(sum_dtype(labels.device)).sum()
+        sums = torch.tensor([total_logprob, len(labels)], dtype=torch.float64)
         total, tokens = self.engine.reduce(sums * (not idle)).tolist()
         return total / tokens if tokens else None
 
@@ -208,13 +210,13 @@ class Distillation:
             router_loss = loads[0].loss(load) * (not idle)
             loss = loss + (self.router_coefficient or 0.0) * router_loss
         if idle:
-            return loss, torch.zeros(_NO_SUMS, dtype=torch.float64, device=labels.device)
+            return loss, torch.zeros(_NO_SUMS, dtype=sum_dtype(labels.device), device=labels.device)
         _measure(meter, samples, output)
         self._keep_details(samples, output)
         gap = output.student_logprob.detach() - output.teacher_logprob
         wrong = torch.tensor([not s.solved for s in samples for _ in s.labels], device=labels.device)
         stats = [loss.detach(), output.divergence, gap, torch.where(wrong, gap, 0.0), wrong, router_loss.detach()]
-        return loss, torch.stack([t.double().sum() for t in stats])
+        return loss, torch.stack([t.to(sum_dtype(t.device)).sum() for t in stats])
 
     def _token_weights(self, samples: list[Sample], share: float) -> Tensor | Callable[[HeadOutput, slice], Tensor]:
         """share * clipped ratio to the rollout policy (SDPO) * vLLM's correction, for every token."""

@@ -296,7 +296,7 @@ def identified(row: Mapping[str, Any], place: int) -> dict[str, Any]:
 
 def _moments(mean: str, values: Tensor, deviation: str) -> dict[str, float]:
     """Mean and standard deviation of the values that are not nan, where these suffice."""
-    values = values[~values.isnan()].double()
+    values = values[~values.isnan()].cpu().double()  # MPS has no fp64
     found = {mean: values.mean().item()} if len(values) else {}
     return found | ({deviation: values.std().item()} if len(values) > 1 else {})
 

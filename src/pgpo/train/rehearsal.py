@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pgpo.core import HeadOutput
+from pgpo.core.information import sum_dtype
 from pgpo.forward.open_model import Head
 from pgpo.forward.passes import States
 from pgpo.train import profile
@@ -48,7 +49,7 @@ class Rehearsal:
         mine, rows = self.chosen(samples)
         blocks = forwards.schedule([replace(sample, prompt=sample.teacher_prompt) for sample in mine])
         micro_batches = forwards.with_teacher(blocks)
-        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        total = torch.zeros((), dtype=sum_dtype(engine.device), device=engine.device)
         for _ in range(int(engine.max(sum(len(parts) for _, parts in blocks)))):
             part, states = next(micro_batches, (None, None))
             idle = part is None
