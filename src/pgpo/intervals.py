@@ -114,7 +114,8 @@ def paired_difference(differences: Array, clusters: Sequence[Hashable] | None = 
     t^2 / (C + t^2), as in Wilson's interval.
 
     `detectable` is the minimum detectable effect: the true difference that such a comparison tells from 0 in 80 % of
-    the cases, (t_.975 + t_.80) * standard error (Bloom 1995, Evaluation Review 19).
+    the cases, (t_.975 + t_.80) * standard error (Bloom 1995, Evaluation Review 19). The standard error is itself
+    estimated, so that with few units the power is lower: .65 at 4, .72 at 8, .76 at 16 (simulated in the tests).
     """
     runs, questions = differences.shape
     mean = float(differences.mean())
