@@ -82,6 +82,7 @@ CASES: dict[str, dict] = {
     "trust_region": dict(teacher="trust_region"),
     # rewards rise and fall from batch to batch: the ranks renew alike, or their teachers part
     "rehearsal": dict(rehearse_weight=0.5, rehearse_fraction=0.4, micro_batch_size=2),
+    "pass_rate": dict(sample_weights="pass_rate", prompts_per_step=3, micro_batch_size=3),
     "rehearsal_one_rank": dict(rehearse_weight=0.5, reward=first_half_fails, distillation_weight=0.6),
     "gated": dict(teacher="gated", teacher_sync_steps=2, max_steps=8),
     # evaluation is greedy, in 5 calls of `generate` on one rank, in 3 and 2 on two

@@ -342,7 +342,7 @@ def test_every_new_field_of_the_configuration_is_accounted_for() -> None:
         "success_reward",
         *("trust", "trust_budget", "trust_nats", "trust_fraction", "trust_form", "trust_tokens", "trust_tolerance"),
         *("trust_agreement", "trust_clock", "adaptive_clip", "diagnostics_step_interval"),
-        *("rehearse_weight", "rehearse_fraction"),
+        *("rehearse_weight", "rehearse_fraction", "sample_weights"),
         *("sampler", "max_tokens_per_sampling", "profile"),
         "micro_batch_size",
         "max_tokens_per_microbatch",

@@ -157,6 +157,11 @@ class PGPOConfig(GRPOConfig):
     rehearse_fraction: float = _option(
         1 / 16, "Share of the active samples that are rehearsed in a step, at least one sample. Ours, measured: 1/16."
     )
+    sample_weights: str = _option(
+        "equal",
+        "How much a sample learns from its teacher: 'equal' (SDPO), or by the 'pass_rate' p of its question: "
+        "sqrt(p (1 - p)), with mean 1 over the samples that learn (SC-SDPO, arXiv 2605.27765).",
+    )
     teacher: str = _option(
         "ema",
         "'ema', 'live' (the student), 'frozen' (the initial model) or 'trust_region'. SDPO: ema. 'periodic': a copy of "

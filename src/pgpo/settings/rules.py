@@ -100,6 +100,7 @@ RANGES: dict[str, Range] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("pgpo", "sdpo", "grpo"),
     "on_nonfinite": ("stop", "skip"),
+    "sample_weights": ("equal", "pass_rate"),
     "teacher": TEACHERS,
     "divergence": (*KINDS, "sampled_token"),
     "demonstration": DEMONSTRATIONS,
@@ -175,7 +176,7 @@ _ACTS: tuple[tuple[str, Callable[[Any], object], str], ...] = (
     ),
     (
         "teacher divergence demonstration feedback_mode importance_clip allow_own_success remove_thinking "
-        "rehearse_weight rehearse_fraction",
+        "rehearse_weight rehearse_fraction sample_weights",
         lambda c: c.distills,
         "objective='grpo' has no teacher; leave it out",
     ),
@@ -376,6 +377,11 @@ COMBINATIONS: tuple[Combination, ...] = (
         lambda c: c.distillation_weight != 1 and c.information_source == "cross_fit",
         "distillation_weight is {c.distillation_weight}, but information_source='cross_fit' scales each half of the "
         "distillation by itself, and the policy loss has no halves; use 'same_batch' or 'lagged'.",
+    ),
+    (
+        lambda c: c.sample_weights == "pass_rate" and c.num_generations == 1,
+        "sample_weights is 'pass_rate', but num_generations is 1, so that every question is passed by all or by none; "
+        "use 2 or more, the paper takes 8.",
     ),
     (
         lambda c: c.rehearse_weight and c.distillation_weight == 0,

@@ -28,7 +28,7 @@ class Sample:
     half: int = 0  # half-batch of its question, 0 or 1 (cross-fitting)
     solved: bool = True
     rollout_logprobs: Tensor | None = None  # [N] log-probs at rollout time, where the tokens are off-policy
-    weight: Tensor | None = None  # [N] or [1] vLLM / trainer mismatch correction
+    weight: Tensor | None = None  # [N] or [1] vLLM / trainer mismatch correction, times the rule of `sample_weights`
     own: list[int] | None = None  # [N] places in the completion that the model wrote, not its environment; None = all
 
     @property
@@ -73,6 +73,8 @@ def active_samples(batch: Batch) -> list[Sample]:
         weight = None
         if ratios is not None:
             weight = ratios[i][keep] if ratios.shape[1] > 1 else ratios[i]
+        if (own := batch.get("sample_weight")) is not None:
+            weight = own[i : i + 1] if weight is None else weight * own[i]
         samples.append(
             Sample(
                 prompt=_prompt(batch, i),

@@ -51,6 +51,7 @@ from pgpo.train.seam import Batch, Rollout
 from pgpo.train.sharding import keep_precision, shard
 from pgpo.train.trust import Trust
 from pgpo.train.user_functions import CONTEXT_COLUMN
+from pgpo.train.weighting import weigh
 
 _TRL_METRICS = {"completion_length": "completions/mean_length", "clipped_share": "completions/clipped_ratio"}
 
@@ -160,8 +161,7 @@ class PGPOTrainer(CardTrainer):
         forwards = Forwards(self.model, self.teacher, self.args, self.engine, self.tokenizer.pad_token_id)
         coefficient = self.router_aux_loss_coef if self.aux_loss_enabled else None
         self.distillation = Distillation(self.args, self.engine, forwards, self.signal.meters, self.host, coefficient)
-        if self.args.rehearse_weight:
-            self.distillation.rehearsal = Rehearsal(self, forwards)
+        self.distillation.rehearsal = Rehearsal(self, forwards) if self.args.rehearse_weight else None
         if self.args.trust != "off" or self.args.watches_steps:
             self.trust = Trust(self, forwards)
         if self.is_fsdp_enabled and self.teacher.module is not None:
@@ -207,14 +207,17 @@ class PGPOTrainer(CardTrainer):
         rendered = Rendered(self.render)  # siblings share one or two teacher prompts
         contexts = self.contexts(rollout, success, rendered)  # of all ranks, since a group may stretch over two
         problems.check_answer_prefixes(self, rollout.prompts, [context.prompt for context in contexts])
-        hinted = sum(context.prompt is not None for context in contexts)
-        self.diagnostics.inactive(self.state.global_step + 1, rollout.rewards, hinted)
+        hinted, right = [c.prompt is not None for c in contexts], [self.success.right(reward) for reward in success]
+        weights = weigh(self.args.sample_weights, hinted, right, self.num_generations)
+        self.diagnostics.inactive(self.state.global_step + 1, rollout.rewards, sum(w > 0 for w in weights))
         mine = range(len(rollout.prompts))[rollout.local]
-        prompts = [contexts[i].prompt for i in mine]
+        prompts = [contexts[i].prompt if weights[i] else None for i in mine]
         batch["teacher_prompt_ids"] = [None if prompt is None else rendered(prompt) for prompt in prompts]
         batch["row"] = torch.arange(len(mine))
         batch["half"] = torch.tensor([i // self.num_generations % 2 for i in mine])
-        batch["solved"] = torch.tensor([self.success.right(success[i]) for i in mine])
+        batch["solved"] = torch.tensor([right[i] for i in mine])
+        if self.args.sample_weights != "equal":
+            batch["sample_weight"] = torch.tensor([weights[i] for i in mine])
         if self.args.watch_demonstrations:
             shown = shown_demonstrations(contexts, batch["teacher_prompt_ids"], mine)
             if (value := self.distillation.demonstration_logprob(batch, shown)) is not None:

@@ -271,8 +271,9 @@ class Trust:
 
     def _slope(self, step: Step) -> float | None:
         """Where the gradient is that of the divergence alone."""
-        others = self.args.follows_rewards or self.args.rehearse_weight or self.args.information_source == "cross_fit"
-        if not self.form.undo or others:
+        a = self.args
+        others = a.follows_rewards or a.rehearse_weight or a.sample_weights != "equal"
+        if not self.form.undo or others or a.information_source == "cross_fit":
             return None
         return step.slope(self.trainer.clip_factor)
 
