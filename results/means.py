@@ -1,4 +1,4 @@
-"""Final accuracy of a study in short: python results/means.py results/trust-late prints one Markdown table.
+"""Final accuracy of a study in short: python results/means.py [results/trust-late] prints one Markdown table.
 
 Mean over seeds of avg@k on the test questions at the last step (sd over seeds), and runs that collapsed, of how many.
 Everything comes from records.jsonl.gz in the folder; the differences with their intervals are in its tables.md.
@@ -25,6 +25,8 @@ def cell(runs: list[dict[str, Any]]) -> str:
 
 
 def main(folder: Path) -> None:
+    if not (folder / "records.jsonl.gz").is_file():
+        sys.exit(f"there is no {folder}/records.jsonl.gz; give the folder of a study, e.g. results/trust-late.")
     found: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in read_records(folder / "records.jsonl.gz").values():
         if record.get("test_scores"):
@@ -37,4 +39,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results/trust-late"))

@@ -155,7 +155,7 @@ METRICS: dict[str, tuple[str, str]] = {
         "KL(teacher || student) of hint rehearsal, both with the hint, mean over the rows",
     ),
     PROBES: ("1", "measurements of K in the step"),
-    TEACHER_RENEWED: ("1", "1 where the gated teacher is the student, 0 where it stands behind it"),
+    TEACHER_RENEWED: ("1", "1 in a step in which the gated teacher became a copy of the student, else 0"),
     FALSE_SUCCESS_RATE: ("1", "rate at which the misleading world's verifier passes wrong completions in this step"),
     FALSE_SUCCESS_SHARE: ("1", "share of the step's completions that it passed although they are wrong"),
     STEP_SECONDS: ("seconds", "wall time of the step"),

@@ -398,6 +398,10 @@ def test_what_stands_inside_a_mapping_is_checked_too(tmp_path, options, says):
         (dict(objective="grpo", teacher="frozen"), "teacher is 'frozen', but objective='grpo' has no teacher"),
         (dict(objective="grpo", divergence="reverse_kl"), "divergence is 'reverse_kl', but objective='grpo'"),
         (dict(objective="grpo", feedback_mode="always"), "feedback_mode is 'always', but objective='grpo'"),
+        (dict(objective="sdpo", rho_min=0.5), "rho_min is 0.5, but objective='sdpo' has no multiplier"),
+        (dict(divergence="sampled_token", divergence_tail=False), "divergence='sampled_token' reads the sampled token"),
+        (dict(distillation_weight=0.0, sample_weights="pass_rate"), "but distillation_weight is 0"),
+        (dict(distillation_weight=0.0, rehearse_weight=0.1), "but distillation_weight is 0"),
         (dict(objective="sdpo", rho_max=3.0), "rho_max is 3.0, but objective='sdpo' has no multiplier"),
         (dict(objective="sdpo", information_source="lagged"), "information_source is 'lagged', but objective='sdpo'"),
     ],
@@ -405,3 +409,21 @@ def test_what_stands_inside_a_mapping_is_checked_too(tmp_path, options, says):
 def test_a_field_of_ours_that_would_do_nothing_is_refused(options, says, tmp_path):
     with pytest.raises(UserError, match=re.escape(says)):
         PGPOConfig(str(tmp_path), use_cpu=True, bf16=False, prompts_per_step=4, num_generations=4, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(objective="sdpo", alpha=5.0),
+        dict(objective="grpo", alpha=1.0, teacher_rate=0.01, divergence_top_k=20, divergence_tail=False),
+        dict(teacher="gated"),
+        dict(teacher="gated", teacher_sync_steps=9),
+        dict(teacher="trust_region", teacher_rate=0.01),
+        dict(objective="sdpo", guard="off", rho_min=0.0, rho_max=2.0, teacher_rate=0.05, demonstration="first"),
+        dict(distillation_weight=0.5, rehearse_weight=0.05, sample_weights="pass_rate"),
+    ],
+    ids=str,
+)
+def test_what_a_recipe_sets_for_all_its_runs_and_what_acts_is_taken(options, tmp_path):
+    """Red if the table of what does nothing takes in too much; a value that is the default says nothing either way."""
+    PGPOConfig(str(tmp_path), use_cpu=True, bf16=False, prompts_per_step=4, num_generations=4, **options)

@@ -318,6 +318,16 @@ def test_drawn_tokens_have_a_probability():
     assert drawn(wide, torch.full((50,), 1 - 2**-53, dtype=torch.float64))[0].max() < 30_000
 
 
+def test_a_draw_stays_in_the_vocabulary_where_there_is_no_fp64(monkeypatch):
+    """MPS: just below 1 is 1 in fp32, and the token behind the last one would be drawn."""
+    monkeypatch.setattr(sampling, "sum_dtype", lambda device: torch.float32)
+    for scores in (torch.zeros(1, 8), torch.randn(1, 50_000), torch.tensor([[0.0, 1.0, -torch.inf]])):
+        for below in (1e-9, 2**-26, 2**-24, 0.5):
+            random = torch.tensor([1 - below], dtype=torch.float64)
+            tokens, broken = sampling.drawn(scores, random.to(sampling.sum_dtype(scores.device)))
+            assert not broken and tokens.item() < scores.shape[1] and scores[0, tokens.item()] > -torch.inf
+
+
 def test_streams_are_uniform_and_independent():
     names = Streams(("run", 5), range(400))
     random = names.uniform(range(400), 50)

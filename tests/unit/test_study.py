@@ -541,7 +541,25 @@ def test_another_task_and_model_with_options_as_a_mapping(tmp_path: Path, capsys
                 "methods": {"p": {}, "a": {"teacher_rate_times_mean_rho_of": "p", "teacher": "frozen"}},
                 "compare": {},
             },
-            "plain/a has teacher_rate_times_mean_rho_of and a teacher without a rate",
+            "plain/a has teacher_rate_times_mean_rho_of and no teacher with a rate",
+        ),
+        (
+            {"methods": {"p": {}, "a": {"lr_times_mean_rho_of": "p", "learning_rate": 0.5}}, "compare": {}},
+            "has the learning rate 0.5, and the multipliers of plain/p/seed-1 are of 0.001; make them equal",
+        ),
+        (
+            {
+                "methods": {
+                    "p": {"objective": "sdpo", "trust": "measured", "trust_form": "lagged"},
+                    "a": {"teacher_rate_times_mean_rho_of": "p"},
+                },
+                "compare": {},
+            },
+            "the teacher of plain/p/seed-1 follows at its own rate",
+        ),
+        (
+            {"methods": {"p": {}, "a": {"teacher_rate_times_mean_rho_of": "p", "objective": "grpo"}}, "compare": {}},
+            "plain/a has teacher_rate_times_mean_rho_of and no teacher with a rate",
         ),
         ({"methods": {"p": {}, "a": {"rho_shuffled_from": "p", "max_steps": 10}}, "compare": {}}, "has 10 steps"),
         (

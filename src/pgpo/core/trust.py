@@ -197,13 +197,7 @@ class FixedBudget:
         check(0 < nats < math.inf, f"nats is {nats!r}; a fixed budget must be a finite number > 0.")
         self.nats = nats
 
-    def add(
-        self,
-        divergence: float | None,
-        information: float | None = None,
-        cosine: float | None = None,
-        warming_up: bool = False,
-    ) -> float:
+    def add(self, *signals: Any, **more: Any) -> float:
         """B. The signals are not looked at."""
         return self.nats
 

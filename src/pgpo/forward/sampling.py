@@ -195,6 +195,7 @@ def drawn(scores: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
     0; and whether some row has no distribution (nan or inf)."""
     summed = scores.softmax(-1).cumsum(-1, dtype=sum_dtype(scores.device))
     total = summed[:, -1:]  # 1 but for rounding
+    random = random.clamp(max=1 - torch.finfo(summed.dtype).eps / 2)  # fp64 just below 1 becomes 1 in fp32
     tokens = torch.searchsorted(summed, random.unsqueeze(-1) * total, right=True).squeeze(-1)
     return tokens, ~total.isfinite().all()
 
@@ -227,7 +228,8 @@ class _Loop:
         batch.expand(torch.tensor(self.prompts, device=input_ids.device))
         random = None
         if generation_config.do_sample:
-            random = self.streams.uniform(self.rows, most).to(input_ids.device, sum_dtype(input_ids.device))
+            device = input_ids.device
+            random = self.streams.uniform(self.rows, most).to(sum_dtype(device)).to(device)
         found: list[list[int]] = [[]] * len(self.rows)
         who = list(range(len(self.rows)))  # the completion of each row
         lengths = [0] * len(who)  # of the rows that have ended
@@ -357,7 +359,7 @@ def _dense_head_input(model: Any) -> Iterator[None]:
     if head is None:
         yield
         return
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]) if args else None)
     try:
         yield
     finally:

@@ -62,6 +62,7 @@ class Arm:
     trust: str = "off"
     learning_rate: float = 0.0
     teacher_rate: float = 0.0
+    slows_teacher: bool = False  # its averaged teacher follows by rho
     max_steps: int = 0
     eval_steps: int = 0
     seconds: float = 0.0
@@ -225,6 +226,8 @@ def _arm(
         trust=config.trust if train else "off",
         learning_rate=config.learning_rate,
         teacher_rate=config.teacher_rate,
+        slows_teacher=config.trust != "off"
+        and (config.trust_form, config.trust_clock, config.teacher) == ("undo", True, "ema"),
         max_steps=config.max_steps if train else 0,
         eval_steps=int(config.eval_steps) if train else 0,
         seconds=_estimated_seconds(parsed, train, test_k),
@@ -248,8 +251,9 @@ def _check_special(place: str, flags: Mapping[str, Any], special: Mapping[str, A
         raise UserError(f"{place} shuffles multipliers and takes the mean of others; make two methods of it.")
     if len({special[key] for key in special.keys() & _NEEDS}) > 1:
         raise UserError(f"{place} takes multipliers of two methods; name one.")
-    if "teacher_rate_times_mean_rho_of" in special and flags.get("teacher", "ema") not in ("ema", "trust_region"):
-        raise UserError(f"{place} has teacher_rate_times_mean_rho_of and a teacher without a rate; leave one out.")
+    averages = flags.get("teacher", "ema") in ("ema", "trust_region") and flags.get("objective") != "grpo"
+    if "teacher_rate_times_mean_rho_of" in special and not averages:
+        raise UserError(f"{place} has teacher_rate_times_mean_rho_of and no teacher with a rate; leave it out.")
 
 
 def _estimated_seconds(parsed: Any, train: bool, test_k: int) -> float:
@@ -274,6 +278,16 @@ def _check_needs(run: StudyRun, queue: Mapping[str, StudyRun]) -> None:
         raise UserError(
             f"{run.name} needs the multipliers of {run.needs}, which has none of its own; name a "
             "PGPO, or one with trust: measured."
+        )
+    if run.arm.lr_times_mean_rho_of and run.arm.learning_rate != needed.learning_rate:
+        raise UserError(
+            f"{run.name} has the learning rate {run.arm.learning_rate:g}, and the multipliers of {run.needs} are of "
+            f"{needed.learning_rate:g}; make them equal."
+        )
+    if run.arm.teacher_rate_times_mean_rho_of and not needed.slows_teacher:
+        raise UserError(
+            f"{run.name} has teacher_rate_times_mean_rho_of, but the teacher of {run.needs} follows at its own rate; "
+            "leave it out, or name one with trust: measured, an averaged teacher and trust_form: undo."
         )
     if run.arm.rho_shuffled_from and run.arm.max_steps != needed.max_steps:
         raise UserError(

@@ -152,10 +152,11 @@ class PGPOConfig(GRPOConfig):
     rehearse_weight: float = _option(
         0.0,
         "Hint rehearsal: weight of KL(teacher || student) where both read the hinted prompt, on a few samples; so an "
-        "averaged teacher keeps its skill. 0: none. Ours, measured in the lab: 0.05.",
+        "averaged teacher keeps its skill. 0: none. Ours, a prototype's: 0.05.",
     )
     rehearse_fraction: float = _option(
-        1 / 16, "Share of the active samples that are rehearsed in a step, at least one sample. Ours, measured: 1/16."
+        1 / 16,
+        "Share of the active samples that are rehearsed in a step, at least one sample. Ours, a prototype's: 1/16.",
     )
     sample_weights: str = _option(
         "equal",

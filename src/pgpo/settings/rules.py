@@ -16,7 +16,7 @@ from pgpo.core.divergence import KINDS, check_divergence
 from pgpo.core.trust import BUDGETS
 from pgpo.errors import UserError
 from pgpo.teacher.contexts import CHOICES as DEMONSTRATIONS
-from pgpo.teacher.weights import COPIES, FOLLOWERS
+from pgpo.teacher.weights import FOLLOWERS
 from pgpo.teacher.weights import KINDS as TEACHERS
 
 LOSSES = ("grpo", "sapo", "dr_grpo", "luspo", "dapo", "cispo", "vespo", "bnpo")  # of TRL's GRPO
@@ -149,8 +149,8 @@ def _named(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, Mapping) else None
 
 
-# (fields, when they act, what to do); a field that is set where it does not act is refused. Left out: alpha and the
-# divergence's and teacher's numbers, which a recipe sets once for all objectives that it is run with.
+# (fields, when they act, what to do); a field that is set where it does not act is refused. Left out, since a recipe is
+# run with several objectives: alpha; and with 'grpo' teacher_rate and the divergence's numbers.
 _ACTS: tuple[tuple[str, Callable[[Any], object], str], ...] = (
     (
         "guard_patience guard_warmup guard_max_actions",
@@ -170,6 +170,16 @@ _ACTS: tuple[tuple[str, Callable[[Any], object], str], ...] = (
     ),
     ("divergence_tail", lambda c: c.divergence_top_k, "divergence_top_k is 0, the whole vocabulary; leave it out"),
     (
+        "divergence_top_k divergence_tail divergence_beta",
+        lambda c: c.divergence != "sampled_token",
+        "divergence='sampled_token' reads the sampled token alone; leave it out",
+    ),
+    (
+        "rehearse_weight sample_weights",
+        lambda c: c.distillation_weight > 0 or not c.distills,
+        "distillation_weight is 0, and it is a part of the distillation; raise that, or leave it out",
+    ),
+    (
         "demonstration allow_own_success",
         lambda c: c.use_successful_as_teacher,
         "use_successful_as_teacher is False; leave it out",
@@ -181,7 +191,7 @@ _ACTS: tuple[tuple[str, Callable[[Any], object], str], ...] = (
         "objective='grpo' has no teacher; leave it out",
     ),
     (
-        "rho_max rho_law information_source information_baseline alpha_end",
+        "rho_min rho_max rho_law information_source information_baseline alpha_end",
         lambda c: c.objective == "pgpo",
         "objective={c.objective!r} has no multiplier; use 'pgpo', or leave it out",
     ),
@@ -364,8 +374,8 @@ COMBINATIONS: tuple[Combination, ...] = (
         "use teacher='ema'.",
     ),
     (
-        lambda c: c.distills and c.teacher in COPIES and c.teacher_sync_steps == 1,
-        "teacher={c.teacher!r} copies the student every teacher_sync_steps = 1 step, which is teacher='live'; set the "
+        lambda c: c.distills and c.teacher == "periodic" and c.teacher_sync_steps == 1,
+        "teacher='periodic' copies the student every teacher_sync_steps = 1 step, which is teacher='live'; set the "
         "steps between two copies, e.g. 30.",
     ),
     (
@@ -382,11 +392,6 @@ COMBINATIONS: tuple[Combination, ...] = (
         lambda c: c.sample_weights == "pass_rate" and c.num_generations == 1,
         "sample_weights is 'pass_rate', but num_generations is 1, so that every question is passed by all or by none; "
         "use 2 or more, the paper takes 8.",
-    ),
-    (
-        lambda c: c.rehearse_weight and c.distillation_weight == 0,
-        "rehearse_weight is {c.rehearse_weight}, but rehearsal is a part of the distillation, whose "
-        "distillation_weight is 0; raise it, or leave rehearsal out.",
     ),
     (
         lambda c: c.rehearse_weight and c.information_source == "cross_fit",

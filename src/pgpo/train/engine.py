@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pgpo.core.information import sum_dtype
 from pgpo.train import profile, zero
 
 
@@ -39,8 +40,8 @@ class Engine:
 
     def reduce(self, values: Tensor) -> Tensor:
         """Sum over ranks, on the CPU."""
-        dtype = torch.float32 if self.device.type == "mps" else values.dtype  # MPS has no fp64
-        return self.accelerator.reduce(values.to(self.device, dtype), "sum").cpu()
+        values = values.to(sum_dtype(self.device)) if values.dtype == torch.float64 else values
+        return self.accelerator.reduce(values.to(self.device), "sum").cpu()
 
     def sum(self, value: float) -> float:
         return self.reduce(torch.tensor([float(value)], dtype=torch.float64)).item()

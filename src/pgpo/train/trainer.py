@@ -337,11 +337,13 @@ class PGPOTrainer(CardTrainer):
             return
         self.teacher.observe(self.step_metrics())
         self.teacher_behind |= self._moves and not self.accelerator.optimizer_step_was_skipped
+        renewed = False
         if self.teacher_behind and self.state.global_step % self.args.teacher_sync_steps == 0:
             rate = self.teacher.rate if self.trust is None else self.trust.form.teacher_rate(self.teacher.rate)
-            self.teacher_behind = not self.teacher.update(rate=rate)
+            renewed = self.teacher.update(rate=rate)
+            self.teacher_behind = not renewed
         if self.teacher.condition is not None:
-            self.record("teacher_renewed", float(not self.teacher_behind))
+            self.record("teacher_renewed", float(renewed))
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 

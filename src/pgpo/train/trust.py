@@ -115,7 +115,7 @@ class Undo:
     factor = 1.0
 
     def __init__(self, args: PGPOConfig) -> None:
-        clock = args.trust_clock and args.teacher == "ema"  # a copy of the student is one, however it came there
+        clock = args.trust_clock and args.teacher == "ema"  # a periodic or gated teacher is a copy: it has no rate
         self.law = MeasuredTrust(args.trust_tolerance, clock=clock, **_budget(args))
         self.correction = self.law.correction
         self._clock = [0.0, 0]  # sum of rho since the teacher has followed, and its steps
