@@ -714,3 +714,21 @@ def test_a_real_study_trains_tests_and_compares(tmp_path: Path, capsys) -> None:
     assert "4 runs, 0 to do" in capsys.readouterr().out
     assert cli(["study", str(path), "--out", str(moved)]) == 0
     assert not (moved / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"model_name_or_path": "./nowhere"}, "there is no model folder ./nowhere"),
+        ({"task": "nowhere/task.py", "model_name_or_path": "."}, "there is no task file nowhere/task.py"),
+    ],
+)
+def test_what_no_run_could_load_is_told_before_the_first(flags, says, tmp_path, monkeypatch) -> None:
+    """Red if each run fails for itself, and the failures are written down as the study's records."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "study.yaml"
+    settings = {"s": {"max_steps": 10, "eval_steps": 10, **flags}}
+    path.write_text(json.dumps({"name": "t", "seeds": [1], "settings": settings, "methods": {"a": {}}}))
+    with pytest.raises(UserError, match=says):
+        study_module.main(path)
+    assert not (tmp_path / "runs").exists()

@@ -58,14 +58,18 @@ def load_model(source: Path | str, dtype: str | None = None, **options: Any) -> 
     return model, tokenizer
 
 
+def require_source(source: Path | str, revision: str | None = None) -> None:
+    """Raises UserError if there is neither such a folder nor such a model on the hub."""
+    if Path(source).exists():
+        return
+    if not is_hub_id(str(source)):
+        raise UserError(f"there is no model folder {source}; give one with config, weights and tokenizer, or a hub id.")
+    require_model(str(source), revision)
+
+
 def load_tokenizer(source: Path | str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer, padding on the left. Raises UserError if there is no such model, or it cannot be loaded."""
-    if not Path(source).exists():
-        if not is_hub_id(str(source)):
-            raise UserError(
-                f"there is no model folder {source}; give one with config, weights and tokenizer, or a hub id."
-            )
-        require_model(str(source), revision)
+    require_source(source, revision)
     with _explained(source):
         return AutoTokenizer.from_pretrained(
             source, padding_side="left", revision=revision or "main", trust_remote_code=trust_remote_code

@@ -494,6 +494,7 @@ def main(
         print(plan(study, runs, read_records(out / RECORDS_FILE), jobs))
         return 0
     if not tables_only:
+        check_sources(runs)
         run_study(study, out, runs, jobs=jobs, niceness=niceness, retry_failed=retry_failed)
     records = read_records(out / RECORDS_FILE)
     check_unchanged(study, records)
@@ -507,6 +508,18 @@ def main(
         print(f"{len(failed)} runs failed; logs: {out}/worker-*.log; repeat them with --retry-failed", file=sys.stderr)
     print(f"tables: {out / TABLES_FILE}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def check_sources(runs: Sequence[StudyRun]) -> None:
+    """Raises UserError for a model or a task's file that is not there, before any run starts and fails."""
+    from pgpo.command.models import require_source
+
+    flags = [run.arm.flags for run in runs]
+    for model in {str(f["model_name_or_path"]): None for f in flags if f.get("model_name_or_path")}:
+        require_source(model)
+    for task in {str(f["task"]): None for f in flags if str(f.get("task")).endswith(".py")}:
+        if not Path(task).is_file():
+            raise UserError(f"there is no task file {task}; run the study in the folder from which its path is given.")
 
 
 def write_tables(study: Study, out: Path, records: Mapping[str, dict[str, Any]]) -> None:
