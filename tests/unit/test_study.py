@@ -727,7 +727,7 @@ def test_what_no_run_could_load_is_told_before_the_first(flags, says, tmp_path, 
     """Red if each run fails for itself, and the failures are written down as the study's records."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "study.yaml"
-    settings = {"s": {"max_steps": 10, "eval_steps": 10, **flags}}
+    settings = {"s": {"max_steps": 10, "eval_steps": 10, "eval_strategy": "steps", **flags}}
     path.write_text(json.dumps({"name": "t", "seeds": [1], "settings": settings, "methods": {"a": {}}}))
     with pytest.raises(UserError, match=says):
         study_module.main(path)
